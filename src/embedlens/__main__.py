@@ -1,0 +1,155 @@
+"""The command line: `embedlens probe PICTURE`, `embedlens models`, `embedlens book`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from math import prod
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="What do visual tokens really encode? Probe a picture, list models, build the book.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def probe(
+    picture: Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, ...", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")
+    ] = "miniature",
+    question: Annotated[str, typer.Option(help="What to ask about the picture.")] = "What is in the picture?",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10, too
+        typer.Option(help="Where to write the annotated picture.", show_default="<PICTURE>-probed.png here"),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Words per visual token in the printed grid.", min=1)] = 1,
+    layer: Annotated[int, typer.Option(help="Layer to read; 0 is what enters the first block.", min=0)] = 0,
+    lens: Annotated[str, typer.Option(help="'embed' (nearest input embeddings) or 'logit' (final norm and head).")] = (
+        "embed"
+    ),
+    preprocessing: Annotated[
+        str, typer.Option(help="'letterbox', 'centre-crop' or 'stretch': how the picture becomes a square.")
+    ] = "letterbox",
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one"),
+    ] = None,
+) -> None:
+    """Print the top words of each visual token of PICTURE and write them on it."""
+    from embedlens.pictures import open_picture
+    from embedlens.probe import probe_picture
+    from embedlens.vlm import load
+
+    out = out if out is not None else Path(f"{picture.stem}-probed.png")
+    _check_out(out, picture)
+    image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
+    loaded = load(model, device=device, preprocessing=preprocessing)
+    result = probe_picture(loaded, image, question, k=k, layer=layer, lens=lens)
+    grid, bars = result.grid, int(result.grid.padded.sum())
+    typer.echo(f"{picture}: {image.width}x{image.height} px, {grid.rows}x{grid.cols} patches, {bars} in bars (▒)")
+    typer.echo(f"{loaded!r}")
+    typer.echo(f"{lens} lens at layer {layer} of {loaded.n_layers}\n")
+    typer.echo(result.table())
+    typer.echo(f"\n{question}\n{result.answer}")
+    result.annotated().save(out)
+    typer.echo(f"\nwrote {out}")
+
+
+@app.command()
+def models() -> None:
+    """List the supported families, and the facts of the shipped miniature."""
+    from embedlens.families import FAMILIES
+
+    for family in FAMILIES:
+        typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
+        typer.echo(f"  for example {', '.join(family.EXAMPLES)}")
+    typer.echo("")
+    for line in _miniature_facts():
+        typer.echo(line)
+
+
+@app.command(context_settings={"allow_extra_args": False})
+def book() -> None:
+    """Execute the notebooks and build the book."""
+    try:
+        from embedlens.book import build
+    except ModuleNotFoundError as error:
+        from embedlens.errors import EmbedLensError
+
+        raise EmbedLensError(
+            f"the book needs {error.name}, which is not installed: run make book, or pip install 'embedlens[book]'"
+        ) from None
+    result = build()
+    if isinstance(result, int) and result:
+        raise typer.Exit(result)
+
+
+def main() -> None:
+    """Entry point; input that cannot be used ends in one sentence on stderr and exit code 2."""
+    from embedlens.errors import EmbedLensError
+
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe in an old encoding should show a question mark, not fail, on a word it cannot print.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except EmbedLensError as error:
+        print(f"embedlens: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _check_out(out: Path, picture: Path) -> None:
+    from PIL import Image
+
+    from embedlens.errors import EmbedLensError
+
+    if out.resolve() == picture.resolve():
+        raise EmbedLensError(f"--out {out} is the picture itself: name another file")
+    if out.is_dir():
+        raise EmbedLensError(f"--out {out} is a folder: name a file in it, for example {out / 'annotated.png'}")
+    if not out.resolve().parent.is_dir():
+        raise EmbedLensError(f"--out {out} lies in a folder that does not exist: create {out.parent} first")
+    writable = {ending for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
+    if out.suffix.lower() not in writable:
+        raise EmbedLensError(f"--out {out} has no picture ending: end it in .png or .jpg")
+
+
+def _miniature_facts() -> list[str]:
+    """What the folder itself says; nothing is loaded into memory."""
+    from importlib.resources import files
+
+    from safetensors import safe_open
+
+    folder = Path(str(files("embedlens").joinpath("miniature")))
+    weights = folder / "model.safetensors"
+    if not (folder / "config.json").is_file() or not weights.is_file():
+        return ["miniature: missing from this installation; reinstall, or make train"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text, vision = config["text_config"], config["vision_config"]
+    side = vision["image_size"] // vision["patch_size"]
+    with safe_open(weights, "pt") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]
+    size = sum(prod(shape) for shape in shapes)
+    facts = [
+        f"miniature: {config['architectures'][0]}, {size / 1e6:.1f} M parameters, "
+        f"{weights.stat().st_size / 1e6:.0f} MB, ships with this package",
+        f"  vision tower: {vision['num_hidden_layers']} layers of width {vision['hidden_size']}, "
+        f"{vision['image_size']} px in {side}x{side} patches of {vision['patch_size']} px = {side * side} visual tokens",
+        f"  language model: {text['num_hidden_layers']} layers of width {text['hidden_size']}, "
+        f"{text['vocab_size']} embedding rows, {'tied' if text.get('tie_word_embeddings') else 'untied'}",
+    ]
+    return facts
+
+
+
+
+if __name__ == "__main__":
+    main()

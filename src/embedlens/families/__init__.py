@@ -1,0 +1,23 @@
+"""What differs between model families: one small file each, found by the class name in a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from embedlens.families import llava
+
+FAMILIES: tuple[ModuleType, ...] = (llava,)
+
+
+def supported_classes() -> list[str]:
+    """Class names that `embedlens.load` accepts, as written in `architectures` of config.json.
+
+    >>> supported_classes()
+    ['LlavaForConditionalGeneration']
+    """
+    return [name for family in FAMILIES for name in family.CLASSES]
+
+
+def family_of(class_name: str) -> ModuleType | None:
+    """The family whose checkpoints name this class, or None."""
+    return next((family for family in FAMILIES if class_name in family.CLASSES), None)

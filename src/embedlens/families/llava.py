@@ -1,0 +1,102 @@
+"""LLaVA-1.5 and its kin: one square picture, one visual token per patch, a two-layer projector, a Llama decoder.
+
+Source: `transformers.models.llava` (module names of transformers 5) and LLaVA-1.5's own `expand2square`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.patches import Frame, PatchGrid, Preprocessing
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+NAME = "LLaVA-1.5"
+CLASSES = ("LlavaForConditionalGeneration",)
+EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
+
+#: Canonical role → module path below the Hugging Face model.
+MODULES = {
+    "vision_tower": "model.vision_tower",
+    "projector": "model.multi_modal_projector",
+    "decoder": "model.language_model",
+    "embedding": "model.language_model.embed_tokens",
+    "blocks": "model.language_model.layers",
+    "final_norm": "model.language_model.norm",
+    "head": "lm_head",
+}
+
+
+def image_token_id(hf: LlavaForConditionalGeneration) -> int:
+    """Id of the placeholder that visual tokens replace."""
+    return hf.config.image_token_id
+
+
+def canvas_side(hf: LlavaForConditionalGeneration) -> int:
+    """Side of the square that the vision tower reads, px."""
+    return hf.config.vision_config.image_size
+
+
+def set_preprocessing(
+    processor: LlavaProcessor, hf: LlavaForConditionalGeneration, preprocessing: Preprocessing
+) -> None:
+    """Make the stock image processor do one of the three preprocessings.
+
+    LLaVA-1.5 was trained on letterboxed pictures (padded with the mean colour, `image_aspect_ratio: pad`); the
+    processor saved with the llava-hf checkpoints crops the centre instead, so the choice is set, never inherited.
+    """
+    from transformers.image_utils import SizeDict
+
+    side = canvas_side(hf)
+    images = processor.image_processor
+    images.do_resize = True
+    images.do_pad = preprocessing == "letterbox"
+    images.do_center_crop = preprocessing == "centre-crop"
+    images.crop_size = SizeDict(height=side, width=side)
+    images.size = (
+        SizeDict(shortest_edge=side) if preprocessing == "centre-crop" else SizeDict(height=side, width=side)
+    )
+
+
+def patch_grid(
+    hf: LlavaForConditionalGeneration, preprocessing: Preprocessing, picture_size: tuple[int, int]
+) -> PatchGrid:
+    """The grid of a picture of (width, height) px."""
+    side = canvas_side(hf)
+    frame = Frame.of(preprocessing, *picture_size, side=side)
+    return PatchGrid.of_canvas(frame, canvas=(side, side), patch=hf.config.vision_config.patch_size)
+
+
+def visual_features(
+    hf: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "pictures 3 height width"]
+) -> Float[Tensor, "pictures n d"]:
+    """Projected visual tokens: CLIP's layer -2 without CLS through the projector, by the model's own method."""
+    import torch
+
+    return torch.stack(tuple(hf.get_image_features(pixel_values=pixel_values).pooler_output))
+
+
+def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:
+    """Refuse a checkpoint whose settings would break the one-token-per-patch order.
+
+    Raises:
+        EmbedLensError: CLS is kept among the visual tokens, or the processor lacks its patch size.
+    """
+    strategy = hf.config.vision_feature_select_strategy
+    if strategy != "default":
+        raise EmbedLensError(
+            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
+            "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
+        )
+    missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
+    if missing:
+        raise EmbedLensError(
+            f"the processor of {name} does not say its {' and '.join(missing)}: add "
+            f'"patch_size": {hf.config.vision_config.patch_size}, "vision_feature_select_strategy": "{strategy}" '
+            "to processor_config.json"
+        )

@@ -1,0 +1,174 @@
+"""Which words a hidden vector is close to: EmbedLens by input embeddings, LogitLens by the unembedding.
+
+A lens knows vectors and a vocabulary, nothing of the model's inside. Scores of many vectors are computed in slices
+of rows, so that the full [rows, vocabulary] matrix is never held; the result is exact.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+
+if TYPE_CHECKING:
+    from embedlens.vlm import Unembed, VisionLanguageModel
+
+SLICE_BYTES = 64 * 2**20  # of scores held at a time
+
+
+class Lens(ABC):
+    """A score of every vocabulary entry for any hidden vector.
+
+    Attributes:
+        width: d, the length of the vectors it reads.
+        tokens: a readable word per vocabulary entry, V of them.
+    """
+
+    width: int
+    tokens: Sequence[str]
+
+    @abstractmethod
+    def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
+        """Score of every vocabulary entry, float32. For many vectors `topk` needs far less memory."""
+
+    def topk(self, h: Float[Tensor, "*batch d"], k: int = 5) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+        """The k best vocabulary entries: (scores, ids), best first, ties by lowest id.
+
+        Raises:
+            EmbedLensError: the vectors have another width, or k is not between 1 and the size of the vocabulary.
+        """
+        if h.ndim < 1 or h.shape[-1] != self.width:
+            raise EmbedLensError(
+                f"the vectors have shape {tuple(h.shape)}, this lens reads width {self.width}: pass hidden states of "
+                "the model it was made from"
+            )
+        if not 1 <= k <= len(self.tokens):
+            raise EmbedLensError(f"k is {k}: pass 1 to {len(self.tokens)}, the size of the vocabulary")
+        rows = h.detach().reshape(-1, self.width)
+        step = max(1, SLICE_BYTES // (4 * len(self.tokens)))
+        best = [_topk_lowest_id(self.scores(rows[i : i + step]), k) for i in range(0, len(rows), step)]
+        if not best:
+            return h.new_zeros(*h.shape[:-1], k, dtype=torch.float32), h.new_zeros(*h.shape[:-1], k, dtype=torch.long)
+        values, ids = (torch.cat(part).reshape(*h.shape[:-1], k) for part in zip(*best))
+        return values, ids
+
+    def words(self, h: Float[Tensor, "n d"], k: int = 5) -> list[list[str]]:
+        """The k best words of each vector, best first."""
+        if h.ndim != 2:
+            raise EmbedLensError(f"words reads a list of vectors [n, d], not shape {tuple(h.shape)}: flatten it first")
+        return [[self.tokens[index] for index in row] for row in self.topk(h, k)[1].tolist()]
+
+
+class EmbedLens(Lens):
+    """Nearest input embeddings by cosine (Eq. 1 of the paper), at any layer.
+
+    Norms and cosines are float32 whatever the model's dtype. Identical embedding rows get identical scores, so that
+    a tie is a tie on every machine.
+
+    >>> lens = EmbedLens(torch.eye(3), ["a", "b", "c"])
+    >>> lens.words(torch.tensor([[0.0, 2.0, 1.0]]), k=2)
+    [['b', 'c']]
+    """
+
+    def __init__(self, embeddings: Float[Tensor, "V d"], tokens: Sequence[str], exclude: Sequence[int] = ()) -> None:
+        """Args: `exclude` are ids that may never be an answer, say the special tokens (an ablation)."""
+        if len(tokens) != len(embeddings):
+            raise EmbedLensError(f"{len(embeddings)} embedding rows but {len(tokens)} tokens: pass one token per row")
+        self.tokens = tokens
+        self.width = embeddings.shape[1]
+        self._unit = _unit(embeddings)
+        self._exclude = torch.as_tensor(list(exclude), dtype=torch.long, device=embeddings.device)
+        self._repeats, self._originals = _repeated_rows(self._unit)
+
+    @classmethod
+    def from_model(cls, model: VisionLanguageModel, exclude: Sequence[int] = ()) -> EmbedLens:
+        """The lens over the model's real embedding rows."""
+        return cls(model.input_embeddings, model.tokens, exclude)
+
+    def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
+        """Cosine with every embedding row, in [-1, 1] up to rounding; 0 for a zero vector."""
+        cosines = _unit(h.detach().to(self._unit.device)) @ self._unit.T
+        if len(self._repeats):
+            cosines[..., self._repeats] = cosines[..., self._originals]
+        if len(self._exclude):
+            cosines[..., self._exclude] = -torch.inf
+        return cosines
+
+
+class LogitLens(Lens):
+    """What the model would say next if it stopped at this layer: final norm, then head.
+
+    `h` is the residual stream *before* the final norm, as `model.hidden_states` gives it for every layer, the last
+    included; there the lens gives the model's own logits. (Hugging Face's last hidden state is already normed.)
+    """
+
+    def __init__(self, unembed: Unembed, tokens: Sequence[str], norm: bool = True) -> None:
+        """Args: `norm=False` leaves the final norm out (an ablation)."""
+        self.tokens = tokens
+        self.width = unembed.head.weight.shape[1]
+        self.norm = norm
+        self._unembed = unembed
+
+    @classmethod
+    def from_model(cls, model: VisionLanguageModel, norm: bool = True) -> LogitLens:
+        """The lens over the model's own final norm and head."""
+        return cls(model.unembed, model.tokens, norm)
+
+    @torch.no_grad()
+    def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
+        """Logits of every real vocabulary entry."""
+        return self._unembed(h, norm=self.norm).float()
+
+
+def _unit(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Vectors at length one in float32; zero vectors stay zero."""
+    vectors = vectors.detach().float()
+    norms = vectors.norm(dim=-1, keepdim=True)
+    return vectors / torch.where(norms > 0, norms, torch.ones_like(norms))
+
+
+def _topk_lowest_id(scores: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """torch.topk with ties by lowest id, which torch.topk does not promise.
+
+    >>> _topk_lowest_id(torch.tensor([[1.0, 2.0, 2.0, 1.0]]), 3)[1].tolist()
+    [[1, 2, 0]]
+    """
+    values, ids = scores.topk(k, dim=-1)
+    # Equal scores at the border of the k: topk may have taken any of them. Such rows are sorted in full.
+    crowded = ((scores >= values[:, -1:]).sum(-1) > k).nonzero().squeeze(-1)
+    if len(crowded):
+        in_full = scores[crowded].sort(dim=-1, descending=True, stable=True)
+        values[crowded], ids[crowded] = in_full.values[:, :k], in_full.indices[:, :k]
+    # Equal scores inside the k: order by id first, then stably by score.
+    by_id = ids.argsort(dim=-1)
+    values, ids = values.gather(-1, by_id), ids.gather(-1, by_id)
+    by_score = values.argsort(dim=-1, descending=True, stable=True)
+    return values.gather(-1, by_score), ids.gather(-1, by_score)
+
+
+def _repeated_rows(rows: Float[Tensor, "V d"]) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:
+    """Rows that repeat an earlier one bit for bit, and the first row each repeats.
+
+    A matrix product may round equal columns differently, depending on where they stand; copying scores from the
+    first makes ties exact. Repeats are found by a random projection of the bits and then compared in full.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(1, 2**31, (rows.shape[1],), generator=generator).to(rows.device)
+    bits = (rows + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    keys = torch.cat([(part.long() * weights).sum(-1) for part in bits.split(4096)])
+    order = keys.argsort(stable=True)
+    same = keys[order][1:] == keys[order][:-1]
+    if not bool(same.any()):
+        empty = torch.zeros(0, dtype=torch.long, device=rows.device)
+        return empty, empty
+    first = torch.cat([same.new_zeros(1), same]).logical_not()
+    originals = order[first][first.cumsum(0) - 1]
+    repeats = order != originals
+    repeats &= (bits[order] == bits[originals]).all(-1)
+    return order[repeats], originals[repeats]

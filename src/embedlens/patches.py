@@ -1,0 +1,216 @@
+"""Pixels of the original picture ↔ patch grid ↔ order of the visual tokens; no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+
+Preprocessing = Literal["letterbox", "centre-crop", "stretch"]
+PREPROCESSINGS: tuple[str, ...] = get_args(Preprocessing)
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What part of the picture's plane the model's canvas shows, exactly.
+
+    Coordinates are pixels of the original picture, x to the right and y down, pixel (i, j) covering [i, i+1) x [j, j+1).
+    The window reaches beyond the picture where the canvas has bars, and lies inside it where the canvas cuts.
+    Resampling rounds nothing here: the canvas is the window, stretched.
+    """
+
+    width: int  # of the original picture, px
+    height: int  # of the original picture, px
+    window: tuple[Fraction, Fraction, Fraction, Fraction]  # x0, y0, x1, y1 of the canvas, px of the original picture
+
+    @classmethod
+    def letterbox(cls, width: int, height: int) -> Frame:
+        """The whole picture, centred in a square with bars, as LLaVA-1.5 does.
+
+        The bar before the picture is (long - short) // 2 pixels, the one behind it takes the odd pixel
+        (`expand2square` of LLaVA, `LlavaImageProcessorPil.pad_to_square`).
+
+        >>> Frame.letterbox(640, 427).box
+        (0.0, -106.0, 640.0, 534.0)
+        """
+        side = max(width, height)
+        left, top = (side - width) // 2, (side - height) // 2
+        return cls._of(width, height, -left, -top, side - left, side - top)
+
+    @classmethod
+    def centre_crop(cls, width: int, height: int, side: int) -> Frame:
+        """The central square, as CLIP does: short side resized to `side` px, then the middle cut out.
+
+        The processor truncates the long side and the left edge to whole pixels of the resized picture, so `side`
+        enters.
+
+        >>> Frame.centre_crop(640, 480, side=336).box
+        (80.0, 0.0, 560.0, 480.0)
+        """
+        short, long = min(width, height), max(width, height)
+        resized_long = int(side * long / short)  # in floating point, as transformers' get_resize_output_image_size
+        first = (resized_long - side) // 2
+        start, stop = Fraction(first * long, resized_long), Fraction((first + side) * long, resized_long)
+        if width <= height:
+            return cls._of(width, height, 0, start, width, stop)
+        return cls._of(width, height, start, 0, stop, height)
+
+    @classmethod
+    def stretch(cls, width: int, height: int) -> Frame:
+        """The whole picture, its two sides scaled apart to fill the canvas.
+
+        >>> Frame.stretch(640, 480).box
+        (0.0, 0.0, 640.0, 480.0)
+        """
+        return cls._of(width, height, 0, 0, width, height)
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing, width: int, height: int, side: int) -> Frame:
+        """The frame of a picture under a named preprocessing with a square canvas of `side` px."""
+        if preprocessing == "letterbox":
+            return cls.letterbox(width, height)
+        if preprocessing == "centre-crop":
+            return cls.centre_crop(width, height, side)
+        if preprocessing == "stretch":
+            return cls.stretch(width, height)
+        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+
+    @classmethod
+    def _of(cls, width: int, height: int, *window: int | Fraction) -> Frame:
+        if width < 1 or height < 1:
+            raise EmbedLensError(f"a picture of {width}x{height} has no pixels: pass one with both sides at least 1")
+        return cls(width, height, tuple(Fraction(edge) for edge in window))
+
+    @property
+    def box(self) -> Box:
+        """The window as floats: x0, y0, x1, y1 in px of the original picture."""
+        return tuple(float(edge) for edge in self.window)
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Which patch of the picture each visual token is, in raster order: left to right, then top to bottom.
+
+    All coordinates are pixels of the original picture, whatever the model's preprocessing did to it.
+
+    >>> grid = PatchGrid(rows=8, cols=8, frame=Frame.letterbox(112, 84))
+    >>> len(grid), grid.box(8)
+    (64, (0.0, 0.0, 14.0, 14.0))
+    >>> grid.patch_at(20.5, 3)
+    9
+    >>> int(grid.padded.sum())
+    16
+    """
+
+    rows: int
+    cols: int
+    frame: Frame
+    #: Share of the canvas that the grid covers, across and down. 1 unless the patch size does not divide the canvas:
+    #: then the vision tower's convolution drops the remainder at the right and at the bottom.
+    covered: tuple[Fraction, Fraction] = (Fraction(1), Fraction(1))
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise EmbedLensError(f"a grid of {self.rows}x{self.cols} patches is empty: both sides are at least 1")
+
+    @classmethod
+    def of_canvas(cls, frame: Frame, canvas: tuple[int, int], patch: int) -> PatchGrid:
+        """The grid that patches of `patch` px make on a canvas of (width, height) px.
+
+        >>> grid = PatchGrid.of_canvas(Frame.stretch(380, 384), canvas=(380, 384), patch=14)
+        >>> grid.rows, grid.cols, grid.box(26)
+        (27, 27, (364.0, 0.0, 378.0, 14.0))
+        """
+        width, height = canvas
+        cols, rows = width // patch, height // patch
+        return cls(rows, cols, frame, (Fraction(cols * patch, width), Fraction(rows * patch, height)))
+
+    def __len__(self) -> int:
+        return self.rows * self.cols
+
+    @cached_property
+    def _edges(self) -> tuple[list[Fraction], list[Fraction]]:
+        """Column edges and row edges, px of the original picture, exact."""
+        x0, y0, x1, y1 = self.frame.window
+        step_x = (x1 - x0) * self.covered[0] / self.cols
+        step_y = (y1 - y0) * self.covered[1] / self.rows
+        return [x0 + step_x * c for c in range(self.cols + 1)], [y0 + step_y * r for r in range(self.rows + 1)]
+
+    def _row_col(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise EmbedLensError(f"no patch {index}: this grid of {self.rows}x{self.cols} has 0 to {len(self) - 1}")
+        return divmod(int(index), self.cols)
+
+    def cell(self, index: int) -> Box:
+        """The whole cell of a patch: x0, y0, x1, y1. Reaches outside the picture where the cell lies in a bar."""
+        row, col = self._row_col(index)
+        xs, ys = self._edges
+        return float(xs[col]), float(ys[row]), float(xs[col + 1]), float(ys[row + 1])
+
+    def box(self, index: int) -> Box:
+        """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1.
+
+        A cell wholly in the bars shows nothing: its box has no area and lies on the picture's edge.
+
+        >>> PatchGrid(4, 4, Frame.letterbox(100, 50)).box(0)
+        (0.0, 0.0, 25.0, 0.0)
+        """
+        x0, y0, x1, y1 = self.cell(index)
+        width, height = self.frame.width, self.frame.height
+        return min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)
+
+    @cached_property
+    def boxes(self) -> Float[Tensor, "n 4"]:
+        """`box` of every patch."""
+        return torch.tensor([self.box(index) for index in range(len(self))], dtype=torch.float32)
+
+    @cached_property
+    def centres(self) -> Float[Tensor, "n 2"]:
+        """Centre (x, y) of every cell; outside the picture for a cell whose middle lies in a bar."""
+        xs, ys = self._edges
+        middle_x = [float(a + b) / 2 for a, b in zip(xs, xs[1:])]
+        middle_y = [float(a + b) / 2 for a, b in zip(ys, ys[1:])]
+        return torch.tensor([(x, y) for y in middle_y for x in middle_x], dtype=torch.float32)
+
+    @cached_property
+    def padded(self) -> Bool[Tensor, "n"]:
+        """Which patches lie wholly in the bars, that is, show no pixel of the picture."""
+        xs, ys = self._edges
+        bar_x = [b <= 0 or a >= self.frame.width for a, b in zip(xs, xs[1:])]
+        bar_y = [b <= 0 or a >= self.frame.height for a, b in zip(ys, ys[1:])]
+        return torch.tensor([row or col for row in bar_y for col in bar_x], dtype=torch.bool)
+
+    def inside(self, box: Sequence[float]) -> Bool[Tensor, "n"]:
+        """Which patches have their centre in a box x0, y0, x1, y1 (left and top edge count, right and bottom do not).
+
+        >>> PatchGrid(2, 2, Frame.stretch(10, 10)).inside((0, 0, 10, 5)).tolist()
+        [True, True, False, False]
+        """
+        x0, y0, x1, y1 = box
+        x, y = self.centres.unbind(-1)
+        return (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+
+    def patch_at(self, x: float, y: float) -> int:
+        """Index of the patch that shows the point (x, y); a point in the bars has its patch too.
+
+        Raises:
+            EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it.
+        """
+        xs, ys = self._edges
+        if not (xs[0] <= x < xs[-1] and ys[0] <= y < ys[-1]):
+            raise EmbedLensError(
+                f"no patch shows the point ({x:g}, {y:g}): the grid covers x from {float(xs[0]):g} to "
+                f"{float(xs[-1]):g} and y from {float(ys[0]):g} to {float(ys[-1]):g}"
+            )
+        col = max(c for c in range(self.cols) if xs[c] <= x)
+        row = max(r for r in range(self.rows) if ys[r] <= y)
+        return row * self.cols + col

@@ -1,0 +1,644 @@
+"""A stock Hugging Face vision-language model: prompts, visual positions, layers, embeddings, unembedding.
+
+Nothing is reimplemented: the wrapper calls the model's own modules and reads them with hooks, so its numbers are the
+stock model's numbers, bit for bit. It checks itself when it is built and refuses to hand out wrong data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from embedlens.errors import EmbedLensError
+from embedlens.families import family_of, supported_classes
+from embedlens.patches import PREPROCESSINGS, PatchGrid, Preprocessing
+from embedlens.pictures import Picture, open_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import PreTrainedModel, ProcessorMixin
+
+MINIATURE = "miniature"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One picture and one question, ready to enter layer 0."""
+
+    image: Image
+    """The picture as the processor read it: upright RGB, original size."""
+    question: str
+    ids: Int[Tensor, "s"]
+    """Token ids, the image placeholder expanded to one id per visual token."""
+    embeds: Float[Tensor, "s d"]
+    """What enters layer 0; the text rows are embeddings, the visual rows are projected features."""
+    visual: Bool[Tensor, "s"]
+    """Which positions are visual tokens; the i-th True is patch i of `grid`."""
+    grid: PatchGrid
+    pixel_values: Float[Tensor, "1 3 height width"] = field(repr=False)
+    """What entered the vision tower."""
+
+    def __post_init__(self) -> None:
+        length = len(self.ids)
+        if self.embeds.shape[:1] != (length,) or self.visual.shape != (length,):
+            raise EmbedLensError(
+                f"the prompt has {length} ids, embeds of shape {tuple(self.embeds.shape)} and a visual mask of shape "
+                f"{tuple(self.visual.shape)}: all three need the same first side"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Unembed:
+    """Residual stream → logits: the model's own final norm, then its own head."""
+
+    final_norm: nn.Module
+    head: nn.Module
+    n_rows: int
+    """Logits returned: one per real row of the vocabulary, padded rows cut off."""
+
+    def __call__(self, h: Float[Tensor, "*batch d"], norm: bool = True) -> Float[Tensor, "*batch V"]:
+        """Logits of a residual stream taken *before* the final norm.
+
+        Args:
+            h: residual stream; moved to the head's device and dtype.
+            norm: False leaves the final norm out (an ablation: some published logit lenses do).
+        """
+        weight = self.head.weight
+        h = h.to(weight.device, weight.dtype)
+        return self.head(self.final_norm(h) if norm else h)[..., : self.n_rows]
+
+
+class VisionLanguageModel:
+    """A stock model with its processor, wrapped; made by `load`.
+
+    Attributes:
+        hf: the Hugging Face model, in eval mode, untouched.
+        processor: its processor, set to `preprocessing`.
+        name: what was passed to `load`.
+        family: the module under `embedlens.families` that knows this class.
+        blocks: the decoder's transformer blocks, `n_layers` of them.
+        input_embeddings: Float[V, d], the embedding rows of the tokenizer's vocabulary; never padded rows.
+        unembed: final norm and head, `unembed(h) → logits`.
+        tied: whether embedding and head are one matrix.
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, processor: ProcessorMixin, name: str, preprocessing: Preprocessing = "letterbox"
+    ) -> None:
+        if preprocessing not in PREPROCESSINGS:
+            raise EmbedLensError(
+                f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}"
+            )
+        self.hf = hf.eval()
+        self.processor = processor
+        self.name = name
+        self.preprocessing = preprocessing
+        self.family = _family(type(hf).__name__, name)
+        self.family.check_config(hf, processor, name)
+        self.family.set_preprocessing(processor, hf, preprocessing)
+        if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
+            raise EmbedLensError(f"{name} has no chat template: add chat_template.jinja, as the model was trained with")
+        self.decoder = self._module("decoder")
+        self.blocks = self._module("blocks")
+        embedding, head = self._module("embedding"), self._module("head")
+        self._n_rows = _real_rows(processor.tokenizer, self.family.image_token_id(hf), len(embedding.weight), name)
+        self.unembed = Unembed(self._module("final_norm"), head, self._n_rows)
+        self.tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+        self._check()
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.hf.parameters()) / 1e6
+        return (
+            f"<{self.name}: {type(self.hf).__name__}, {size:.1f} M parameters, {self.n_layers} layers of width "
+            f"{self.width}, {self._n_rows} tokens, {'tied' if self.tied else 'untied'} embeddings, {self.preprocessing}>"
+        )
+
+    # --- what the model is -------------------------------------------------------------------------------------------
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """Width d of the residual stream."""
+        return self._module("embedding").weight.shape[1]
+
+    @property
+    def tokenizer(self):
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where embeddings live, and where prompts are put."""
+        return self._module("embedding").weight.device
+
+    @property
+    def input_embeddings(self) -> Float[Tensor, "V d"]:
+        """Embedding rows of ids 0 to V-1: all real ones. A view on the weight, in the model's dtype.
+
+        Left out are rows that pad the matrix to a round size, and placeholders that close the vocabulary (image
+        and padding token of llava-hf checkpoints, never read as input).
+        """
+        return self._module("embedding").weight.detach()[: self._n_rows]
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """A readable word for each row of `input_embeddings`."""
+        from embedlens.words import readable_tokens
+
+        return readable_tokens(self.tokenizer, self._n_rows)
+
+    def _module(self, role: str) -> nn.Module:
+        path = self.family.MODULES[role]
+        try:
+            return self.hf.get_submodule(path)
+        except AttributeError:
+            import transformers
+
+            raise EmbedLensError(
+                f"{type(self.hf).__name__} of transformers {transformers.__version__} has no module {path}: "
+                f"install the version in requirements.lock, or correct MODULES[{role!r}] in {self.family.__name__}"
+            ) from None
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def prompt(self, image: Picture, question: str) -> Prompt:
+        """A picture and a question as the model reads them, in its own chat format.
+
+        Args:
+            image: path, PIL image or uint8 array; see `embedlens.pictures.open_picture`.
+            question: one question, without the image placeholder.
+
+        Raises:
+            EmbedLensError: the picture cannot be read, or the question is empty or holds the placeholder.
+        """
+        return self.prompts([image], [question])[0]
+
+    def prompts(self, images: Sequence[Picture], questions: Sequence[str]) -> list[Prompt]:
+        """Several prompts, their pictures through the vision tower in one batch."""
+        if len(images) != len(questions):
+            raise EmbedLensError(
+                f"{len(images)} pictures but {len(questions)} questions: pass one question per picture"
+            )
+        if not images:
+            return []
+        pictures = [open_picture(image) for image in images]
+        inputs = [self._inputs(picture, question) for picture, question in zip(pictures, questions)]
+        pixel_values = torch.cat([pixels for _, pixels in inputs])
+        features = self._features(pixel_values)
+        return [
+            self._assemble(picture, question, ids, pixels, row)
+            for picture, question, (ids, pixels), row in zip(pictures, questions, inputs, features)
+        ]
+
+    def _inputs(self, picture: Image, question: str) -> tuple[Int[Tensor, "s"], Float[Tensor, "1 3 height width"]]:
+        """Ids and pixels, by the stock processor and its chat template."""
+        if not isinstance(question, str) or not question.strip():
+            raise EmbedLensError("the question is empty: ask something, for example 'What is in the picture?'")
+        if self.processor.image_token in question:
+            raise EmbedLensError(
+                f"the question holds the image placeholder {self.processor.image_token}: leave it out, "
+                "the chat format puts the picture in"
+            )
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        return inputs["input_ids"][0].to(self.device), inputs["pixel_values"].to(self.device, self.hf.dtype)
+
+    @torch.no_grad()
+    def _features(self, pixel_values: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures n d"]:
+        return self.family.visual_features(self.hf, pixel_values)
+
+    @torch.no_grad()
+    def _assemble(self, picture: Image, question: str, ids: Tensor, pixels: Tensor, features: Tensor) -> Prompt:
+        visual = ids == self.family.image_token_id(self.hf)
+        grid = self.family.patch_grid(self.hf, self.preprocessing, picture.size)
+        if not int(visual.sum()) == len(grid) == len(features):
+            raise EmbedLensError(
+                f"{self.name}: the processor writes {int(visual.sum())} image tokens, the patch grid has {len(grid)}, "
+                f"the vision tower gives {len(features)}: make patch_size, num_additional_image_tokens and "
+                "vision_feature_select_strategy of the processor agree with the model's config"
+            )
+        embeds = self.hf.get_input_embeddings()(ids)
+        embeds = embeds.masked_scatter(visual[:, None], features.to(embeds.device, embeds.dtype))
+        return Prompt(picture, question, ids, embeds, visual, grid, pixels)
+
+    def visual_features(self, images: Sequence[Picture], batch_size: int = 32) -> Float[Tensor, "pictures n d"]:
+        """Projected visual tokens of several pictures, without any text: what their visual positions bring to layer 0."""
+        if not len(images):
+            raise EmbedLensError("no pictures: pass at least one")
+        pixels = [
+            self.processor.image_processor(open_picture(image), return_tensors="pt")["pixel_values"]
+            for image in images
+        ]
+        batches = torch.cat(pixels).to(self.device, self.hf.dtype).split(batch_size)
+        return torch.cat([self._features(batch) for batch in batches])
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logits(self, prompt: Prompt) -> Float[Tensor, "s V"]:
+        """Next-token logits at every position, real rows only."""
+        output = self.hf(inputs_embeds=prompt.embeds[None], use_cache=False)
+        return output.logits[0, :, : self._n_rows]
+
+    def hidden_states(self, prompt: Prompt) -> Float[Tensor, "layers s d"]:
+        """The residual stream: index 0 enters the first block, index l leaves block l-1, `n_layers` + 1 in all.
+
+        The last one is taken *before* the final norm. Hugging Face's own `hidden_states[-1]` is after it, so the two
+        agree everywhere but there.
+        """
+        return self.hidden_states_of([prompt])[0]
+
+    def hidden_states_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> list[Float[Tensor, "layers s d"]]:
+        """`hidden_states` of several prompts, run together and padded on the right."""
+        streams: list[Tensor] = []
+        for batch in _batches(prompts, batch_size):
+            embeds, mask = _pad(batch, side="right")
+            with self._recording() as layers, torch.no_grad():
+                self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+            # one device for all layers: with device_map the blocks may live on several
+            stacked = torch.stack([layer.to(embeds.device) for layer in layers], dim=1)
+            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, batch)]
+        return streams
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[Float[Tensor, "batch s d"]]]:
+        """Collects what enters the first block and what leaves each; its hooks, and only they, go at the end."""
+        layers: list[Tensor] = []
+
+        def enter(module, args, kwargs):
+            layers.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+        def leave(module, args, output):
+            # a tuple in transformers 4, the tensor itself in transformers 5
+            layers.append((output[0] if isinstance(output, tuple) else output).detach())
+
+        hooks = [self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+        hooks += [block.register_forward_hook(leave) for block in self.blocks]
+        try:
+            yield layers
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def answer(self, prompt: Prompt, max_new_tokens: int = 16) -> str:
+        """The model's greedy answer."""
+        return self.answers([prompt], max_new_tokens)[0]
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 16, batch_size: int = 8) -> list[str]:
+        """Greedy answers to several prompts, run together and padded on the left."""
+        from transformers import GenerationConfig
+
+        if max_new_tokens < 1:
+            raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
+        own = self.hf.generation_config
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        greedy = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
+            pad_token_id=pad,
+        )
+        texts: list[str] = []
+        for batch in _batches(prompts, batch_size):
+            embeds, mask = _pad(batch, side="left")
+            if mask is None:
+                mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=greedy)
+            texts += [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+        return texts
+
+    # --- checking ----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """One small prompt through the model: are the declared parts the ones that compute the answer?
+
+        Raises:
+            EmbedLensError: naming the part that is not what the family file says.
+        """
+        expected = self.hf.config.get_text_config().num_hidden_layers
+        if self.n_layers != expected:
+            raise EmbedLensError(
+                f"{self.name} has {self.n_layers} modules under {self.family.MODULES['blocks']} but its config says "
+                f"{expected} layers: correct MODULES['blocks'] in {self.family.__name__}"
+            )
+        prompt = self.prompt(_check_picture(), "What is this?")
+        with self._recording() as layers:
+            logits = self.logits(prompt)
+        if len(layers) != self.n_layers + 1:
+            raise EmbedLensError(
+                f"{self.name} ran {len(layers) - 1} of {self.n_layers} blocks: the checkpoint skips layers, which this "
+                "wrapper does not support"
+            )
+        if not torch.isfinite(logits).all():
+            raise EmbedLensError(
+                f"{self.name} gives logits that are not finite in {self.hf.dtype}: pass dtype='float32' or 'bfloat16'"
+            )
+        with torch.no_grad():
+            read = self.unembed(layers[-1][0])
+        if not torch.allclose(read.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+            raise EmbedLensError(
+                f"final norm and head of {self.name} do not turn the last block's output into its logits: correct "
+                f"MODULES['final_norm'] and MODULES['head'] in {self.family.__name__}"
+            )
+        # The effect: text after the picture must see the visual rows, or masks over them would mean nothing.
+        blank = prompt.embeds.masked_fill(prompt.visual[:, None], 0)
+        with torch.no_grad():
+            changed = self.hf(inputs_embeds=blank[None], use_cache=False).logits[0, -1, : self._n_rows]
+        if torch.equal(changed, logits[-1]):
+            raise EmbedLensError(
+                f"{self.name} answers the same with its visual tokens blanked: the weights ignore the picture, or the "
+                f"chat format puts it after the question; compare the folder with {self.family.EXAMPLES[0]}"
+            )
+
+
+def load(
+    name_or_folder: str | Path = MINIATURE,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantize: Literal["4bit", "8bit"] | None = None,
+    preprocessing: Preprocessing = "letterbox",
+) -> VisionLanguageModel:
+    """A model to study: the shipped miniature, a checkpoint folder, or a Hugging Face repository.
+
+    Args:
+        name_or_folder: `"miniature"`, a folder that `save_pretrained` wrote, or a repository id such as
+            `llava-hf/llava-1.5-7b-hf`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or `"auto"` to spread the layers over all GPUs.
+            Default: the first GPU if there is one, else the CPU.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: float32 for the miniature and on the CPU, the
+            checkpoint's own on a GPU.
+        quantize: `"4bit"` or `"8bit"` weights through bitsandbytes (needs a CUDA GPU).
+        preprocessing: how a picture becomes a square. LLaVA-1.5 was trained with `"letterbox"`; the stock processor
+            of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
+
+    Raises:
+        EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
+            missing processor, unknown device, dtype, quantisation or preprocessing.
+    """
+    device_map = _device(device)
+    if preprocessing not in PREPROCESSINGS:
+        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+    own_dtype = "auto" if device_map != "cpu" and name_or_folder != MINIATURE else torch.float32
+    weights_dtype = own_dtype if dtype is None else _dtype(dtype)
+    quantization = _quantization(quantize, device_map)
+    source = _locate(name_or_folder)
+    name = str(name_or_folder)
+    _family(_class_name(source, name), name)
+    if isinstance(source, Path):
+        _check_weight_files(source, name)
+    hf = _load_weights(source, name, device_map, weights_dtype, quantization)
+    return VisionLanguageModel(hf, _load_processor(source, name), name, preprocessing)
+
+
+def _family(class_name: str, name: str) -> ModuleType:
+    family = family_of(class_name)
+    if family is None:
+        raise EmbedLensError(
+            f"{name} is a {class_name}, which is not supported: pass a checkpoint of {', '.join(supported_classes())}"
+        )
+    return family
+
+
+def _device(device: str | torch.device | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "auto"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise EmbedLensError(f"unknown device {device!r}: pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'") from None
+    if wanted.type == "cuda":
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if seen == 0:
+            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch sees no CUDA GPU: pass device='cpu'")
+        if (wanted.index or 0) >= seen:
+            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch sees {seen} GPU(s): pass 'cuda:0'")
+    elif wanted.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch has no MPS here: pass device='cpu'")
+    elif wanted.type != "cpu":
+        raise EmbedLensError(f"unsupported device {device!r}: pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'")
+    return str(wanted)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES.values() else None
+    if known is None:
+        raise EmbedLensError(f"unknown dtype {dtype!r}: pass one of {', '.join(map(repr, DTYPES))}")
+    return known
+
+
+def _quantization(quantize: str | None, device_map: str):
+    from importlib.util import find_spec
+
+    if quantize is None:
+        return None
+    if quantize not in ("4bit", "8bit"):
+        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit', '8bit' or None")
+    if device_map == "cpu" or not torch.cuda.is_available():
+        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU: leave it out on this device ({device_map})")
+    if find_spec("bitsandbytes") is None:
+        raise EmbedLensError(f"quantize={quantize!r} needs bitsandbytes: pip install bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    # The head stays unquantised, which lenses rely on; transformers' default does that too.
+    return BitsAndBytesConfig(
+        load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit", bnb_4bit_compute_dtype=torch.float16
+    )
+
+
+def _locate(name_or_folder: str | Path) -> Path | str:
+    """The checkpoint's folder, or a repository id."""
+    if name_or_folder == MINIATURE:
+        folder = Path(str(files("embedlens").joinpath(MINIATURE)))
+        if not (folder / "config.json").is_file():
+            raise EmbedLensError(f"the miniature is missing from this installation ({folder}): reinstall, or make train")
+        return folder
+    if not str(name_or_folder):
+        raise EmbedLensError("the model name is empty: pass 'miniature', a folder or a Hugging Face repository id")
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise EmbedLensError(f"{folder} is a file: pass the folder that holds config.json and the weights")
+    text = str(name_or_folder)
+    if text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not text.endswith("/"):
+        return text
+    raise EmbedLensError(
+        f"no folder {text!r}: pass 'miniature', a checkpoint folder, or a Hugging Face repository id such as "
+        "llava-hf/llava-1.5-7b-hf"
+    )
+
+
+def _class_name(source: Path | str, name: str) -> str:
+    """The model class that config.json names."""
+    if isinstance(source, Path):
+        config = source / "config.json"
+        if not config.is_file():
+            raise EmbedLensError(
+                f"{name} is no checkpoint, it has no config.json: pass the folder that model.save_pretrained wrote"
+            )
+    else:
+        from transformers.utils import cached_file
+
+        try:
+            config = Path(cached_file(source, "config.json"))
+        except (OSError, ValueError) as error:
+            raise EmbedLensError(
+                f"no folder {name!r}, and the Hugging Face hub did not give a model of this name: check the spelling "
+                f"and the connection, or pass a folder ({_first_line(error)})"
+            ) from None
+    try:
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["model of unnamed class"]
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise EmbedLensError(f"config.json of {name} is not a JSON object: download or save the model again") from None
+    return architectures[0]
+
+
+def _check_weight_files(folder: Path, name: str) -> None:
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            if absent:
+                raise EmbedLensError(f"{name} lacks {len(absent)} of {len(shards)} weight files ({absent[0]}): copy them too")
+            return
+    if not any((folder / file).is_file() for file in ("model.safetensors", "pytorch_model.bin")):
+        raise EmbedLensError(f"no weights in {name}: model.safetensors is missing; save or download the model again")
+
+
+def _load_weights(source: Path | str, name: str, device_map: str, dtype, quantization) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with _quiet(isinstance(source, Path)):
+            hf, found = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=dtype,
+                device_map=None if device_map == "cpu" else device_map,
+                quantization_config=quantization,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise EmbedLensError(
+            f"the weights of {name} cannot be loaded: save or download the model again ({_first_line(error)})"
+        ) from error
+    absent = sorted(found["missing_keys"])
+    if absent:
+        # transformers would go on with random numbers in their place
+        raise EmbedLensError(
+            f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model, not a part"
+        )
+    return hf
+
+
+def _load_processor(source: Path | str, name: str) -> ProcessorMixin:
+    from transformers import AutoProcessor
+
+    try:
+        # Pillow resizes the same everywhere; torchvision, where installed, would give other pixels.
+        processor = AutoProcessor.from_pretrained(source, backend="pil")
+    except Exception as error:  # the ways in which parts of a processor can be missing or damaged have no common class
+        raise EmbedLensError(
+            f"{name} has no usable processor: add the files that processor.save_pretrained writes "
+            f"(processor_config.json, tokenizer.json, ...) ({_first_line(error)})"
+        ) from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise EmbedLensError(
+            f"{name} has no image processor, only a {type(processor).__name__}: add processor_config.json, as "
+            "processor.save_pretrained writes it"
+        )
+    return processor
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """No progress bar while a local folder loads: it takes no time, and notebooks would keep the bar."""
+    from transformers.utils import logging
+
+    if not (quiet and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _real_rows(tokenizer, image_token_id: int, n_embeddings: int, name: str) -> int:
+    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder."""
+    placeholders = {image_token_id, tokenizer.pad_token_id}
+    real = [index for index in tokenizer.get_vocab().values() if index not in placeholders]
+    n_rows = 1 + max(real)
+    if n_rows > n_embeddings:
+        raise EmbedLensError(
+            f"the tokenizer of {name} has ids up to {n_rows - 1}, the embedding only {n_embeddings} rows: "
+            "tokenizer and weights are of different models; copy both from one"
+        )
+    return n_rows
+
+
+def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[Sequence[Prompt]]:
+    if batch_size < 1:
+        raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
+    for start in range(0, len(prompts), batch_size):
+        yield prompts[start : start + batch_size]
+
+
+def _pad(
+    prompts: Sequence[Prompt], side: Literal["left", "right"]
+) -> tuple[Float[Tensor, "batch s d"], Int[Tensor, "batch s"] | None]:
+    """Embeddings side by side, and their attention mask; None where nothing is padded, as for a single prompt."""
+    longest = max(map(len, prompts))
+    if all(len(prompt) == longest for prompt in prompts):
+        return torch.stack([prompt.embeds for prompt in prompts]), None
+    first = prompts[0].embeds
+    embeds = first.new_zeros(len(prompts), longest, first.shape[-1])
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=first.device)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt) if side == "left" else 0
+        embeds[row, start : start + len(prompt)] = prompt.embeds
+        mask[row, start : start + len(prompt)] = 1
+    return embeds, mask
+
+
+def _check_picture() -> Image:
+    """A gradient, wider than high, so that a wrong grid or an ignored picture shows."""
+    from PIL import Image
+
+    return Image.linear_gradient("L").resize((64, 48)).convert("RGB")

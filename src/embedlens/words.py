@@ -1,0 +1,72 @@
+"""Vocabulary entries as words that people can read."""
+
+from __future__ import annotations
+
+import re
+
+SPACES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣", "\u00a0": "␣"}
+RAW_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
+    """One readable word per id from 0 to n_tokens - 1.
+
+    A token that starts a word (leading space) is the bare word: `dog`. A letter or digit piece that continues one
+    has a dot before it: `·og`. Special tokens stay as they are: `<s>`. White space is drawn: `⏎`, `␣`. Bytes that
+    are no text by themselves are written `<0xE3>`.
+
+    Args:
+        tokenizer: byte-level BPE (GPT-2, Qwen, the miniature) or SentencePiece (Llama), fast.
+    """
+    pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
+    special = set(tokenizer.all_special_tokens)
+    # Byte-level vocabularies contain Ġ, the byte of a space, as every one of their entries is spelled in such bytes.
+    byte_level = "Ġ" in tokenizer.get_vocab()
+    bytes_of = _byte_of_character() if byte_level else None
+    return [_readable(piece, bytes_of, special) for piece in pieces]
+
+
+def _readable(piece: str | None, bytes_of: dict[str, int] | None, special: set[str]) -> str:
+    if piece is None:
+        return "<none>"
+    if piece in special:
+        return piece
+    if bytes_of is None:
+        raw = RAW_BYTE.fullmatch(piece)
+        data = bytes([int(raw[1], 16)]) if raw else piece.replace("▁", " ").encode()
+    elif all(character in bytes_of for character in piece):
+        data = bytes(bytes_of[character] for character in piece)
+    else:
+        return piece  # an added token: spelled as it is
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return "".join(f"<0x{byte:02X}>" for byte in data)
+    return _drawn(text)
+
+
+def _drawn(text: str) -> str:
+    """The text of one token, its white space and control characters made visible.
+
+    >>> [_drawn(text) for text in (" dog", "og", ".", "\\n", " ", "  x", "\\x00")]
+    ['dog', '·og', '.', '⏎', '␣', '␣x', '<0x00>']
+    """
+    starts_word = text.startswith(" ") and text.strip() != ""
+    body = text[1:] if starts_word else text
+    drawn = "".join(
+        SPACES.get(c, c if c.isprintable() else "".join(f"<0x{byte:02X}>" for byte in c.encode())) for c in body
+    )
+    return "·" + drawn if not starts_word and body[:1].isalnum() else drawn
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's table of printable stand-ins for the 256 bytes, turned around.
+
+    Bytes that print stand for themselves, the others for the characters from U+0100 on, in order.
+
+    >>> _byte_of_character()["Ġ"], _byte_of_character()["a"]
+    (32, 97)
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
