@@ -340,7 +340,7 @@ def glued(notebook: Notebook) -> list[str]:
 def glue_references(text: str) -> list[tuple[str | None, str]]:
     """The (document, key) pairs that a page's Markdown refers to; document None is the page itself.
 
-    >>> glue_references("recall {glue:text}`recall:.1%`, elsewhere {glue:text}`02.ipynb::chance`")
+    >>> glue_references("recall {glue:text}`recall:.1%`, elsewhere {glue:text}`02.ipynb::chance:.2f`")
     [(None, 'recall'), ('02.ipynb', 'chance')]
     """
     text = CODE_FENCE.sub("", text)
@@ -369,6 +369,10 @@ def glue_faults(root: Path, book_pages: Sequence[Path]) -> list[str]:
     faults = []
     used = set()
     for page, text in texts.items():
+        faults += [
+            f"{page}: {{glue:text}}`{target}` needs a format behind the key (:s, :d, :.1%), or MyST misreads its path"
+            for target in re.findall(r"\{glue:text\}`([^`]+::[^`:]+)`", CODE_FENCE.sub("", text))
+        ]
         for document, key in glue_references(text):
             home = Path(os.path.normpath(page.parent / document)) if document else page
             if not home.suffix:
@@ -494,9 +498,9 @@ def render(source: Path, work: Path) -> Path:
         BookError: with what Sphinx warned about.
     """
     shutil.rmtree(work, ignore_errors=True)  # pages that left the table of contents would stay otherwise
-    command = [sys.executable, "-m", "jupyter_book", "build", str(source), "--path-output", str(work)]
+    command_line = "from jupyter_book.cli.main import main; main()"
     done = subprocess.run(
-        [*command, "-W", "-n", "--keep-going"],
+        [sys.executable, "-c", command_line, "build", source, "--path-output", work, "-W", "-n", "--keep-going"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},

@@ -1,0 +1,294 @@
+"""The rules of the book: each passes a sound page and catches the fault it exists for."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from embedlens import book
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = "n_images: int = 4  # pictures to measure on\nseed: int = 0  # of the draw"
+
+
+def glue_output(key):
+    data = {"application/papermill.record/text/plain": "0.5"}
+    return new_output("display_data", data, metadata={"scrapbook": {"name": key}})
+
+
+def ran(*sources, outputs=()):
+    """A notebook of code cells that were run in order; `outputs` belong to the last."""
+    cells = [new_code_cell(source, execution_count=number) for number, source in enumerate(sources, start=1)]
+    if cells:
+        cells[-1]["outputs"] = list(outputs)
+    return book.cleaned(new_notebook(cells=cells))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A book of a front page and two short notebooks, with this book's own configuration and style."""
+    for name in ("_config.yml", "book"):
+        source = ROOT / name
+        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
+    (tmp_path / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/01_first\n- file: notebooks/02_second\n"
+    )
+    (tmp_path / "book/intro.md").write_text(
+        "# Front\n\nThe first chapter counts {glue:text}`../notebooks/01_first.ipynb::n:d`.\n"
+    )
+    (tmp_path / "notebooks").mkdir()
+    first = new_notebook(
+        cells=[
+            new_markdown_cell("# First\n\nIt measures {glue:text}`n` pictures: {glue:text}`share:.0%`, $x^2$."),
+            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new_code_cell("from embedlens.book import glue\nglue('n', n_images)\nglue('share', n_images / 8)"),
+        ],
+        metadata={"kernelspec": book.KERNEL},
+    )
+    second = new_notebook(
+        cells=[new_markdown_cell("# Second"), new_code_cell("print('ran')")], metadata={"kernelspec": book.KERNEL}
+    )
+    nbformat.write(first, tmp_path / "notebooks/01_first.ipynb")
+    nbformat.write(second, tmp_path / "notebooks/02_second.ipynb")
+    return tmp_path
+
+
+def rewrite(path, edit):
+    notebook = book.read(path)
+    edit(notebook)
+    book.write(notebook, path)
+
+
+def quiet(_line):
+    pass
+
+
+# What is glued
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(np.float64(0.123456), 0.1235), (np.int64(7), 7), (True, True), ("cat", "cat"), (123456.78, 123457.0), (0.0, 0.0)],
+)
+def test_glue_hands_on_plain_rounded_values(value, expected):
+    handed_on = book.printable("share", value)
+    assert handed_on == expected
+    assert type(handed_on) is type(expected)
+
+
+@pytest.mark.parametrize("value", [None, "", float("nan"), float("inf"), np.float32("nan")])
+def test_glue_refuses_what_would_leave_a_hole(value):
+    with pytest.raises(ValueError, match="share"):
+        book.printable("share", value)
+
+
+def test_glue_refuses_arrays_and_names_that_prose_cannot_refer_to():
+    with pytest.raises(TypeError, match="one value"):
+        book.printable("share", np.zeros(3))
+    with pytest.raises(ValueError, match="letters, digits and underscores"):
+        book.printable("share:alive", 1)
+
+
+# What a notebook may look like
+
+
+def test_a_sound_notebook_has_no_faults():
+    notebook = ran("x = 1", "x", outputs=[new_output("stream", name="stdout", text="1")])
+    assert book.run_faults(notebook, "a.ipynb") == []
+    assert book.metadata_faults(notebook, "a.ipynb", machine=["/home/someone"]) == []
+
+
+def test_an_error_output_is_a_fault():
+    notebook = ran("1 / 0", outputs=[new_output("error", ename="ZeroDivisionError", evalue="division by zero")])
+    assert "ZeroDivisionError" in book.run_faults(notebook, "a.ipynb")[0]
+
+
+def test_papermills_failure_banner_is_a_fault():
+    notebook = ran("1")
+    notebook["cells"].insert(0, new_markdown_cell("red", metadata={"tags": ["papermill-error-cell-tag"]}))
+    assert "banner" in book.run_faults(notebook, "a.ipynb")[0]
+
+
+@pytest.mark.parametrize("counts", [(None, None), (1, 3), (2, 1), (5, 6)])
+def test_cells_not_run_once_in_order_are_a_fault(counts):
+    notebook = ran("1", "2")
+    for cell, count in zip(notebook["cells"], counts, strict=True):
+        cell["execution_count"] = count
+    assert "top to bottom" in book.run_faults(notebook, "a.ipynb")[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda n: n["metadata"].update(papermill={"duration": 1.5}), "papermill"),
+        (lambda n: n["metadata"]["language_info"].update(version="3.11.7"), "language_info.version"),
+        (lambda n: n["metadata"]["kernelspec"].update(name="conda-env-x"), "kernel"),
+        (lambda n: n["cells"][0]["metadata"].update(execution={"iopub": "2026"}), "cell execution"),
+        (lambda n: n["cells"][0]["metadata"].update(tags=["injected-parameters"]), "other parameters"),
+        (lambda n: n["cells"][0].update(outputs=[new_output("stream", text="saved to /home/someone/x.png")]), "path"),
+    ],
+)
+def test_traces_of_one_run_or_machine_are_a_fault_and_cleaning_removes_metadata(edit, said):
+    notebook = ran("1")
+    edit(notebook)
+    assert any(said in fault for fault in book.metadata_faults(notebook, "a.ipynb", machine=["/home/someone"]))
+    if said not in ("path", "other parameters"):
+        assert book.metadata_faults(book.cleaned(notebook), "a.ipynb", machine=["/home/someone"]) == []
+
+
+# Glued keys
+
+
+def glue_book(tmp_path, prose, keys, front=""):
+    (tmp_path / "front.md").write_text(f"# Front\n\n{front}\n")
+    notebook = ran("measure()", outputs=[glue_output(key) for key in keys])
+    notebook["cells"].insert(0, new_markdown_cell(prose))
+    book.write(notebook, tmp_path / "a.ipynb")
+    return book.glue_faults(tmp_path, [Path("front.md"), Path("a.ipynb")])
+
+
+def test_every_way_to_refer_to_a_key_is_seen(tmp_path):
+    prose = "{glue:text}`one:.1%` {glue}`two`\n\n```{glue:figure} three\n:alt: words\n```\n\n:::{glue} four\n:::\n"
+    front = "{glue:text}`a.ipynb::five:.2f`\n\n```{glue} six\n:doc: a.ipynb\n```\n"
+    assert glue_book(tmp_path, prose, ["one", "two", "three", "four", "five", "six"], front) == []
+
+
+def test_a_key_that_is_shown_as_code_is_no_use_of_it(tmp_path):
+    assert glue_book(tmp_path, "```md\n{glue:text}`one`\n```\n", []) == []
+
+
+@pytest.mark.parametrize(
+    ("prose", "keys", "front", "said"),
+    [
+        ("{glue:text}`recal`", ["recall"], "{glue:text}`a.ipynb::recall:.2f`", "hole"),
+        ("", ["recall"], "", "no page uses"),
+        ("", ["recall"], "{glue:text}`a.ipynb::recall`", "needs a format"),
+        ("{glue:text}`recall`", ["recall", "recall"], "", "twice"),
+        ("{glue:text}`recall`", ["recall"], "{glue:text}`b.ipynb::recall:s`", "b.ipynb does not glue"),
+        ("{glue:text}`recall`", ["recall"], "{glue:text}`recall`", "front.md does not glue"),
+    ],
+)
+def test_missing_unused_and_repeated_keys_are_faults(tmp_path, prose, keys, front, said):
+    assert any(said in fault for fault in glue_book(tmp_path, prose, keys, front))
+
+
+# What a page may hold
+
+
+@pytest.mark.parametrize("alt", ["", ' alt=""', ' alt="_images/3f2a.png"', ' alt="3f2a.png"', ' alt="  "'])
+def test_an_image_that_cannot_be_read_out_is_a_fault(alt):
+    assert "no alt text" in book.image_faults(f'<p><img src="../_images/3f2a.png"{alt}></p>', "a.html")[0]
+
+
+def test_a_described_image_passes():
+    assert book.image_faults('<img src="_images/3f2a.png" alt="recall by layer, rising">', "a.html") == []
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        '<script src="https://cdn.example/x.js"></script>',
+        '<script src="//cdn.example/x.js"></script>',
+        '<link rel="stylesheet" href="https://cdn.example/x.css">',
+        '<link rel="preconnect" href="https://cdn.example">',
+        '<img alt="a" src="https://cdn.example/x.png">',
+        '<img alt="a" src="a.png" srcset="a.png 1x, https://cdn.example/x.png 2x">',
+        '<iframe src="https://cdn.example/"></iframe>',
+        "<style>@import 'https://cdn.example/x.css';</style>",
+        '<div style="background: url(https://cdn.example/x.png)"></div>',
+        '<script type="module">import x from "https://cdn.example/x.js"</script>',
+        "<script>s.src = 'https://cdn.example/x.js'</script>",
+        "<script>fetch('https://cdn.example/x.json')</script>",
+    ],
+)
+def test_a_request_to_elsewhere_is_a_fault(html):
+    assert "cdn.example" in book.request_faults(html, "a.html")[0]
+
+
+def test_links_for_readers_and_local_files_are_no_requests():
+    html = (
+        '<a href="https://arxiv.org/abs/2603.00510">paper</a><link rel="canonical" href="https://book.example/a.html">'
+        '<script src="../_static/x.js"></script><script>const LATER = "https://cdn.example/on-click.js"</script>'
+    )
+    assert book.request_faults(html, "a.html") == []
+
+
+def test_style_sheets_and_pages_of_a_folder_are_all_read(tmp_path):
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "_static/a.css").write_text("@font-face {src: url('https://cdn.example/x.woff2')}")
+    (tmp_path / "deep/a.html").write_text("<img src='a.png'>")
+    faults = book.html_faults(tmp_path)
+    assert [fault.split(":")[0] for fault in faults] == ["deep/a.html", "_static/a.css"]
+
+
+# Choosing and running
+
+
+def test_pages_come_in_the_order_of_the_contents_and_a_missing_one_is_named(checkout):
+    assert [page.name for page in book.pages(checkout)] == ["intro.md", "01_first.ipynb", "02_second.ipynb"]
+    (checkout / "notebooks/02_second.ipynb").unlink()
+    with pytest.raises(book.BookError, match="02_second"):
+        book.pages(checkout)
+
+
+def test_chapters_are_picked_by_number_name_or_path(checkout):
+    for name in ("02", "02_second", "notebooks/02_second.ipynb"):
+        assert [page.stem for page in book.chapters(checkout, [name])] == ["02_second"]
+    with pytest.raises(book.BookError, match="choose from 01_first, 02_second"):
+        book.chapters(checkout, ["03"])
+
+
+def test_a_parameter_that_no_notebook_has_is_refused(checkout):
+    with pytest.raises(book.BookError, match=r"'n_imgs'.*choose from n_images, seed"):
+        book.build(parameters={"n_imgs": 2}, root=checkout, say=quiet)
+
+
+def test_outside_a_checkout_the_error_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkout"):
+        book.find_root(tmp_path)
+
+
+@pytest.mark.slow
+def test_building_runs_renders_and_leaves_the_sources_alone(checkout):
+    before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
+    front = book.build(parameters={"n_images": 6}, root=checkout, say=quiet)
+    assert front.is_file()
+    assert {path: path.read_bytes() for path in before} == before
+
+    page = (checkout / "_build/html/notebooks/01_first.html").read_text()
+    assert (
+        '<span class="pasted-text">75%</span>' in page
+    )  # 6 of 8: the parameter arrived, the number is in its sentence
+    assert '<span class="pasted-text">6</span>' in (checkout / "_build/html/book/intro.html").read_text()
+    assert "_static/mathjax/tex-mml-chtml.js" in page  # mathematics without the network
+
+    # A page that Sphinx warns about does not replace the book that is there.
+    (checkout / "book/intro.md").write_text("# Front\n\n[nowhere](missing.md)\n")
+    rewrite(checkout / "_build/src/notebooks/01_first.ipynb", lambda notebook: None)
+    for name in ("01_first", "02_second"):
+        shutil.copy(checkout / f"_build/src/notebooks/{name}.ipynb", checkout / "notebooks")
+    with pytest.raises(book.BookError, match="missing.md"):
+        book.build(execute=False, root=checkout, say=quiet)
+    assert front.is_file()
+
+
+@pytest.mark.slow
+def test_refreshing_writes_clean_notebooks_and_keeps_the_old_one_when_a_cell_raises(checkout):
+    book.refresh(root=checkout, say=quiet)
+    for page in book.chapters(checkout):
+        notebook = book.read(checkout / page)
+        assert book.run_faults(notebook, str(page)) == []
+        assert book.metadata_faults(notebook, str(page), machine=[str(checkout), sys.prefix]) == []
+    assert book.glue_faults(checkout, book.pages(checkout)) == []
+
+    second = checkout / "notebooks/02_second.ipynb"
+    rewrite(second, lambda notebook: notebook["cells"][1].update(source="raise RuntimeError('no picture')"))
+    before = second.read_bytes()
+    with pytest.raises(book.BookError, match=r"02_second.*RuntimeError: no picture"):
+        book.refresh(["02"], root=checkout, say=quiet)
+    assert second.read_bytes() == before
