@@ -12,12 +12,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from embedlens.errors import EmbedLensError
-    from embedlens.lenses import EmbedLens, Lens, LogitLens
-    from embedlens.patches import Frame, PatchGrid
-    from embedlens.pictures import open_picture
-    from embedlens.vlm import Prompt, Unembed, VisionLanguageModel, load
+if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ below imports them
+    from embedlens.errors import EmbedLensError as EmbedLensError
+    from embedlens.lenses import EmbedLens as EmbedLens
+    from embedlens.lenses import Lens as Lens
+    from embedlens.lenses import LogitLens as LogitLens
+    from embedlens.patches import Frame as Frame
+    from embedlens.patches import PatchGrid as PatchGrid
+    from embedlens.pictures import open_picture as open_picture
+    from embedlens.vlm import Prompt as Prompt
+    from embedlens.vlm import Unembed as Unembed
+    from embedlens.vlm import VisionLanguageModel as VisionLanguageModel
+    from embedlens.vlm import load as load
 
 __version__ = "0.1.0"
 
@@ -45,7 +51,8 @@ def __getattr__(name: str):
         return value
     if name == "samples":
         return import_module(f"{__name__}.samples")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names are {', '.join(__all__)}, samples")
+    public = ", ".join([*__all__, "samples"])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names are {public}")
 
 
 def __dir__() -> list[str]:

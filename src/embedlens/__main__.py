@@ -75,20 +75,36 @@ def models() -> None:
         typer.echo(line)
 
 
-@app.command(context_settings={"allow_extra_args": False})
-def book() -> None:
-    """Execute the notebooks and build the book."""
-    try:
-        from embedlens.book import build
-    except ModuleNotFoundError as error:
-        from embedlens.errors import EmbedLensError
+@app.command()
+def book(
+    chapters: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Chapters to run, by number or name, such as 02; none: all.", show_default=False),
+    ] = None,
+    parameter: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A notebook parameter; may be repeated."),
+    ] = None,
+    execute: Annotated[bool, typer.Option(help="Run the chapters, or render their committed outputs.")] = True,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebooks; render nothing.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the run and rendered book.")] = Path("_build"),
+) -> None:
+    """Run the chapters, check them and render the book (in a checkout of the repository)."""
+    from embedlens import book as the_book
+    from embedlens.errors import EmbedLensError
 
+    if refresh and (parameter or not execute):
+        raise EmbedLensError("--refresh runs the committed notebooks as they are: drop -p and --no-execute")
+    values = the_book.parse_parameters(parameter or [])
+    try:
+        if refresh:
+            the_book.refresh(chapters)
+        else:
+            the_book.build(chapters, execute=execute, parameters=values, out=out)
+    except ModuleNotFoundError as error:
         raise EmbedLensError(
             f"the book needs {error.name}, which is not installed: run make book, or pip install 'embedlens[book]'"
         ) from None
-    result = build()
-    if isinstance(result, int) and result:
-        raise typer.Exit(result)
 
 
 def main() -> None:
@@ -142,13 +158,11 @@ def _miniature_facts() -> list[str]:
         f"miniature: {config['architectures'][0]}, {size / 1e6:.1f} M parameters, "
         f"{weights.stat().st_size / 1e6:.0f} MB, ships with this package",
         f"  vision tower: {vision['num_hidden_layers']} layers of width {vision['hidden_size']}, "
-        f"{vision['image_size']} px in {side}x{side} patches of {vision['patch_size']} px = {side * side} visual tokens",
+        f"{vision['image_size']} px in patches of {vision['patch_size']} px = {side}x{side} visual tokens",
         f"  language model: {text['num_hidden_layers']} layers of width {text['hidden_size']}, "
         f"{text['vocab_size']} embedding rows, {'tied' if text.get('tie_word_embeddings') else 'untied'}",
     ]
     return facts
-
-
 
 
 if __name__ == "__main__":

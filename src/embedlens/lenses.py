@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Unembed, VisionLanguageModel
+from embedlens.vlm import Unembed, VisionLanguageModel
 
 SLICE_BYTES = 64 * 2**20  # of scores held at a time
 
@@ -37,7 +34,9 @@ class Lens(ABC):
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Score of every vocabulary entry, float32. For many vectors `topk` needs far less memory."""
 
-    def topk(self, h: Float[Tensor, "*batch d"], k: int = 5) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+    def topk(
+        self, h: Float[Tensor, "*batch d"], k: int = 5
+    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
         """The k best vocabulary entries: (scores, ids), best first, ties by lowest id.
 
         Raises:
@@ -55,7 +54,7 @@ class Lens(ABC):
         best = [_topk_lowest_id(self.scores(rows[i : i + step]), k) for i in range(0, len(rows), step)]
         if not best:
             return h.new_zeros(*h.shape[:-1], k, dtype=torch.float32), h.new_zeros(*h.shape[:-1], k, dtype=torch.long)
-        values, ids = (torch.cat(part).reshape(*h.shape[:-1], k) for part in zip(*best))
+        values, ids = (torch.cat(part).reshape(*h.shape[:-1], k) for part in zip(*best, strict=True))
         return values, ids
 
     def words(self, h: Float[Tensor, "n d"], k: int = 5) -> list[list[str]]:
@@ -111,7 +110,7 @@ class LogitLens(Lens):
     def __init__(self, unembed: Unembed, tokens: Sequence[str], norm: bool = True) -> None:
         """Args: `norm=False` leaves the final norm out (an ablation)."""
         self.tokens = tokens
-        self.width = unembed.head.weight.shape[1]
+        self.width = unembed.head.in_features
         self.norm = norm
         self._unembed = unembed
 
@@ -152,7 +151,7 @@ def _topk_lowest_id(scores: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor,
     return values.gather(-1, by_score), ids.gather(-1, by_score)
 
 
-def _repeated_rows(rows: Float[Tensor, "V d"]) -> tuple[Int[Tensor, "m"], Int[Tensor, "m"]]:
+def _repeated_rows(rows: Float[Tensor, "V d"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
     """Rows that repeat an earlier one bit for bit, and the first row each repeats.
 
     A matrix product may round equal columns differently, depending on where they stand; copying scores from the

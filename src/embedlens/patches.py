@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal, get_args
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 
-Preprocessing = Literal["letterbox", "centre-crop", "stretch"]
-PREPROCESSINGS: tuple[str, ...] = get_args(Preprocessing)
+PREPROCESSINGS = ("letterbox", "centre-crop", "stretch")
 Box = tuple[float, float, float, float]
 
 
@@ -23,7 +22,7 @@ Box = tuple[float, float, float, float]
 class Frame:
     """What part of the picture's plane the model's canvas shows, exactly.
 
-    Coordinates are pixels of the original picture, x to the right and y down, pixel (i, j) covering [i, i+1) x [j, j+1).
+    Coordinates are pixels of the original picture, x to the right, y down; pixel (i, j) covers [i, i+1) x [j, j+1).
     The window reaches beyond the picture where the canvas has bars, and lies inside it where the canvas cuts.
     Resampling rounds nothing here: the canvas is the window, stretched.
     """
@@ -74,7 +73,7 @@ class Frame:
         return cls._of(width, height, 0, 0, width, height)
 
     @classmethod
-    def of(cls, preprocessing: Preprocessing, width: int, height: int, side: int) -> Frame:
+    def of(cls, preprocessing: str, width: int, height: int, side: int) -> Frame:
         """The frame of a picture under a named preprocessing with a square canvas of `side` px."""
         if preprocessing == "letterbox":
             return cls.letterbox(width, height)
@@ -88,12 +87,14 @@ class Frame:
     def _of(cls, width: int, height: int, *window: int | Fraction) -> Frame:
         if width < 1 or height < 1:
             raise EmbedLensError(f"a picture of {width}x{height} has no pixels: pass one with both sides at least 1")
-        return cls(width, height, tuple(Fraction(edge) for edge in window))
+        x0, y0, x1, y1 = map(Fraction, window)
+        return cls(width, height, (x0, y0, x1, y1))
 
     @property
     def box(self) -> Box:
         """The window as floats: x0, y0, x1, y1 in px of the original picture."""
-        return tuple(float(edge) for edge in self.window)
+        x0, y0, x1, y1 = map(float, self.window)
+        return x0, y0, x1, y1
 
 
 @dataclass(frozen=True)
@@ -177,19 +178,19 @@ class PatchGrid:
     def centres(self) -> Float[Tensor, "n 2"]:
         """Centre (x, y) of every cell; outside the picture for a cell whose middle lies in a bar."""
         xs, ys = self._edges
-        middle_x = [float(a + b) / 2 for a, b in zip(xs, xs[1:])]
-        middle_y = [float(a + b) / 2 for a, b in zip(ys, ys[1:])]
+        middle_x = [float(a + b) / 2 for a, b in pairwise(xs)]
+        middle_y = [float(a + b) / 2 for a, b in pairwise(ys)]
         return torch.tensor([(x, y) for y in middle_y for x in middle_x], dtype=torch.float32)
 
     @cached_property
-    def padded(self) -> Bool[Tensor, "n"]:
+    def padded(self) -> Bool[Tensor, " n"]:
         """Which patches lie wholly in the bars, that is, show no pixel of the picture."""
         xs, ys = self._edges
-        bar_x = [b <= 0 or a >= self.frame.width for a, b in zip(xs, xs[1:])]
-        bar_y = [b <= 0 or a >= self.frame.height for a, b in zip(ys, ys[1:])]
+        bar_x = [b <= 0 or a >= self.frame.width for a, b in pairwise(xs)]
+        bar_y = [b <= 0 or a >= self.frame.height for a, b in pairwise(ys)]
         return torch.tensor([row or col for row in bar_y for col in bar_x], dtype=torch.bool)
 
-    def inside(self, box: Sequence[float]) -> Bool[Tensor, "n"]:
+    def inside(self, box: Sequence[float]) -> Bool[Tensor, " n"]:
         """Which patches have their centre in a box x0, y0, x1, y1 (left and top edge count, right and bottom do not).
 
         >>> PatchGrid(2, 2, Frame.stretch(10, 10)).inside((0, 0, 10, 5)).tolist()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+
+import numpy as np
+from PIL.Image import Image
 
 from embedlens.errors import EmbedLensError
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
-
-Picture = Union[str, "os.PathLike[str]", "Image", "np.ndarray"]
+Picture = str | os.PathLike | Image | np.ndarray
 
 
 def open_picture(picture: Picture) -> Image:
@@ -92,7 +90,6 @@ def _upright_rgb(image: Image, name: str) -> Image:
 
 def _to_eight_bits(image: Image, name: str) -> Image:
     """Greys of more than 8 bits, scaled by the range their mode means (PIL's own convert would clip them)."""
-    import numpy as np
     from PIL import Image
 
     values = np.asarray(image).astype(np.float64)
@@ -109,7 +106,6 @@ def _to_eight_bits(image: Image, name: str) -> Image:
 
 
 def _from_array(array: np.ndarray) -> Image:
-    import numpy as np
     from PIL import Image
 
     array = np.asarray(array)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from functools import cache
 
 from jaxtyping import Float, Int
+from PIL.Image import Image
+from PIL.ImageDraw import ImageDraw
+from PIL.ImageFont import FreeTypeFont
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens, LogitLens
 from embedlens.patches import PatchGrid
 from embedlens.pictures import Picture
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
-
-    from embedlens.vlm import VisionLanguageModel
+from embedlens.vlm import VisionLanguageModel
 
 QUESTION = "What is in the picture?"
-LENSES = {"embed": EmbedLens, "logit": LogitLens}
+LENSES: dict[str, type[EmbedLens] | type[LogitLens]] = {"embed": EmbedLens, "logit": LogitLens}
 BAR_MARK = "▒"
 COLUMN = 12  # characters of a table column at most
 
@@ -58,7 +55,9 @@ class PictureProbe:
         for col in range(self.grid.cols):
             patches = range(col, len(self.grid), self.grid.cols)
             cells = [
-                _shortened(f"{BAR_MARK}{word}" if padded[patch] else word) for patch in patches for word in self.words[patch]
+                _shortened(f"{BAR_MARK}{word}" if padded[patch] else word)
+                for patch in patches
+                for word in self.words[patch]
             ]
             width = max(map(_columns_of, [*cells, str(col)]))
             columns.append([_padded(cell, width) for cell in [str(col), *cells]])
@@ -84,7 +83,7 @@ def probe_picture(
     question: str = QUESTION,
     k: int = 1,
     layer: int = 0,
-    lens: Literal["embed", "logit"] = "embed",
+    lens: str = "embed",
 ) -> PictureProbe:
     """Read every visual token of a picture with a lens.
 
@@ -119,9 +118,7 @@ def _shortened(word: str) -> str:
 
 def _columns_of(text: str) -> int:
     """Terminal columns: East Asian wide characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _padded(text: str, width: int) -> str:
@@ -140,9 +137,9 @@ def _annotate(image: Image, grid: PatchGrid, words: list[str]) -> Image:
     scale = min(max(wanted, 1.0), LONGEST_SIDE / max(right - left, bottom - top))
 
     def place(x: float, y: float) -> tuple[int, int]:
-        return round((x - left) * scale), round((y - top) * scale)
+        return max(0, round((x - left) * scale)), max(0, round((y - top) * scale))
 
-    plane = Image.new("RGB", tuple(max(1, side) for side in place(right, bottom)), BAR_GROUND)
+    plane = Image.new("RGB", place(right, bottom), BAR_GROUND)
     draw = ImageDraw.Draw(plane)
     for start in range(-plane.height, plane.width, 12):  # hatching, so that bars are no part of the picture
         draw.line([(start, plane.height), (start + plane.height, 0)], fill=BAR_LINE, width=2)
@@ -153,14 +150,14 @@ def _annotate(image: Image, grid: PatchGrid, words: list[str]) -> Image:
     plane.paste(image.resize(size, resample), corner)
     line = max(1, round(cell_height * scale / 60))
     padded = grid.padded.tolist()
-    for (x0, y0, x1, y1), word, bar in zip(cells, words, padded):
+    for (x0, y0, x1, y1), word, bar in zip(cells, words, padded, strict=True):
         a, b = place(x0, y0), place(x1, y1)
         draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=BAR_INK if bar else OUTLINE, width=line)
         _write(draw, word, a, b, BAR_INK if bar else INK)
     return plane
 
 
-def _write(draw, word: str, a: tuple[int, int], b: tuple[int, int], ink: tuple[int, int, int]) -> None:
+def _write(draw: ImageDraw, word: str, a: tuple[int, int], b: tuple[int, int], ink: tuple[int, int, int]) -> None:
     """One word at the foot of a cell, as large as fits, with a halo so that it reads on any ground."""
     width, height = b[0] - a[0], b[1] - a[1]
     size = max(7, min(16, height // 4))
@@ -179,7 +176,7 @@ def _write(draw, word: str, a: tuple[int, int], b: tuple[int, int], ink: tuple[i
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font(size: int) -> FreeTypeFont:
     """DejaVu Sans, which ships with matplotlib and has the marks that words use."""
     import matplotlib

@@ -14,20 +14,22 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
-from embedlens.patches import PREPROCESSINGS, PatchGrid, Preprocessing
+from embedlens.patches import PREPROCESSINGS, PatchGrid
 from embedlens.pictures import Picture, open_picture
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    BitsAndBytesConfig = PreTrainedModel = PreTrainedTokenizerFast = object
 
 MINIATURE = "miniature"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,11 +42,11 @@ class Prompt:
     image: Image
     """The picture as the processor read it: upright RGB, original size."""
     question: str
-    ids: Int[Tensor, "s"]
+    ids: Int[Tensor, " s"]
     """Token ids, the image placeholder expanded to one id per visual token."""
     embeds: Float[Tensor, "s d"]
     """What enters layer 0; the text rows are embeddings, the visual rows are projected features."""
-    visual: Bool[Tensor, "s"]
+    visual: Bool[Tensor, " s"]
     """Which positions are visual tokens; the i-th True is patch i of `grid`."""
     grid: PatchGrid
     pixel_values: Float[Tensor, "1 3 height width"] = field(repr=False)
@@ -67,7 +69,7 @@ class Unembed:
     """Residual stream → logits: the model's own final norm, then its own head."""
 
     final_norm: nn.Module
-    head: nn.Module
+    head: nn.Linear
     n_rows: int
     """Logits returned: one per real row of the vocabulary, padded rows cut off."""
 
@@ -97,13 +99,9 @@ class VisionLanguageModel:
         tied: whether embedding and head are one matrix.
     """
 
-    def __init__(
-        self, hf: PreTrainedModel, processor: ProcessorMixin, name: str, preprocessing: Preprocessing = "letterbox"
-    ) -> None:
+    def __init__(self, hf: PreTrainedModel, processor: Any, name: str, preprocessing: str = "letterbox") -> None:
         if preprocessing not in PREPROCESSINGS:
-            raise EmbedLensError(
-                f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}"
-            )
+            raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
@@ -114,18 +112,20 @@ class VisionLanguageModel:
         if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
             raise EmbedLensError(f"{name} has no chat template: add chat_template.jinja, as the model was trained with")
         self.decoder = self._module("decoder")
-        self.blocks = self._module("blocks")
-        embedding, head = self._module("embedding"), self._module("head")
-        self._n_rows = _real_rows(processor.tokenizer, self.family.image_token_id(hf), len(embedding.weight), name)
+        self.blocks = cast(nn.ModuleList, self._module("blocks"))
+        head = cast(nn.Linear, self._module("head"))
+        self._embedding = cast(nn.Embedding, self._module("embedding")).weight
+        self._n_rows = _real_rows(processor.tokenizer, self.family.image_token_id(hf), len(self._embedding), name)
         self.unembed = Unembed(self._module("final_norm"), head, self._n_rows)
-        self.tied = head.weight.data_ptr() == embedding.weight.data_ptr()
+        self.tied = head.weight.data_ptr() == self._embedding.data_ptr()
         self._check()
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.hf.parameters()) / 1e6
+        tying = "tied" if self.tied else "untied"
         return (
             f"<{self.name}: {type(self.hf).__name__}, {size:.1f} M parameters, {self.n_layers} layers of width "
-            f"{self.width}, {self._n_rows} tokens, {'tied' if self.tied else 'untied'} embeddings, {self.preprocessing}>"
+            f"{self.width}, {self._n_rows} tokens, {tying} embeddings, {self.preprocessing}>"
         )
 
     # --- what the model is -------------------------------------------------------------------------------------------
@@ -138,17 +138,17 @@ class VisionLanguageModel:
     @property
     def width(self) -> int:
         """Width d of the residual stream."""
-        return self._module("embedding").weight.shape[1]
+        return self._embedding.shape[1]
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> PreTrainedTokenizerFast:
         """The processor's tokenizer."""
         return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
         """Where embeddings live, and where prompts are put."""
-        return self._module("embedding").weight.device
+        return self._embedding.device
 
     @property
     def input_embeddings(self) -> Float[Tensor, "V d"]:
@@ -157,7 +157,7 @@ class VisionLanguageModel:
         Left out are rows that pad the matrix to a round size, and placeholders that close the vocabulary (image
         and padding token of llava-hf checkpoints, never read as input).
         """
-        return self._module("embedding").weight.detach()[: self._n_rows]
+        return self._embedding.detach()[: self._n_rows]
 
     @cached_property
     def tokens(self) -> list[str]:
@@ -201,15 +201,15 @@ class VisionLanguageModel:
         if not images:
             return []
         pictures = [open_picture(image) for image in images]
-        inputs = [self._inputs(picture, question) for picture, question in zip(pictures, questions)]
+        inputs = [self._inputs(picture, question) for picture, question in zip(pictures, questions, strict=True)]
         pixel_values = torch.cat([pixels for _, pixels in inputs])
         features = self._features(pixel_values)
         return [
             self._assemble(picture, question, ids, pixels, row)
-            for picture, question, (ids, pixels), row in zip(pictures, questions, inputs, features)
+            for picture, question, (ids, pixels), row in zip(pictures, questions, inputs, features, strict=True)
         ]
 
-    def _inputs(self, picture: Image, question: str) -> tuple[Int[Tensor, "s"], Float[Tensor, "1 3 height width"]]:
+    def _inputs(self, picture: Image, question: str) -> tuple[Int[Tensor, " s"], Float[Tensor, "1 3 height width"]]:
         """Ids and pixels, by the stock processor and its chat template."""
         if not isinstance(question, str) or not question.strip():
             raise EmbedLensError("the question is empty: ask something, for example 'What is in the picture?'")
@@ -247,12 +247,11 @@ class VisionLanguageModel:
         return Prompt(picture, question, ids, embeds, visual, grid, pixels)
 
     def visual_features(self, images: Sequence[Picture], batch_size: int = 32) -> Float[Tensor, "pictures n d"]:
-        """Projected visual tokens of several pictures, without any text: what their visual positions bring to layer 0."""
+        """Projected visual tokens of several pictures, without any text: what they bring to layer 0."""
         if not len(images):
             raise EmbedLensError("no pictures: pass at least one")
         pixels = [
-            self.processor.image_processor(open_picture(image), return_tensors="pt")["pixel_values"]
-            for image in images
+            self.processor.image_processor(open_picture(image), return_tensors="pt")["pixel_values"] for image in images
         ]
         batches = torch.cat(pixels).to(self.device, self.hf.dtype).split(batch_size)
         return torch.cat([self._features(batch) for batch in batches])
@@ -282,7 +281,7 @@ class VisionLanguageModel:
                 self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
             # one device for all layers: with device_map the blocks may live on several
             stacked = torch.stack([layer.to(embeds.device) for layer in layers], dim=1)
-            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, batch)]
+            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, batch, strict=True)]
         return streams
 
     @contextmanager
@@ -383,8 +382,8 @@ def load(
     name_or_folder: str | Path = MINIATURE,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    quantize: Literal["4bit", "8bit"] | None = None,
-    preprocessing: Preprocessing = "letterbox",
+    quantize: str | None = None,
+    preprocessing: str = "letterbox",
 ) -> VisionLanguageModel:
     """A model to study: the shipped miniature, a checkpoint folder, or a Hugging Face repository.
 
@@ -457,7 +456,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return known
 
 
-def _quantization(quantize: str | None, device_map: str):
+def _quantization(quantize: str | None, device_map: str) -> BitsAndBytesConfig | None:
     from importlib.util import find_spec
 
     if quantize is None:
@@ -481,7 +480,9 @@ def _locate(name_or_folder: str | Path) -> Path | str:
     if name_or_folder == MINIATURE:
         folder = Path(str(files("embedlens").joinpath(MINIATURE)))
         if not (folder / "config.json").is_file():
-            raise EmbedLensError(f"the miniature is missing from this installation ({folder}): reinstall, or make train")
+            raise EmbedLensError(
+                f"the miniature is missing from this installation ({folder}): reinstall it, or run make train"
+            )
         return folder
     if not str(name_or_folder):
         raise EmbedLensError("the model name is empty: pass 'miniature', a folder or a Hugging Face repository id")
@@ -511,17 +512,17 @@ def _class_name(source: Path | str, name: str) -> str:
         from transformers.utils import cached_file
 
         try:
-            config = Path(cached_file(source, "config.json"))
+            config = Path(cached_file(source, "config.json") or "")
         except (OSError, ValueError) as error:
             raise EmbedLensError(
                 f"no folder {name!r}, and the Hugging Face hub did not give a model of this name: check the spelling "
                 f"and the connection, or pass a folder ({_first_line(error)})"
             ) from None
     try:
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["model of unnamed class"]
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         raise EmbedLensError(f"config.json of {name} is not a JSON object: download or save the model again") from None
-    return architectures[0]
+    return architectures[0] if architectures else "model of unnamed class"
 
 
 def _check_weight_files(folder: Path, name: str) -> None:
@@ -530,19 +531,27 @@ def _check_weight_files(folder: Path, name: str) -> None:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             absent = [shard for shard in shards if not (folder / shard).is_file()]
             if absent:
-                raise EmbedLensError(f"{name} lacks {len(absent)} of {len(shards)} weight files ({absent[0]}): copy them too")
+                raise EmbedLensError(
+                    f"{name} lacks {len(absent)} of {len(shards)} weight files ({absent[0]}): copy them too"
+                )
             return
     if not any((folder / file).is_file() for file in ("model.safetensors", "pytorch_model.bin")):
         raise EmbedLensError(f"no weights in {name}: model.safetensors is missing; save or download the model again")
 
 
-def _load_weights(source: Path | str, name: str, device_map: str, dtype, quantization) -> PreTrainedModel:
+def _load_weights(
+    source: Path | str,
+    name: str,
+    device_map: str,
+    dtype: torch.dtype | str,
+    quantization: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
     try:
         with _quiet(isinstance(source, Path)):
-            hf, found = AutoModelForImageTextToText.from_pretrained(
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=dtype,
                 device_map=None if device_map == "cpu" else device_map,
@@ -553,6 +562,7 @@ def _load_weights(source: Path | str, name: str, device_map: str, dtype, quantiz
         raise EmbedLensError(
             f"the weights of {name} cannot be loaded: save or download the model again ({_first_line(error)})"
         ) from error
+    hf, found = loaded
     absent = sorted(found["missing_keys"])
     if absent:
         # transformers would go on with random numbers in their place
@@ -562,7 +572,7 @@ def _load_weights(source: Path | str, name: str, device_map: str, dtype, quantiz
     return hf
 
 
-def _load_processor(source: Path | str, name: str) -> ProcessorMixin:
+def _load_processor(source: Path | str, name: str) -> Any:
     from transformers import AutoProcessor
 
     try:
@@ -600,7 +610,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _real_rows(tokenizer, image_token_id: int, n_embeddings: int, name: str) -> int:
+def _real_rows(tokenizer: PreTrainedTokenizerFast, image_token_id: int, n_embeddings: int, name: str) -> int:
     """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder."""
     placeholders = {image_token_id, tokenizer.pad_token_id}
     real = [index for index in tokenizer.get_vocab().values() if index not in placeholders]

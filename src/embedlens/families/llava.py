@@ -5,16 +5,18 @@ Source: `transformers.models.llava` (module names of transformers 5) and LLaVA-1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.patches import Frame, PatchGrid, Preprocessing
+from embedlens.patches import Frame, PatchGrid
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    LlavaForConditionalGeneration = LlavaProcessor = object
 
 NAME = "LLaVA-1.5"
 CLASSES = ("LlavaForConditionalGeneration",)
@@ -42,9 +44,7 @@ def canvas_side(hf: LlavaForConditionalGeneration) -> int:
     return hf.config.vision_config.image_size
 
 
-def set_preprocessing(
-    processor: LlavaProcessor, hf: LlavaForConditionalGeneration, preprocessing: Preprocessing
-) -> None:
+def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGeneration, preprocessing: str) -> None:
     """Make the stock image processor do one of the three preprocessings.
 
     LLaVA-1.5 was trained on letterboxed pictures (padded with the mean colour, `image_aspect_ratio: pad`); the
@@ -58,14 +58,10 @@ def set_preprocessing(
     images.do_pad = preprocessing == "letterbox"
     images.do_center_crop = preprocessing == "centre-crop"
     images.crop_size = SizeDict(height=side, width=side)
-    images.size = (
-        SizeDict(shortest_edge=side) if preprocessing == "centre-crop" else SizeDict(height=side, width=side)
-    )
+    images.size = SizeDict(shortest_edge=side) if preprocessing == "centre-crop" else SizeDict(height=side, width=side)
 
 
-def patch_grid(
-    hf: LlavaForConditionalGeneration, preprocessing: Preprocessing, picture_size: tuple[int, int]
-) -> PatchGrid:
+def patch_grid(hf: LlavaForConditionalGeneration, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
     """The grid of a picture of (width, height) px."""
     side = canvas_side(hf)
     frame = Frame.of(preprocessing, *picture_size, side=side)
@@ -87,7 +83,8 @@ def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, n
     Raises:
         EmbedLensError: CLS is kept among the visual tokens, or the processor lacks its patch size.
     """
-    strategy = hf.config.vision_feature_select_strategy
+    config: Any = hf.config  # its type says that vision_config may be None
+    strategy = config.vision_feature_select_strategy
     if strategy != "default":
         raise EmbedLensError(
             f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
@@ -97,6 +94,6 @@ def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, n
     if missing:
         raise EmbedLensError(
             f"the processor of {name} does not say its {' and '.join(missing)}: add "
-            f'"patch_size": {hf.config.vision_config.patch_size}, "vision_feature_select_strategy": "{strategy}" '
+            f'"patch_size": {config.vision_config.patch_size}, "vision_feature_select_strategy": "{strategy}" '
             "to processor_config.json"
         )
