@@ -248,8 +248,14 @@ def test_a_parameter_that_no_notebook_has_is_refused(checkout):
         book.build(parameters={"n_imgs": 2}, root=checkout, say=quiet)
 
 
+@pytest.mark.parametrize("word", ["n_images", "=3", "n images=3", "n_images=[1"])
+def test_a_malformed_parameter_is_refused(word):
+    with pytest.raises(book.BookError, match="-p "):
+        book.parse_parameters([word])
+
+
 def test_outside_a_checkout_the_error_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="checkout"):
+    with pytest.raises(book.BookError, match="checkout"):
         book.find_root(tmp_path)
 
 

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,13 @@ def find_root(start: Path | str = ".") -> Path:
     """The folder with `_toc.yml`: `start` or the nearest one above it.
 
     Raises:
-        FileNotFoundError: outside a checkout of the book.
+        BookError: outside a checkout of the book.
     """
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder / "_toc.yml").is_file() and (folder / "_config.yml").is_file():
             return folder
-    raise FileNotFoundError(
-        f"no _toc.yml and _config.yml in {start} or above: run this in a checkout of the repository"
-    )
+    raise BookError(f"no _toc.yml and _config.yml in {start} or above: run this in a checkout of the repository")
 
 
 def pages(root: Path) -> list[Path]:
@@ -200,6 +198,29 @@ def declared_parameters(path: Path) -> dict[str, str]:
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     return {name: str(entry["help"]) for name, entry in papermill.inspect_notebook(str(path)).items()}
+
+
+def parse_parameters(assignments: Sequence[str]) -> dict[str, Any]:
+    """Values of `NAME=VALUE` words as YAML reads them.
+
+    Raises:
+        BookError: for a word without a name or `=`.
+
+    >>> parse_parameters(["n_images=500", "device=cuda:0", "dataset=null"])
+    {'n_images': 500, 'device': 'cuda:0', 'dataset': None}
+    """
+    import yaml
+
+    values = {}
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator or not name.isidentifier():
+            raise BookError(f"-p {assignment}: write NAME=VALUE, for example -p n_images=500")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise BookError(f"-p {assignment}: the value is not YAML; put it in quotes") from None
+    return values
 
 
 def parameters_for(paths: Sequence[Path], parameters: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
@@ -518,7 +539,7 @@ def build(
     parameters: Mapping[str, Any] | None = None,
     out: Path | str = "_build",
     root: Path | str = ".",
-    say: Any = print,
+    say: Callable[[str], object] = print,
 ) -> Path:
     """Run the chapters, check them and render the book; the working tree stays as it is.
 
@@ -563,7 +584,9 @@ def build(
     return front
 
 
-def refresh(notebooks: Sequence[str] | None = None, root: Path | str = ".", say: Any = print) -> list[Path]:
+def refresh(
+    notebooks: Sequence[str] | None = None, root: Path | str = ".", say: Callable[[str], object] = print
+) -> list[Path]:
     """Run the committed chapters with their own parameters and replace them by the result, in the working tree.
 
     Raises:
