@@ -1,0 +1,35 @@
+"""The committed notebooks are what a plain run gives, and what they hand to the prose is used."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedlens import book
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_a_committed_notebook_was_run_in_order_and_carries_nothing_of_its_machine(page):
+    notebook = book.read(ROOT / page)
+    machine = [str(ROOT), str(Path.home()) + "/", sys.prefix]
+    assert book.run_faults(notebook, str(page)) + book.metadata_faults(notebook, str(page), machine) == []
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_a_notebook_says_what_each_parameter_is(page):
+    notebook = book.read(ROOT / page)
+    if any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"]):
+        helps = book.declared_parameters(ROOT / page)
+        assert helps
+        assert not [name for name, text in helps.items() if not text.strip()]
+
+
+def test_every_notebook_is_in_the_book():
+    assert set(NOTEBOOKS) == set(book.chapters(ROOT))
+
+
+def test_glued_values_and_prose_fit_together():
+    assert book.glue_faults(ROOT, book.pages(ROOT)) == []
