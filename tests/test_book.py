@@ -298,3 +298,4 @@ def test_refreshing_writes_clean_notebooks_and_keeps_the_old_one_when_a_cell_rai
     with pytest.raises(book.BookError, match=r"02_second.*RuntimeError: no picture"):
         book.refresh(["02"], root=checkout, say=quiet)
     assert second.read_bytes() == before
+    assert sorted(path.name for path in second.parent.iterdir()) == ["01_first.ipynb", "02_second.ipynb"]

@@ -247,6 +247,7 @@ def run(source: Path, target: Path, parameters: Mapping[str, Any] | None = None,
     """Run `source` from top to bottom in its own folder and write the cleaned result to `target`.
 
     Args:
+        target: in a folder that exists; may be `source`.
         parameters: values for names that the notebook declares; their cell is kept but folded away on the page.
         timeout: seconds that one cell may take.
 
@@ -596,5 +597,8 @@ def refresh(
     chosen = chapters(root, notebooks)
     for page in chosen:
         say(f"running {page}")
-        run(root / page, root / page)
+        fresh = root / "_build" / "fresh" / page.name
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        run(root / page, fresh)
+        shutil.move(fresh, root / page)
     return chosen
