@@ -112,6 +112,10 @@ def save_tiny_llava(
                 parameter.normal_(0, parameter[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.02)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)  # unequal gains: norming twice must show
+            if "vision_tower" in name and name.endswith(("out_proj.weight", "fc2.weight")):
+                parameter.mul_(0.2)  # layers add to a patch what it is not drowned by, as in trained towers
         # A picture's own content over the tower's constant parts, as trained towers have it.
         model.model.vision_tower.embeddings.patch_embedding.weight.mul_(4)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -148,11 +148,18 @@ def _annotate(image: Image, grid: PatchGrid, words: list[str]) -> Image:
     # Few pixels stay visible as squares when magnified much; photographs are smoothed.
     resample = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.BICUBIC
     plane.paste(image.resize(size, resample), corner)
+    if max(cells[0][:2]) > 0 or cells[-1][2] < image.width or cells[-1][3] < image.height:
+        seen = (*place(*cells[0][:2]), *place(*cells[-1][2:]))
+        faded = Image.blend(plane, Image.new("RGB", plane.size, HALO), 0.7)  # what the model does not see
+        faded.paste(plane.crop(seen), seen)
+        plane, draw = faded, ImageDraw.Draw(faded)
     line = max(1, round(cell_height * scale / 60))
     padded = grid.padded.tolist()
     for (x0, y0, x1, y1), word, bar in zip(cells, words, padded, strict=True):
         a, b = place(x0, y0), place(x1, y1)
-        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=BAR_INK if bar else OUTLINE, width=line)
+        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=BAR_INK, width=line + 1)  # shows on light ground
+        if not bar:
+            draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=OUTLINE, width=line)
         _write(draw, word, a, b, BAR_INK if bar else INK)
     return plane
 

@@ -1,0 +1,34 @@
+"""Models for the tests: a random one built here, and the shipped miniature."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny_llava by name, whatever runs them
+
+from tiny_llava import save_tiny_llava  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A checkpoint folder of a random LLaVA with 4x4 patches. Read only: copy it before changing files."""
+    return save_tiny_llava(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """The random LLaVA, wrapped; letterbox, float32, CPU."""
+    from embedlens import load
+
+    return load(tiny_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def miniature():
+    """The shipped miniature. A missing one is a failure, never a skip."""
+    from embedlens import load
+
+    return load("miniature", device="cpu")

@@ -1,0 +1,53 @@
+"""Promises of the package as a whole: it imports fast, its names are there, floors import downwards only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import embedlens
+
+MODULES = ["errors", "pictures", "patches", "families", "vlm", "words", "lenses", "probe", "__main__"]
+FLOORS = {"errors": 0, "pictures": 0, "patches": 0, "words": 0, "families": 1, "vlm": 1.5, "lenses": 2, "probe": 5}
+
+
+def seconds(code: str) -> float:
+    """CPU seconds of a fresh interpreter, so that a busy machine does not count."""
+    code = f"import time\n{code}\nprint(time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.splitlines()[-1])
+
+
+def test_import_embedlens_takes_next_to_nothing():
+    assert seconds("import embedlens") < 1
+
+
+def test_the_whole_package_imports_in_under_five_seconds():
+    assert seconds("import " + ", ".join(f"embedlens.{module}" for module in MODULES)) < 5
+
+
+def test_every_public_name_is_there():
+    for name in embedlens.__all__:
+        assert getattr(embedlens, name).__name__ == name
+        assert name in dir(embedlens)
+    assert embedlens.samples.__name__ == "embedlens.samples"
+    with pytest.raises(AttributeError, match="no attribute 'Embedlens'; public names are .*EmbedLens"):
+        embedlens.Embedlens  # noqa: B018
+
+
+@pytest.mark.parametrize("module", FLOORS)
+def test_modules_import_only_from_lower_floors(module):
+    folder = Path(embedlens.__file__).parent
+    file = folder / f"{module}.py" if (folder / f"{module}.py").is_file() else folder / module / "llava.py"
+    imported = {
+        node.module.split(".")[1]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("embedlens.")
+    }
+    for other in imported - {module}:
+        assert FLOORS[other] < FLOORS[module] or other == "errors" != module, f"{module} imports {other}"

@@ -1,0 +1,161 @@
+"""Promises of the lenses: exact rankings, ties by lowest id, the model's own logits at the last layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_vlm import QUESTION, picture
+
+from embedlens import EmbedLens, EmbedLensError, LogitLens, lenses
+
+
+def brute_force(h: torch.Tensor, embeddings: torch.Tensor, k: int) -> list[list[int]]:
+    """Cosine in float64, one pair at a time, sorted by (-cosine, id)."""
+    rankings = []
+    for vector in h.double():
+        cosines = [
+            round(float(torch.dot(vector, row) / (vector.norm() * row.norm())), 12) for row in embeddings.double()
+        ]
+        rankings.append(sorted(range(len(cosines)), key=lambda index: (-cosines[index], index))[:k])
+    return rankings
+
+
+@pytest.fixture
+def many():
+    """300 tokens, 40 vectors, width 16."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(300, 16, generator=generator), torch.randn(40, 16, generator=generator) * 30
+
+
+def named(n: int) -> list[str]:
+    return [f"t{index}" for index in range(n)]
+
+
+@pytest.mark.parametrize("k", [1, 5, 300])
+def test_embedlens_is_the_brute_force_cosine_ranking(many, k):
+    embeddings, h = many
+    values, ids = EmbedLens(embeddings, named(300)).topk(h, k)
+    assert ids.tolist() == brute_force(h, embeddings, k)
+    expected = torch.cosine_similarity(h[:, None], embeddings[None], dim=-1).gather(1, ids)
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)  # same sums, other order
+    assert values.min() >= -1 - 1e-5 and values.max() <= 1 + 1e-5
+
+
+def test_ties_go_to_the_lowest_id(many):
+    """Equal rows, and rows of equal direction (powers of two scale exactly), wherever they stand."""
+    embeddings, h = many
+    embeddings[[7, 150, 299]] = embeddings[3].clone()
+    embeddings[[33, 200]] = embeddings[64] * 4
+    embeddings[65:90] = embeddings[64].clone()  # more ties than k
+    h[0], h[1], h[2] = embeddings[3] * 5, embeddings[64] * 0.5, -embeddings[64]
+    values, ids = EmbedLens(embeddings, named(300)).topk(h, 6)
+    assert ids[0, :4].tolist() == [3, 7, 150, 299] and values[0, 0] == values[0, 3]
+    assert ids[1].tolist() == [33, 64, 65, 66, 67, 68]
+    assert ids.tolist() == brute_force(h, embeddings, 6)
+
+
+def test_equal_scores_from_torch_topk_alone_would_not_be_ordered():
+    """The reason for our own tie-break: where every score is equal the k lowest ids must come, in order."""
+    scores = torch.zeros(3, 500)
+    scores[:, 400] = 1
+    assert lenses._topk_lowest_id(scores, 4)[1].tolist() == [[400, 0, 1, 2]] * 3
+
+
+def test_slices_do_not_change_the_result(many, monkeypatch):
+    embeddings, h = many
+    whole = EmbedLens(embeddings, named(300)).topk(h, 5)
+    monkeypatch.setattr(lenses, "SLICE_BYTES", 300 * 4 * 7)  # seven rows at a time; 40 is no multiple
+    sliced = EmbedLens(embeddings, named(300)).topk(h, 5)
+    assert torch.equal(whole[1], sliced[1])
+    torch.testing.assert_close(whole[0], sliced[0], atol=1e-6, rtol=0)
+
+
+def test_the_full_score_matrix_is_never_held(many, monkeypatch):
+    embeddings, h = many
+    monkeypatch.setattr(lenses, "SLICE_BYTES", 300 * 4 * 7)
+    lens, held = EmbedLens(embeddings, named(300)), []
+    scores = lens.scores
+    monkeypatch.setattr(lens, "scores", lambda rows: held.append(rows.shape[0]) or scores(rows))
+    lens.topk(h.repeat(10, 1), 5)
+    assert max(held) <= 7 and sum(held) == 400
+
+
+def test_any_leading_shape_like_torch_topk(many):
+    embeddings, h = many
+    lens = EmbedLens(embeddings, named(300))
+    values, ids = lens.topk(h, 3)
+    assert ids.dtype == torch.long
+    assert torch.equal(lens.topk(h.view(4, 10, 16), 3)[1], ids.view(4, 10, 3))
+    assert torch.equal(lens.topk(h[0], 3)[1], ids[0])
+    assert lens.topk(h[:0], 3)[1].shape == (0, 3)
+    assert lens.words(h[:2], 3) == [[f"t{index}" for index in row] for row in ids[:2].tolist()]
+
+
+def test_norms_are_float32_whatever_comes_in(many):
+    embeddings, h = many
+    half = EmbedLens(embeddings.half(), named(300)).topk(h.half() * 200, 5)  # norms beyond float16
+    assert half[0].dtype == torch.float32 and torch.isfinite(half[0]).all()
+    assert half[1].tolist() == brute_force(h.half(), embeddings.half(), 5)
+
+
+def test_a_zero_vector_has_cosine_zero_not_nan(many):
+    embeddings, h = many
+    embeddings[5] = 0
+    values, ids = EmbedLens(embeddings, named(300)).topk(torch.zeros(1, 16), 2)
+    assert values.tolist() == [[0, 0]] and ids.tolist() == [[0, 1]]
+    assert torch.isfinite(EmbedLens(embeddings, named(300)).scores(h)).all()
+
+
+def test_excluded_ids_never_answer(many):
+    embeddings, h = many
+    _, ids = EmbedLens(embeddings, named(300), exclude=[0, 7]).topk(h, 298)
+    assert not torch.isin(ids, torch.tensor([0, 7])).any()
+
+
+@pytest.fixture(params=["tiny", "miniature"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_logitlens_at_the_last_layer_gives_the_models_own_logits(model):
+    prompt = model.prompt(picture(), QUESTION)
+    lens, last = LogitLens.from_model(model), model.hidden_states(prompt)[-1]
+    logits = model.logits(prompt)
+    assert torch.equal(lens.scores(last), logits)
+    values, ids = lens.topk(last, 1)
+    assert torch.equal(ids[:, 0], logits.argmax(-1))
+    # Norming twice, as readers of Hugging Face's hidden_states[-1] do, or not at all, is something else.
+    with torch.no_grad():
+        assert not torch.allclose(lens.scores(model.unembed.final_norm(last)), logits, atol=1e-2)
+    assert not torch.allclose(LogitLens.from_model(model, norm=False).scores(last), logits, atol=1e-2)
+
+
+def test_embedlens_of_an_embedding_row_is_that_row(model):
+    lens = EmbedLens.from_model(model)
+    ids = torch.arange(10, 60)
+    found = lens.topk(model.input_embeddings[ids] * 3, 1)[1][:, 0]
+    same = (model.input_embeddings[found].float() - model.input_embeddings[ids].float()).norm(dim=-1)
+    assert float(same.max()) == 0  # the row itself, or one equal to it
+
+
+def test_embedlens_ranks_visual_tokens_as_brute_force_does(model):
+    prompt = model.prompt(picture(), QUESTION)
+    h = prompt.embeds[prompt.visual][::7]
+    assert EmbedLens.from_model(model).topk(h, 5)[1].tolist() == brute_force(h, model.input_embeddings, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda lens: lens.topk(torch.zeros(3, 15)),
+            r"shape \(3, 15\), this lens reads width 16: pass hidden states of",
+        ),
+        (lambda lens: lens.topk(torch.zeros(3, 16), 0), "k is 0: pass 1 to 300"),
+        (lambda lens: lens.topk(torch.zeros(3, 16), 301), "k is 301: pass 1 to 300"),
+        (lambda lens: EmbedLens(torch.zeros(3, 2), ["a"]), "3 embedding rows but 1 tokens"),
+    ],
+)
+def test_bad_vectors_get_their_sentence(many, call, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        call(EmbedLens(many[0], named(300)))

@@ -1,0 +1,145 @@
+"""Promises of the patch geometry: the same pixels as the stock processor, in the same order as the visual tokens."""
+
+from __future__ import annotations
+
+import random
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from embedlens import EmbedLensError, Frame, PatchGrid
+from embedlens.patches import PREPROCESSINGS
+
+ODD_SIZES = [(1, 1), (1, 7), (7, 1), (3, 4), (5, 8), (57, 112), (112, 57), (113, 62), (99, 98), (255, 31), (31, 255)]
+
+
+def sizes(n: int = 40) -> list[tuple[int, int]]:
+    draw = random.Random(0)
+    return ODD_SIZES + [(draw.randint(1, 250), draw.randint(1, 250)) for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"), [((640, 480), 144), ((640, 427), 168), ((640, 426), 192), ((640, 360), 240), ((500, 375), 120)]
+)
+def test_known_pictures_have_the_known_number_of_padded_patches(size, padded):
+    assert int(PatchGrid(24, 24, Frame.letterbox(*size)).padded.sum()) == padded
+    assert int(PatchGrid(24, 24, Frame.letterbox(*reversed(size))).padded.sum()) == padded
+
+
+@pytest.mark.parametrize("size", sizes())
+def test_letterbox_puts_the_picture_where_the_stock_processor_does(size):
+    width, height = size
+    processor = LlavaImageProcessorPil(
+        do_pad=True, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
+    )
+    white = Image.new("RGB", size, "white")  # the bars have CLIP's mean colour, (122, 116, 104)
+    canvas = np.asarray(processor(white)["pixel_values"][0])[0]
+    rows, cols = np.nonzero((canvas == 255).any(1))[0], np.nonzero((canvas == 255).any(0))[0]
+    left, top, right, bottom = Frame.letterbox(width, height).window
+    assert canvas.shape == (bottom - top, right - left)
+    assert (cols[0], rows[0]) == (-left, -top)
+    assert (cols[-1] + 1, rows[-1] + 1) == (width - left, height - top)
+
+
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+@pytest.mark.parametrize("size", [size for size in sizes(12) if min(size) >= 30])
+def test_the_canvas_shows_the_picture_at_the_coordinates_of_its_frame(preprocessing, size):
+    """A picture whose red is x and whose green is y, through the stock processor: each canvas pixel tells its source."""
+    width, height = size
+    side = 112
+    y, x = np.mgrid[:height, :width].astype(np.uint8)
+    picture = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], -1))
+    processor = LlavaImageProcessorPil(
+        do_pad=preprocessing == "letterbox",
+        do_center_crop=preprocessing == "centre-crop",
+        size={"shortest_edge": side} if preprocessing == "centre-crop" else {"height": side, "width": side},
+        crop_size={"height": side, "width": side},
+        resample=Image.Resampling.BILINEAR,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    red, green, blue = np.asarray(processor(picture)["pixel_values"][0]).astype(float)
+    x0, y0, x1, y1 = Frame.of(preprocessing, width, height, side).box
+    source_x = x0 + (np.arange(side) + 0.5) / side * (x1 - x0) - 0.5
+    source_y = y0 + (np.arange(side) + 0.5) / side * (y1 - y0) - 0.5
+    margin_x, margin_y = (x1 - x0) / side + 1, (y1 - y0) / side + 1  # resampling mixes with bars and edges there
+    inner_x = (source_x > margin_x) & (source_x < width - 1 - margin_x)
+    inner_y = (source_y > margin_y) & (source_y < height - 1 - margin_y)
+    assert inner_x.any() and inner_y.any()
+    inner = np.ix_(inner_y, inner_x)
+    assert (blue[inner] == 255).all()
+    # 0.51: bilinear interpolation of a ramp is exact, the processor then rounds to 8 bits
+    np.testing.assert_allclose(red[inner], np.broadcast_to(source_x[inner_x], red[inner].shape), atol=0.51)
+    np.testing.assert_allclose(green[inner], np.broadcast_to(source_y[inner_y][:, None], green[inner].shape), atol=0.51)
+
+
+@pytest.mark.parametrize("size", sizes())
+@pytest.mark.parametrize("shape", [(8, 8), (24, 24), (3, 7), (7, 3), (1, 1)])
+def test_boxes_tile_the_picture_and_patch_at_inverts_them(size, shape):
+    rows, cols = shape
+    grid = PatchGrid(rows, cols, Frame.letterbox(*size))
+    assert len(grid) == rows * cols == len(grid.padded) == len(grid.boxes)
+    areas = (grid.boxes[:, 2] - grid.boxes[:, 0]) * (grid.boxes[:, 3] - grid.boxes[:, 1])
+    assert areas.min() >= 0
+    assert float(areas.sum()) == pytest.approx(size[0] * size[1], rel=1e-5)  # float32 boxes
+    assert torch.equal(grid.padded, areas == 0)
+    for index, (x, y) in enumerate(grid.centres.tolist()):
+        assert grid.patch_at(x, y) == index
+
+
+def test_tokens_run_left_to_right_then_down_in_a_grid_that_is_not_square():
+    grid = PatchGrid(rows=2, cols=3, frame=Frame.stretch(30, 20))
+    assert [grid.box(i) for i in range(3)] == [(0, 0, 10, 10), (10, 0, 20, 10), (20, 0, 30, 10)]
+    assert grid.box(3) == (0, 10, 10, 20)
+    assert grid.patch_at(29.9, 19.9) == 5
+
+
+def test_a_box_in_the_bars_is_empty_and_a_cell_there_is_not():
+    grid = PatchGrid(4, 4, Frame.letterbox(100, 50))
+    assert grid.box(0) == (0, 0, 25, 0)
+    assert grid.cell(0) == (0, -25, 25, 0)
+    assert grid.patch_at(10, -20) == 0
+
+
+def test_centre_crop_cuts_and_has_no_bars():
+    grid = PatchGrid(24, 24, Frame.centre_crop(640, 480, side=336))
+    assert not grid.padded.any()
+    assert grid.cell(0)[:2] == (80, 0)
+    with pytest.raises(EmbedLensError, match=r"no patch shows the point \(10, 10\): the grid covers x from 80 to 560"):
+        grid.patch_at(10, 10)
+
+
+def test_a_canvas_that_patches_do_not_divide_loses_its_right_and_bottom_edge():
+    grid = PatchGrid.of_canvas(Frame.stretch(384, 384), canvas=(384, 384), patch=14)
+    assert (grid.rows, grid.cols) == (27, 27)
+    assert grid.cell(len(grid) - 1) == (364, 364, 378, 378)
+    assert grid.covered == (Fraction(378, 384),) * 2
+
+
+def test_a_patch_is_inside_a_box_that_holds_its_centre():
+    grid = PatchGrid(8, 8, Frame.letterbox(112, 84))
+    inside = grid.inside((0, 0, 112, 84))
+    assert torch.equal(inside, ~grid.padded)
+    assert grid.inside(grid.box(20)).nonzero().tolist() == [[20]]
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda: Frame.of("pad", 3, 4, 56),
+            "unknown preprocessing 'pad': choose one of letterbox, centre-crop, stretch",
+        ),
+        (lambda: Frame.letterbox(0, 4), "a picture of 0x4 has no pixels"),
+        (lambda: PatchGrid(0, 4, Frame.letterbox(4, 4)), "a grid of 0x4 patches is empty"),
+        (lambda: PatchGrid(2, 2, Frame.letterbox(4, 4)).box(4), "no patch 4: this grid of 2x2 has 0 to 3"),
+        (lambda: PatchGrid(2, 2, Frame.letterbox(4, 4)).box(-1), "no patch -1"),
+    ],
+)
+def test_bad_geometry_gets_its_sentence(call, sentence):
+    with pytest.raises(EmbedLensError, match=sentence.replace("(", r"\(")):
+        call()

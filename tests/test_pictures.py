@@ -1,0 +1,108 @@
+"""Promises of picture reading: any ordinary picture becomes upright RGB, anything else one sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedlens import EmbedLensError, open_picture
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (9, 6)) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBA", "LA", "PA", "I", "F"])
+def test_every_mode_becomes_rgb_of_the_same_size(mode):
+    image = (
+        noise().convert("RGBA").convert("LA").convert("PA")
+        if mode == "PA"
+        else noise("RGB").convert("L" if mode in ("I", "F") else "RGB").convert(mode)
+    )
+    opened = open_picture(image)
+    assert (opened.mode, opened.size) == ("RGB", (9, 6))
+    assert np.asarray(opened).std() > 10  # the content is still there
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "bmp", "tiff", "gif", "ppm"])
+def test_ordinary_files_are_read(tmp_path, ending):
+    path = tmp_path / f"picture.{ending}"
+    Image.new("RGB", (9, 6), (250, 10, 10)).save(path)
+    opened = open_picture(path)
+    assert opened.size == (9, 6)
+    np.testing.assert_allclose(np.asarray(opened)[3, 4], (250, 10, 10), atol=6)  # jpg and webp are lossy
+    assert open_picture(str(path)).tobytes() == opened.tobytes()
+
+
+def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path):
+    path = tmp_path / "grey.png"
+    Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(path)
+    assert np.asarray(open_picture(path))[0, :, 0].tolist() == [0, 100, 255]
+    assert np.asarray(Image.open(path).convert("RGB"))[0, 1, 0] != 100  # what a plain convert would give
+
+
+def test_a_rotated_photograph_stands_upright(tmp_path):
+    path = tmp_path / "phone.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (9, 6), "red").save(path, exif=exif)
+    assert open_picture(path).size == (6, 9)
+    assert open_picture(Image.open(path)).size == (6, 9)
+
+
+def test_transparent_pixels_lie_on_white():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    assert [open_picture(image).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (255, 0, 0)]
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([255, 0, 0])
+    palette.info["transparency"] = 0
+    assert open_picture(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_arrays_are_read_as_height_by_width():
+    array = np.zeros((6, 9, 3), dtype=np.uint8)
+    array[0, 8] = (1, 2, 3)
+    assert open_picture(array).size == (9, 6)
+    assert open_picture(array).getpixel((8, 0)) == (1, 2, 3)
+    assert open_picture(array[..., 0]).size == open_picture(array[..., :1]).size == (9, 6)
+    assert open_picture(array[:, ::2]).size == (5, 6)  # not contiguous
+
+
+def truncated(path):
+    noise(size=(200, 150)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "sentence"),
+    [
+        ("gone.jpg", lambda path: None, "no picture at .*gone.jpg: check the path"),
+        ("text.jpg", lambda path: path.write_text("hello"), "text.jpg cannot be decoded as a picture: pass a jpg, png"),
+        ("empty.png", lambda path: path.touch(), "empty.png cannot be decoded as a picture"),
+        ("folder.png", lambda path: path.mkdir(), "folder.png is a folder: pass one picture file"),
+        ("half.jpg", truncated, "half.jpg is damaged or truncated .*: get a complete copy"),
+        ("half.png", truncated, "half.png is damaged or truncated .*: get a complete copy"),
+        ("half.webp", truncated, "half.webp (is damaged or truncated|cannot be decoded)"),
+    ],
+)
+def test_a_file_that_is_no_whole_picture_gets_its_sentence(tmp_path, name, make, sentence):
+    make(tmp_path / name)
+    with pytest.raises(EmbedLensError, match=sentence):
+        open_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (np.zeros((4, 4, 3)), "dtype float64: pass uint8, for example"),
+        (np.zeros((3, 4, 5), dtype=np.uint8), r"shape \(3, 4, 5\): pass \[h, w\], .* \(channels last\)"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), r"shape \(2, 4, 4, 3\)"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "has no pixels"),
+    ],
+)
+def test_an_array_that_is_no_picture_gets_its_sentence(array, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        open_picture(array)

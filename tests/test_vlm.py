@@ -1,0 +1,394 @@
+"""Promises of the wrapper: the stock model's numbers bit for bit, the right patch for each token, no silent guess."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_llava import save_tiny_llava
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from embedlens import EmbedLensError, load
+from embedlens.patches import PREPROCESSINGS
+
+QUESTION = "what is in the picture ?"
+SIZES = [(56, 56), (80, 60), (60, 100), (97, 41)]
+
+
+def picture(size: tuple[int, int] = (80, 60), seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+class Stock:
+    """The same folder through transformers alone, loaded apart from the wrapper."""
+
+    def __init__(self, folder) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+
+    def inputs(self, image, question=QUESTION):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
+
+    @torch.no_grad()
+    def forward(self, image, question=QUESTION):
+        return self.model(**self.inputs(image, question), output_hidden_states=True)
+
+    @torch.no_grad()
+    def answer(self, image, question=QUESTION, max_new_tokens=16):
+        inputs = self.inputs(image, question)
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_folder):
+    return Stock(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def stock_miniature(miniature):
+    from embedlens.vlm import _locate
+
+    return Stock(_locate("miniature"))
+
+
+@pytest.fixture(params=["tiny", "miniature"])
+def pair(request):
+    """A wrapped model and the same folder through transformers alone."""
+    names = {"tiny": ("tiny", "stock"), "miniature": ("miniature", "stock_miniature")}[request.param]
+    return tuple(request.getfixturevalue(name) for name in names)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_wrapped_forward_is_the_stock_forward_bit_for_bit(pair, size):
+    model, stock = pair
+    image = picture(size)
+    prompt, expected = model.prompt(image, QUESTION), stock.forward(image)
+    inputs = stock.inputs(image)
+    assert torch.equal(prompt.ids, inputs["input_ids"][0])
+    assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
+    assert torch.equal(model.logits(prompt), expected.logits[0, :, : len(model.input_embeddings)])
+    layers = model.hidden_states(prompt)
+    assert layers.shape == (model.n_layers + 1, len(prompt), model.width)
+    for index in range(model.n_layers):
+        assert torch.equal(layers[index], expected.hidden_states[index][0]), f"layer {index}"
+    # Hugging Face norms its last hidden state; ours is the one before.
+    with torch.no_grad():
+        assert torch.equal(model.unembed.final_norm(layers[-1]), expected.hidden_states[-1][0])
+    assert not torch.equal(layers[-1], expected.hidden_states[-1][0])
+
+
+def test_the_wrapper_reads_the_model_that_answers(tiny_folder):
+    """A change in one block shows in every layer after it and in none before, so nothing is read from elsewhere."""
+    model = load(tiny_folder, device="cpu")
+    prompt = model.prompt(picture(), QUESTION)
+    before, logits = model.hidden_states(prompt), model.logits(prompt)
+    with torch.no_grad():
+        model.blocks[1].mlp.down_proj.weight.mul_(1.5)
+    after = model.hidden_states(prompt)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False, False]
+    assert not torch.equal(logits, model.logits(prompt))
+
+
+def test_answer_is_what_stock_generate_says(pair):
+    model, stock = pair
+    answers = set()
+    for seed, size in enumerate(SIZES):
+        image = picture(size, seed)
+        answer = model.answer(model.prompt(image, QUESTION))
+        assert answer == stock.answer(image)
+        answers.add(answer)
+    if model.name != "miniature":  # a trained model may well say the same of four blurs
+        assert len(answers) > 1
+
+
+def test_answer_stops_at_the_length_asked_for(tiny, stock):
+    prompt = tiny.prompt(picture(), QUESTION)
+    assert tiny.answer(prompt, max_new_tokens=3) == stock.answer(picture(), max_new_tokens=3)
+    with pytest.raises(EmbedLensError, match="max_new_tokens is 0: allow at least 1"):
+        tiny.answer(prompt, max_new_tokens=0)
+
+
+def test_a_batch_gives_what_one_by_one_gives(pair):
+    model, _ = pair
+    questions = [QUESTION, "how many dogs are there in the green grass ?", "a cat ?", QUESTION]
+    images = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    together = model.prompts(images, questions)
+    alone = [model.prompt(image, question) for image, question in zip(images, questions, strict=True)]
+    assert len({len(prompt) for prompt in alone}) > 1  # there is something to pad
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.visual, other.visual)
+        torch.testing.assert_close(one.embeds, other.embeds, atol=1e-4, rtol=1e-4)  # same sums, other blocking
+    assert model.answers(alone, batch_size=3) == [model.answer(prompt) for prompt in alone]
+    for stream, prompt in zip(model.hidden_states_of(alone, batch_size=3), alone, strict=True):
+        single = model.hidden_states(prompt)
+        assert stream.shape == single.shape
+        torch.testing.assert_close(stream, single, atol=1e-3, rtol=1e-3)  # the padded batch takes the masked kernel
+    features = model.visual_features(images, batch_size=3)
+    for row, prompt in zip(features, alone, strict=True):
+        torch.testing.assert_close(row, prompt.embeds[prompt.visual], atol=1e-4, rtol=1e-4)
+    assert model.prompts([], []) == [] and model.answers([]) == [] and model.hidden_states_of([]) == []
+
+
+def test_visual_tokens_are_one_run_of_one_per_patch(pair):
+    model, _ = pair
+    prompt = model.prompt(picture(), QUESTION)
+    positions = prompt.visual.nonzero().squeeze(-1)
+    assert len(positions) == len(prompt.grid) == int(positions[-1] - positions[0]) + 1
+    text = ~prompt.visual
+    assert torch.equal(prompt.embeds[text], model.input_embeddings[prompt.ids[text]])
+    tokenizer = model.tokenizer
+    assert int((prompt.ids == tokenizer.bos_token_id).sum()) == 1 and prompt.ids[0] == tokenizer.bos_token_id
+
+
+def token_changes(model, image: Image.Image, index: int, grid, question=QUESTION) -> torch.Tensor:
+    """How far each visual token moves when a bright square fills patch `index`."""
+    x0, y0, x1, y1 = grid.box(index)
+    bright = np.asarray(image).copy()
+    bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
+    before, after = model.visual_features([image, Image.fromarray(bright)])
+    return (after - before).norm(dim=-1)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (160, 120), (120, 160), (200, 110)])
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+def test_a_bright_square_changes_its_own_token_most(tiny_folder, preprocessing, size):
+    model = load(tiny_folder, device="cpu", preprocessing=preprocessing)
+    image = Image.new("RGB", size, (90, 90, 90))
+    grid = model.prompt(image, QUESTION).grid
+    shown = [index for index in range(len(grid)) if grid.box(index) == grid.cell(index)]
+    assert len(shown) >= 4
+    for index in shown:
+        changes = token_changes(model, image, index, grid)
+        assert int(changes.argmax()) == index, f"square at patch {index}, token {int(changes.argmax())} moved most"
+
+
+@pytest.mark.parametrize("size", [(112, 112), (112, 84), (63, 112)])
+def test_a_bright_square_changes_its_own_token_most_in_the_miniature(miniature, size):
+    image = Image.new("RGB", size, (90, 90, 90))
+    grid = miniature.prompt(image, QUESTION).grid
+    shown = [index for index in range(len(grid)) if grid.box(index) == grid.cell(index)]
+    hits = [int(token_changes(miniature, image, index, grid).argmax()) == index for index in shown]
+    assert all(hits), f"{len(hits) - sum(hits)} of {len(hits)} squares moved another token more"
+
+
+def test_letterbox_is_the_default_also_where_the_saved_processor_crops(tmp_path):
+    folder = save_tiny_llava(tmp_path / "crops", letterbox=False)
+    image = picture((97, 41))
+    stock = Stock(folder)
+    assert torch.equal(
+        load(folder, device="cpu", preprocessing="centre-crop").prompt(image, QUESTION).pixel_values,
+        stock.inputs(image)["pixel_values"],
+    )
+    boxed = load(folder, device="cpu").prompt(image, QUESTION)
+    expected = stock.processor.image_processor(
+        image, do_pad=True, do_center_crop=False, size={"height": 56, "width": 56}, return_tensors="pt"
+    )
+    assert torch.equal(boxed.pixel_values, expected["pixel_values"])
+    assert boxed.grid.padded.any()
+
+
+def test_pictures_come_as_path_image_or_array(tiny, tmp_path):
+    image = picture()
+    image.save(tmp_path / "picture.png")
+    forms = [image, tmp_path / "picture.png", str(tmp_path / "picture.png"), np.asarray(image)]
+    first, *others = [tiny.prompt(form, QUESTION) for form in forms]
+    assert all(torch.equal(first.pixel_values, other.pixel_values) for other in others)
+
+
+def test_embeddings_are_the_real_rows_only(tiny, tmp_path):
+    assert len(tiny.input_embeddings) == len(tiny.tokenizer) == tiny.hf.config.text_config.vocab_size - 7
+    assert tiny.logits(tiny.prompt(picture(), QUESTION)).shape[-1] == len(tiny.input_embeddings)
+    # Placeholders that close the vocabulary, as in llava-hf checkpoints, are no words either.
+    other = load(save_tiny_llava(tmp_path / "closing", specials_first=False), device="cpu")
+    assert len(other.input_embeddings) == len(other.tokenizer) - 2
+    assert {"<pad>", "<image>"} & set(other.tokens) == set()
+
+
+def test_tied_embeddings_are_noted(tiny, tmp_path):
+    assert not tiny.tied and "untied" in repr(tiny)
+    assert load(save_tiny_llava(tmp_path / "tied", tied=True), device="cpu").tied
+
+
+def test_hooks_are_gone_afterwards_also_after_an_exception(tiny):
+    def count():
+        return sum(len(block._forward_hooks) + len(block._forward_pre_hooks) for block in tiny.blocks)
+
+    tiny.hidden_states(tiny.prompt(picture(), QUESTION))
+    assert count() == 0
+    with pytest.raises(RuntimeError, match="on purpose"), tiny._recording():
+        assert count() == tiny.n_layers + 1
+        raise RuntimeError("on purpose")
+    assert count() == 0
+
+
+def test_block_outputs_may_be_tuples(tiny):
+    """transformers 4 returned (hidden,) from a block; the recording reads both forms."""
+    prompt = tiny.prompt(picture(), QUESTION)
+    expected = tiny.hidden_states(prompt)
+    with tiny._recording() as layers:
+        for block in tiny.blocks:
+            hook = list(block._forward_hooks.values())[-1]
+            hook(block, (), (expected[1][None], "cache"))
+    assert len(layers) == tiny.n_layers and all(torch.equal(layer[0], expected[1]) for layer in layers)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tiny_folder, tmp_path):
+    """A copy of the checkpoint to break."""
+    return shutil.copytree(tiny_folder, tmp_path / "broken")
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def drop_tensor(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(name for name in tensors if "layers.1.mlp" in name))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda f: (f / "config.json").unlink(), "is no checkpoint, it has no config.json: pass the folder that"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json of .* is not a JSON object: download"),
+        (
+            lambda f: edit_json(f / "config.json", architectures=["Qwen2VLForConditionalGeneration"]),
+            "is a Qwen2VLForConditionalGeneration, which is not supported: pass .* LlavaForConditionalGeneration",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "no weights in .*: model.safetensors is missing; save or"),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x-1.safetensors"}}'),
+            r"lacks 1 of 1 weight files \(x-1.safetensors\): copy them too",
+        ),
+        (drop_tensor, r"lack 1 tensors \(model.language_model.layers.1.mlp.*\): save the whole model"),
+        (lambda f: cut_in_half(f / "model.safetensors"), "the weights of .* cannot be loaded: save or download"),
+        (lambda f: (f / "processor_config.json").unlink(), "has no (usable|image) processor.*add"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no usable processor: add the files that processor.save_"),
+        (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template: add chat_template.jinja"),
+        (
+            lambda f: edit_json(f / "processor_config.json", patch_size=None),
+            'does not say its patch_size: add "patch_size": 14',
+        ),
+        (
+            lambda f: edit_json(f / "processor_config.json", num_additional_image_tokens=0),
+            "the processor writes 15 image tokens, the patch grid has 16, .*: make patch_size, num_additional",
+        ),
+        (
+            lambda f: edit_json(f / "config.json", vision_feature_select_strategy="full"),
+            "keeps the CLS token among the visual tokens .* set it to 'default'",
+        ),
+    ],
+)
+def test_a_broken_folder_gets_its_sentence(broken, damage, sentence):
+    damage(broken)
+    with pytest.raises(EmbedLensError, match=sentence) as caught:
+        load(broken, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"name_or_folder": "miniatur"}, "no folder 'miniatur': pass 'miniature', a checkpoint folder, or"),
+        ({"name_or_folder": "./no/such/folder"}, "no folder './no/such/folder': pass 'miniature'"),
+        ({"name_or_folder": ""}, "the model name is empty"),
+        ({"name_or_folder": __file__}, "is a file: pass the folder that holds config.json"),
+        ({"device": "gpu"}, "unknown device 'gpu': pass 'cpu', 'cuda'"),
+        ({"device": "xpu"}, "unsupported device 'xpu': pass 'cpu', 'cuda'"),
+        ({"dtype": "float8"}, "unknown dtype 'float8': pass one of 'float32', 'float16', 'bfloat16'"),
+        ({"dtype": torch.int8}, "unknown dtype torch.int8"),
+        ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit', '8bit' or None"),
+        ({"quantize": "4bit", "device": "cpu"}, "quantize='4bit' needs a CUDA GPU: leave it out"),
+        ({"preprocessing": "pad"}, "unknown preprocessing 'pad': choose one of letterbox, centre-crop, stretch"),
+    ],
+)
+def test_a_bad_argument_of_load_gets_its_sentence(tiny_folder, arguments, sentence):
+    with pytest.raises(EmbedLensError, match=sentence) as caught:
+        load(**{"name_or_folder": tiny_folder, "device": "cpu", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_that_is_not_there_gets_its_sentence(tiny_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EmbedLensError, match="'cuda' is asked for, but PyTorch sees no CUDA GPU: pass device='cpu'"):
+        load(tiny_folder, device="cuda")
+
+
+def test_quantisation_without_bitsandbytes_gets_its_sentence(tiny_folder, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EmbedLensError, match="quantize='8bit' needs bitsandbytes: pip install bitsandbytes"):
+        load(tiny_folder, quantize="8bit")
+
+
+def test_an_unreachable_hub_gets_its_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        EmbedLensError, match="no folder 'nobody/nothing', and the Hugging Face hub did not give"
+    ) as caught:
+        load("nobody/nothing", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        ("", "the question is empty: ask something"),
+        (" \n", "the question is empty: ask something"),
+        ("what is <image> ?", "holds the image placeholder <image>: leave it out"),
+    ],
+)
+def test_a_bad_question_gets_its_sentence(tiny, question, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        tiny.prompt(picture(), question)
+
+
+def test_as_many_questions_as_pictures(tiny):
+    with pytest.raises(EmbedLensError, match="2 pictures but 1 questions: pass one question per picture"):
+        tiny.prompts([picture(), picture()], [QUESTION])
+
+
+def test_weights_that_ignore_the_picture_are_refused(broken):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(broken / "model.safetensors")
+    for name in tensors:  # attention writes nothing: no position reads another
+        if "language_model" in name and "o_proj" in name:
+            tensors[name].zero_()
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EmbedLensError, match="answers the same with its visual tokens blanked"):
+        load(broken, device="cpu")
+
+
+def test_a_wrong_module_path_is_found_when_the_model_is_built(tiny_folder, monkeypatch):
+    from embedlens.families import llava
+
+    monkeypatch.setitem(llava.MODULES, "final_norm", "model.language_model.layers.0.input_layernorm")
+    with pytest.raises(EmbedLensError, match="do not turn the last block's output into its logits: correct MODULES"):
+        load(tiny_folder, device="cpu")
+    monkeypatch.setitem(llava.MODULES, "final_norm", "language_model.norm")
+    with pytest.raises(EmbedLensError, match="has no module language_model.norm: install the version in"):
+        load(tiny_folder, device="cpu")
