@@ -48,7 +48,7 @@ def test_letterbox_puts_the_picture_where_the_stock_processor_does(size):
 @pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
 @pytest.mark.parametrize("size", [size for size in sizes(12) if min(size) >= 30])
 def test_the_canvas_shows_the_picture_at_the_coordinates_of_its_frame(preprocessing, size):
-    """A picture whose red is x and whose green is y, through the stock processor: each canvas pixel tells its source."""
+    """Red is x and green is y: through the stock processor, each canvas pixel tells where it comes from."""
     width, height = size
     side = 112
     y, x = np.mgrid[:height, :width].astype(np.uint8)

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from embedlens import EmbedLensError, load
+from embedlens import EmbedLensError, load, vlm
 from embedlens.patches import PREPROCESSINGS
 
 QUESTION = "what is in the picture ?"
@@ -336,12 +336,16 @@ def test_a_gpu_that_is_not_there_gets_its_sentence(tiny_folder, monkeypatch):
 
 
 def test_quantisation_without_bitsandbytes_gets_its_sentence(tiny_folder, monkeypatch):
-    import importlib.util
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(vlm, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(EmbedLensError, match="quantize='8bit' needs bitsandbytes: pip install bitsandbytes"):
         load(tiny_folder, quantize="8bit")
+
+
+def test_several_gpus_without_accelerate_get_their_sentence(tiny_folder, monkeypatch):
+    monkeypatch.setattr(vlm, "find_spec", lambda name: None)
+    with pytest.raises(EmbedLensError, match="device='auto' needs accelerate: pip install accelerate, or name one"):
+        load(tiny_folder, device="auto")
 
 
 def test_an_unreachable_hub_gets_its_sentence(monkeypatch):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -193,7 +194,7 @@ class VisionLanguageModel:
         return self.prompts([image], [question])[0]
 
     def prompts(self, images: Sequence[Picture], questions: Sequence[str]) -> list[Prompt]:
-        """Several prompts, their pictures through the vision tower in one batch."""
+        """Several prompts, their pictures through the vision tower in one batch; one by one gives the same up to rounding."""
         if len(images) != len(questions):
             raise EmbedLensError(
                 f"{len(images)} pictures but {len(questions)} questions: pass one question per picture"
@@ -402,18 +403,18 @@ def load(
         EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
             missing processor, unknown device, dtype, quantisation or preprocessing.
     """
-    device_map = _device(device)
+    place = _device(device)
     if preprocessing not in PREPROCESSINGS:
         raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
-    own_dtype = "auto" if device_map != "cpu" and name_or_folder != MINIATURE else torch.float32
+    own_dtype = "auto" if place != "cpu" and name_or_folder != MINIATURE else torch.float32
     weights_dtype = own_dtype if dtype is None else _dtype(dtype)
-    quantization = _quantization(quantize, device_map)
+    quantization = _quantization(quantize, place)
     source = _locate(name_or_folder)
     name = str(name_or_folder)
     _family(_class_name(source, name), name)
     if isinstance(source, Path):
         _check_weight_files(source, name)
-    hf = _load_weights(source, name, device_map, weights_dtype, quantization)
+    hf = _load_weights(source, name, place, weights_dtype, quantization)
     return VisionLanguageModel(hf, _load_processor(source, name), name, preprocessing)
 
 
@@ -430,6 +431,8 @@ def _device(device: str | torch.device | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "auto":
+        if find_spec("accelerate") is None:
+            raise EmbedLensError("device='auto' needs accelerate: pip install accelerate, or name one device")
         return "auto"
     try:
         wanted = torch.device(device)
@@ -456,17 +459,16 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return known
 
 
-def _quantization(quantize: str | None, device_map: str) -> BitsAndBytesConfig | None:
-    from importlib.util import find_spec
-
+def _quantization(quantize: str | None, place: str) -> BitsAndBytesConfig | None:
     if quantize is None:
         return None
     if quantize not in ("4bit", "8bit"):
         raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit', '8bit' or None")
-    if device_map == "cpu" or not torch.cuda.is_available():
-        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU: leave it out on this device ({device_map})")
-    if find_spec("bitsandbytes") is None:
-        raise EmbedLensError(f"quantize={quantize!r} needs bitsandbytes: pip install bitsandbytes")
+    if not place.startswith(("cuda", "auto")) or not torch.cuda.is_available():
+        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU: leave it out on this device ({place})")
+    absent = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
+    if absent:
+        raise EmbedLensError(f"quantize={quantize!r} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
     from transformers import BitsAndBytesConfig
 
     # The head stays unquantised, which lenses rely on; transformers' default does that too.
@@ -542,19 +544,22 @@ def _check_weight_files(folder: Path, name: str) -> None:
 def _load_weights(
     source: Path | str,
     name: str,
-    device_map: str,
+    place: str,
     dtype: torch.dtype | str,
     quantization: BitsAndBytesConfig | None,
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
+    # Straight to the GPU where accelerate can do it: the weights then never lie in main memory as a whole.
+    direct = find_spec("accelerate") is not None
+    device_map = place if place == "auto" or (place.startswith("cuda") and direct) else None
     try:
         with _quiet(isinstance(source, Path)):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=dtype,
-                device_map=None if device_map == "cpu" else device_map,
+                device_map=device_map,
                 quantization_config=quantization,
                 output_loading_info=True,
             )
@@ -569,7 +574,7 @@ def _load_weights(
         raise EmbedLensError(
             f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model, not a part"
         )
-    return hf
+    return hf.to(place) if device_map is None else hf
 
 
 def _load_processor(source: Path | str, name: str) -> Any:
