@@ -194,7 +194,7 @@ class VisionLanguageModel:
         return self.prompts([image], [question])[0]
 
     def prompts(self, images: Sequence[Picture], questions: Sequence[str]) -> list[Prompt]:
-        """Several prompts, their pictures through the vision tower in one batch; the same as one by one, up to rounding."""
+        """Several prompts, their pictures through the tower in one batch; as one by one, up to rounding."""
         if len(images) != len(questions):
             raise EmbedLensError(
                 f"{len(images)} pictures but {len(questions)} questions: pass one question per picture"
