@@ -1,0 +1,80 @@
+"""Pictures with COCO-style annotations, whatever their source: `load("miniworld", n=8)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from embedlens.errors import EmbedLensError
+from embedlens.samples.miniworld.language import Question
+
+__all__ = ["Question", "Sample", "load"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with what is known about it.
+
+    Attributes:
+        id: COCO image id, unique within its data set.
+        width: px of the picture.
+        height: px of the picture.
+        annotations: COCO `instances` entries: category_id, bbox [x, y, width, height] in px, area, segmentation (RLE),
+            iscrowd; the miniature world adds colour, text and the held-out mark.
+        captions: sentences about the picture.
+        questions: questions with short answers.
+        category_names: COCO category id → name, for all categories of the data set.
+        draw: makes the picture; called once, on first use of `image`.
+    """
+
+    id: int
+    width: int
+    height: int
+    annotations: tuple[Mapping[str, Any], ...]
+    captions: tuple[str, ...]
+    questions: tuple[Question, ...]
+    category_names: Mapping[int, str]
+    draw: Callable[[], Image.Image] = field(repr=False, compare=False)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture, RGB."""
+        return self.draw()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the categories in the picture, each once, in COCO order."""
+        present = {annotation["category_id"] for annotation in self.annotations}
+        return tuple(name for category, name in self.category_names.items() if category in present)
+
+
+def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "heldout", **options: Any) -> list[Sample]:
+    """The first `n` samples of a data set, in an order fixed by `seed`.
+
+    Args:
+        dataset: "miniworld", drawn on the fly.
+        n: how many.
+        seed: different seeds give different pictures.
+        split: "heldout" or "train"; the miniature was trained on the latter only.
+        options: of the data set, see `embedlens.samples.miniworld.sample`.
+
+    Raises:
+        EmbedLensError: unknown data set or split, or `n` below 1.
+
+    >>> [sample.id for sample in load("miniworld", n=3)]
+    [0, 1, 2]
+    >>> load("miniworld", n=1)[0].image.mode
+    'RGB'
+    """
+    if n < 1:
+        raise EmbedLensError(f"n is {n}: ask for at least one sample")
+    if dataset != "miniworld":
+        raise EmbedLensError(f"unknown data set {dataset!r}: this version has 'miniworld'")
+    from embedlens.samples import miniworld
+
+    first = miniworld.first_index(seed)
+    return [miniworld.sample(first + i, split, **options) for i in range(n)]

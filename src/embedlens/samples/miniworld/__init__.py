@@ -1,0 +1,156 @@
+"""The miniature world: pictures drawn from a seed, endless and the same everywhere, in COCO's own format.
+
+`scene` decides what is where, `draw` makes pixels, `language` says what can be said about it, `sprites` holds the
+things. This module puts the four together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedlens.errors import EmbedLensError
+from embedlens.samples.miniworld import draw, language
+from embedlens.samples.miniworld import scene as scenes
+from embedlens.samples.miniworld.scene import Scene, Split
+from embedlens.samples.miniworld.sprites import CATEGORIES
+
+if TYPE_CHECKING:
+    from embedlens.samples import Sample
+
+CATEGORY_NAMES = {category.id: category.name for category in CATEGORIES}
+# Pictures of one seed; far more than anyone asks for, so that seeds do not overlap.
+SEED_STRIDE = 1_000_000
+# Held-out indices below this belong to measurements taken during training.
+RESERVED = 1_000_000_000
+
+
+def first_index(seed: int) -> int:
+    """Index of the first picture of a seed. Training measures itself on other held-out pictures.
+
+    >>> first_index(1) - first_index(0)
+    1000000
+    """
+    if seed < 0:
+        raise EmbedLensError(f"seed is {seed}: use 0 or more")
+    return RESERVED + seed * SEED_STRIDE
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's run-length code of a mask, Bool[height, width], as JSON can hold it."""
+    from pycocotools import mask as coco_mask
+
+    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def annotations(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, Any], ...]:
+    """COCO `instances` of a scene: one entry per object (words are not COCO objects, see `words`)."""
+    entries = []
+    for number, thing in enumerate(drawn.objects):
+        covered = draw.mask(thing, drawn, scale)
+        assert thing.category is not None
+        entries.append(
+            {
+                "id": image_id * 100 + number,
+                "image_id": image_id,
+                "category_id": CATEGORIES[thing.category].id,
+                "bbox": [float(round(side * scale)) for side in thing.box],
+                "area": float(covered.sum()),
+                "iscrowd": 0,
+                "segmentation": rle(covered),
+                "colour": thing.colour,
+                "heldout": thing.colour is not None and scenes.is_heldout_pair(thing.category, thing.colour),
+            }
+        )
+    return tuple(entries)
+
+
+def words(drawn: Scene, scale: float = 1) -> tuple[dict[str, Any], ...]:
+    """What is written: text, colour, bbox [x, y, width, height] in px, and whether no training picture shows it."""
+    return tuple(
+        {
+            "text": thing.text,
+            "colour": thing.colour,
+            "bbox": [float(round(side * scale)) for side in thing.box],
+            "heldout": scenes.is_heldout_word(thing.text),
+        }
+        for thing in drawn.words
+    )
+
+
+def scene_of(index: int, split: Split = "heldout", **options: Any) -> Scene:
+    """The layout of picture `index`; `options` as in `embedlens.samples.miniworld.scene.scene`."""
+    return scenes.scene(scenes.rng_of(split, index), split, **options)
+
+
+def sample(index: int, split: Split = "heldout", scale: float = 1, **options: Any) -> Sample:
+    """Picture `index` of a split with annotations, captions and questions.
+
+    Args:
+        index: any number from 0; the same index is the same picture on every machine.
+        split: "train" or "heldout".
+        scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
+        options: of the layout: objects, repeated, words, tiny, textured, square.
+
+    Raises:
+        EmbedLensError: unknown split, index below 0 or scale of 0 or less.
+    """
+    if split not in ("train", "heldout"):
+        raise EmbedLensError(f"unknown split {split!r}: use 'train' or 'heldout'")
+    if index < 0 or scale <= 0:
+        raise EmbedLensError(f"index {index} and scale {scale}: the index is 0 or more, the scale above 0")
+    rng = scenes.rng_of(split, index)
+    drawn = scenes.scene(rng, split, **options)
+    image_id = index - RESERVED if split == "heldout" and index >= RESERVED else index
+    return of_scene(drawn, image_id, scale, (language.caption(drawn, rng),), language.questions(drawn, rng))
+
+
+def of_scene(
+    drawn: Scene,
+    image_id: int = 0,
+    scale: float = 1,
+    captions: tuple[str, ...] = (),
+    questions: tuple[language.Question, ...] = (),
+) -> Sample:
+    """A layout of your own as a sample."""
+    from embedlens.samples import Sample
+
+    width, height = draw.pixels(drawn.width, drawn.height, scale)
+    return Sample(
+        id=image_id,
+        width=width,
+        height=height,
+        annotations=annotations(drawn, image_id, scale),
+        captions=captions,
+        questions=questions,
+        category_names=CATEGORY_NAMES,
+        draw=partial(draw.picture, drawn, scale),
+    )
+
+
+def write_coco(samples: Iterable[Sample], folder: Path) -> None:
+    """Write pictures and `annotations/instances.json`, `annotations/captions.json` that pycocotools loads."""
+    pictures = folder / "images"
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    pictures.mkdir(exist_ok=True)
+    images, instances, captions = [], [], []
+    for item in samples:
+        name = f"{item.id:012d}.png"
+        item.image.save(pictures / name)
+        images.append({"id": item.id, "file_name": name, "width": item.width, "height": item.height})
+        instances += [dict(entry) for entry in item.annotations]
+        captions += [
+            {"id": item.id * 100 + number, "image_id": item.id, "caption": text}
+            for number, text in enumerate(item.captions)
+        ]
+    categories = [{"id": c.id, "name": c.name, "supercategory": c.group} for c in CATEGORIES]
+    about = {"info": {"description": "miniature world"}, "licenses": [], "images": images}
+    for name, entries in (("instances", instances), ("captions", captions)):
+        content = {**about, "annotations": entries} | ({"categories": categories} if name == "instances" else {})
+        (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))

@@ -1,0 +1,299 @@
+"""What can be said about a scene: captions, and questions with answers in four families."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from embedlens.samples.miniworld.scene import Scene, Thing, region, region_is_clear
+from embedlens.samples.miniworld.sprites import BY_GROUP, CATEGORIES
+
+Family = Literal["general", "ocr", "grounding", "hallucination"]
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+IRREGULAR = {
+    "person": "people",
+    "bus": "buses",
+    "sheep": "sheep",
+    "knife": "knives",
+    "wine glass": "wine glasses",
+    "sandwich": "sandwiches",
+    "broccoli": "broccoli",
+    "couch": "couches",
+    "scissors": "scissors",
+}
+GROUNDS = {
+    "grass": "on grass",
+    "sky": "in the sky",
+    "water": "on water",
+    "sand": "on sand",
+    "brick": "on a brick wall",
+    "wood": "on wood",
+    "noise": "on noise",
+}
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one picture, with its short answer."""
+
+    text: str
+    answer: str
+    family: Family
+    kind: str
+    choices: tuple[str, ...] = ()
+
+
+def plural(name: str) -> str:
+    return IRREGULAR.get(name, name + "s")
+
+
+def article(phrase: str) -> str:
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
+
+
+def at(place: str) -> str:
+    """'at the top left', 'in the center', 'on the left'."""
+    return f"in the {place}" if place == "center" else f"on the {place}" if place in ("left", "right") else f"at the {place}"
+
+
+def described(thing: Thing) -> str:
+    """'red car', 'car', or for a word: its letters with spaces between, so that each letter is named."""
+    if thing.category is None:
+        return f"{thing.colour} {'letter' if len(thing.text) == 1 else 'letters'} {' '.join(thing.text)}"
+    return f"{thing.colour} {thing.name}" if thing.colour else thing.name
+
+
+def padded_box(thing: Thing, scene: Scene) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 as fractions of the letterboxed square, as LLaVA-1.5 was trained to write boxes."""
+    side = max(scene.width, scene.height)
+    left, top = (side - scene.width) // 2, (side - scene.height) // 2
+    x, y, w, h = thing.box
+    return (x + left) / side, (y + top) / side, (x + w + left) / side, (y + h + top) / side
+
+
+def box_text(box: tuple[float, float, float, float]) -> str:
+    return "[" + ", ".join(f"{min(value, 0.99):.2f}" for value in box) + "]"
+
+
+def _phrases(scene: Scene, place_first: bool) -> list[str]:
+    """One phrase per thing, or one per group of like things, in reading order; where it is comes first or last."""
+    groups: dict[tuple[str, str | None], list[Thing]] = {}
+    for thing in sorted(scene.things, key=lambda thing: (int(3 * thing.centre[1] / scene.height), thing.centre[0])):
+        groups.setdefault((thing.name if thing.category is not None else thing.text, thing.colour), []).append(thing)
+    said = []
+    for members in groups.values():
+        thing = members[0]
+        if thing.category is None:
+            what = f"the {described(thing)}"
+        elif len(members) == 1:
+            what = article(described(thing))
+        else:
+            what = f"{NUMBERS[len(members)]} {f'{thing.colour} ' if thing.colour else ''}{plural(thing.name)}"
+        where = " and ".join(at(place) for place in dict.fromkeys(region(member, scene) for member in members))
+        said.append(f"{where} {what}" if place_first else f"{what} {where}")
+    return said
+
+
+def ground_phrase(scene: Scene) -> str:
+    kind, colours = scene.background.kind, scene.background.colours
+    return GROUNDS[kind] if kind in GROUNDS else f"on {' and '.join(colours)}"
+
+
+def caption(
+    scene: Scene,
+    rng: random.Random,
+    mention_background: float = 0.25,
+    place_first: float = 0.5,
+    reading_order: float = 0.5,
+) -> str:
+    """Everything in the picture with its colour and place; the background is mentioned sometimes, as in COCO.
+
+    Args:
+        mention_background: share of captions that name it.
+        place_first: share of captions that say where before what ("at the top a dog").
+        reading_order: share of captions that go from top left to bottom right; the others are shuffled.
+    """
+    phrases = _phrases(scene, rng.random() < place_first)
+    if rng.random() >= reading_order:
+        rng.shuffle(phrases)
+    text = ", ".join(phrases)
+    if rng.random() < mention_background:
+        text = f"{ground_phrase(scene)}, {text}" if rng.random() < 0.3 else f"{text}, {ground_phrase(scene)}"
+    return text + "."
+
+
+def document(scene: Scene, rng: random.Random) -> str:
+    """All about a scene in words: what a language model reads in place of the picture.
+
+    Each thing has its own clause with colour, place and box; words are given joined and spelled.
+    """
+    clauses = []
+    for thing in scene.things:
+        what = f'the {thing.colour} text "{thing.text}" {described(thing).split(" ", 1)[1]}' if thing.category is None else article(described(thing))
+        clause = f"{what} {at(region(thing, scene))}"
+        clauses.append(f"{clause} {box_text(padded_box(thing, scene))}")
+    rng.shuffle(clauses)
+    return ", ".join([*clauses, ground_phrase(scene)] if rng.random() < 0.5 else clauses) + "."
+
+
+def _unique(scene: Scene) -> list[Thing]:
+    """Objects whose category appears once."""
+    counts = Counter(thing.category for thing in scene.objects)
+    return [thing for thing in scene.objects if counts[thing.category] == 1]
+
+
+def _refer(thing: Thing, scene: Scene) -> str | None:
+    """A description that fits this object alone: 'the red car', or None."""
+    same = [other for other in scene.objects if other.category == thing.category]
+    if len(same) == 1:
+        return f"the {described(thing)}"
+    if all(other.colour for other in same) and sum(other.colour == thing.colour for other in same) == 1:
+        return f"the {described(thing)}"
+    return None
+
+
+def ask_object(scene: Scene, rng: random.Random) -> Question | None:
+    """Name of the one object, of the one in a region, or of the one in a colour.
+
+    Colours are asked only where every object was given one: a sprite's own colours have no name here.
+    """
+    if len(scene.objects) == 1:
+        return Question("What is in the picture?", scene.objects[0].name, "general", "object")
+    regions = Counter(region(thing, scene) for thing in scene.objects)
+    colours = Counter(thing.colour for thing in scene.things)
+    ways = []
+    for thing in scene.objects:
+        place = region(thing, scene)
+        if regions[place] == 1 and region_is_clear(thing, scene):
+            ways.append((f"What is {at(place)}?", thing.name))
+        if None not in colours and colours[thing.colour] == 1:
+            ways.append((f"What is {thing.colour}?", thing.name))
+    if not ways:
+        return None
+    text, answer = rng.choice(ways)
+    return Question(text, answer, "general", "object")
+
+
+def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
+    things = [thing for thing in _unique(scene) if thing.colour]
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return Question(f"What color is the {thing.name}?", str(thing.colour), "general", "colour")
+
+
+def _absent(scene: Scene, rng: random.Random, how: str) -> int:
+    """A category that is not in the scene: any, or from the group of one that is (POPE's 'adversarial')."""
+    present = {thing.category for thing in scene.objects}
+    pool: list[int] = []
+    if how == "adversarial":
+        pool = [i for thing in scene.objects for i in BY_GROUP[CATEGORIES[thing.category or 0].group] if i not in present]
+    return rng.choice(pool or [i for i in range(len(CATEGORIES)) if i not in present])
+
+
+def ask_existence(scene: Scene, rng: random.Random, family: Family = "hallucination") -> Question | None:
+    if rng.random() < 0.5:
+        name, answer = rng.choice(sorted({thing.name for thing in scene.objects})), "yes"
+    else:
+        how = "random" if rng.random() < 0.5 else "adversarial"
+        name, answer = CATEGORIES[_absent(scene, rng, how)].name, "no"
+    return Question(f"Is there {article(name)} in the picture?", answer, family, "existence", ("yes", "no"))
+
+
+def ask_count(scene: Scene, rng: random.Random) -> Question | None:
+    """One to four, equally often: scenes with one of a kind are taken as often as those with two, three, four."""
+    counts = Counter(thing.name for thing in scene.objects)
+    repeated = [name for name, n in counts.items() if 2 <= n <= 4]
+    single = [name for name, n in counts.items() if n == 1]
+    if repeated:
+        name = rng.choice(repeated)
+    elif single and rng.random() < 0.26:
+        name = rng.choice(single)
+    else:
+        return None
+    return Question(f"How many {plural(name)} are there?", NUMBERS[counts[name]], "general", "count")
+
+
+def ask_where(scene: Scene, rng: random.Random) -> Question | None:
+    things = [thing for thing in _unique(scene) if region_is_clear(thing, scene)]
+    if not things:
+        return None
+    thing = rng.choice(things)
+    return Question(f"Where is the {described(thing)}?", region(thing, scene), "general", "where")
+
+
+def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+    """left, right, above or below; asked only where one direction dominates."""
+    things = _unique(scene)
+    pairs = []
+    for a in things:
+        for b in things:
+            (ax, ay), (bx, by) = a.centre, b.centre
+            dx, dy = ax - bx, ay - by
+            if a is not b and max(abs(dx), abs(dy)) > max(14, 1.6 * min(abs(dx), abs(dy))):
+                answer = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+                pairs.append((a, b, answer))
+    if not pairs:
+        return None
+    # pictures are wider than high, so left and right would be asked more often than above and below
+    wanted = rng.choice(("left", "right", "above", "below"))
+    a, b, answer = rng.choice([pair for pair in pairs if pair[2] == wanted] or pairs)
+    return Question(f"Where is the {a.name} relative to the {b.name}?", answer, "general", "relation")
+
+
+def ask_choice(scene: Scene, rng: random.Random) -> Question | None:
+    present = rng.choice(sorted({thing.name for thing in scene.objects}))
+    names: list[str] = []
+    while len(names) < 3:
+        name = CATEGORIES[_absent(scene, rng, "random")].name
+        if name not in names:
+            names.append(name)
+    place = rng.randrange(4)
+    names.insert(place, present)
+    options = " ".join(f"{letter}. {name}" for letter, name in zip("ABCD", names, strict=True))
+    return Question(f"Which one is in the picture? {options}", "ABCD"[place], "general", "choice", tuple(names))
+
+
+def ask_text(scene: Scene, rng: random.Random) -> Question | None:
+    if len(scene.words) != 1:
+        return None
+    text = scene.words[0].text
+    if len(text) == 1:
+        return Question("What character is written?", text, "ocr", "character")
+    return Question("What word is written?", text, "ocr", "word")
+
+
+def ask_text_colour(scene: Scene, rng: random.Random) -> Question | None:
+    if len(scene.words) != 1:
+        return None
+    return Question("What color is the text?", str(scene.words[0].colour), "ocr", "text_colour")
+
+
+def ask_box(scene: Scene, rng: random.Random) -> Question | None:
+    ways = [(reference, thing) for thing in scene.objects if (reference := _refer(thing, scene))]
+    if not ways:
+        return None
+    reference, thing = rng.choice(ways)
+    return Question(f"Give the box of {reference}.", box_text(padded_box(thing, scene)), "grounding", "box")
+
+
+ASK = {
+    "object": ask_object,
+    "colour": ask_colour,
+    "existence": ask_existence,
+    "count": ask_count,
+    "where": ask_where,
+    "relation": ask_relation,
+    "choice": ask_choice,
+    "text": ask_text,
+    "text_colour": ask_text_colour,
+    "box": ask_box,
+}
+KINDS = ("object", "colour", "existence", "count", "where", "relation", "choice", "character", "word", "text_colour", "box")
+
+
+def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
+    """At most one question of each kind."""
+    asked = (ask(scene, rng) for ask in ASK.values())
+    return tuple(question for question in asked if question is not None)

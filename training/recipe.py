@@ -1,0 +1,129 @@
+"""Every choice that makes the miniature, in one place. A recipe is a value: change a field, get another model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from transformers import CLIPVisionConfig, LlamaConfig
+
+SYSTEM = "A chat between a user and an assistant. "
+USER, ASSISTANT = "USER: ", " ASSISTANT:"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast one stage learns.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: pictures (or documents) per step.
+        lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon for hidden matrices; None trains everything with AdamW.
+        weight_decay: decoupled, on matrices only.
+        warmup: steps of linear warm-up; then cosine to a twentieth of the peak.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    muon_lr: float | None = None
+    weight_decay: float = 0.1
+    warmup: int = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    seed: int = 0
+    image_size: int = 112
+    patch: int = 14
+    vocabulary: int = 2048
+    vision_width: int = 192
+    vision_layers: int = 6
+    vision_heads: int = 3
+    text_width: int = 256
+    text_layers: int = 8
+    text_heads: int = 4
+    text_mlp: int = 688
+    reader_layers: int = 2  # of the captioning decoder, which is thrown away after stage "tower"
+    longest: int = 176  # tokens of a row in training; questions beyond are left out
+    letterbox: bool = True  # False: square pictures only
+    mention_background: float = 0.25  # share of captions
+    freeze_language_in_alignment: bool = True
+    contrastive: float = 1.0  # loss weights of the tower
+    captioning: float = 2.0
+    tower: Stage = field(default=Stage(steps=6500, batch=48, lr=1.5e-3, muon_lr=4e-3, weight_decay=0.05, warmup=100))
+    language: Stage = field(default=Stage(steps=2200, batch=16, lr=2e-3, warmup=100))
+    alignment: Stage = field(default=Stage(steps=600, batch=64, lr=2e-3, weight_decay=0.0))
+    tuning: Stage = field(default=Stage(steps=4000, batch=20, lr=5e-4, weight_decay=0.05))
+    threads: int = 2
+    workers: int = 1
+    device: str = "cpu"
+
+    @property
+    def scale(self) -> float:
+        """How much larger than the world's 112 px the pictures are drawn."""
+        return self.image_size / 112
+
+    @property
+    def visual_tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2
+
+    def vision_config(self) -> CLIPVisionConfig:
+        return CLIPVisionConfig(
+            hidden_size=self.vision_width,
+            intermediate_size=4 * self.vision_width,
+            num_hidden_layers=self.vision_layers,
+            num_attention_heads=self.vision_heads,
+            image_size=self.image_size,
+            patch_size=self.patch,
+            projection_dim=self.vision_width,
+            hidden_act="gelu_pytorch_tanh",  # CLIP's quick_gelu is not fused on CPUs
+        )
+
+    def text_config(self, vocabulary: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.text_width,
+            intermediate_size=self.text_mlp,
+            num_hidden_layers=self.text_layers,
+            num_attention_heads=self.text_heads,
+            num_key_value_heads=self.text_heads,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+
+
+CPU = Recipe("cpu")
+QUICK = replace(
+    CPU,
+    name="quick",
+    tower=replace(CPU.tower, steps=300),
+    language=replace(CPU.language, steps=150),
+    alignment=replace(CPU.alignment, steps=60),
+    tuning=replace(CPU.tuning, steps=120),
+)
+# Sized for one large GPU; not run yet (see the model card).
+GPU = replace(
+    CPU,
+    name="gpu",
+    image_size=168,
+    vision_width=256,
+    vision_layers=8,
+    vision_heads=4,
+    text_width=288,
+    text_layers=12,
+    text_heads=6,
+    text_mlp=768,
+    tower=Stage(steps=12000, batch=512, lr=1e-3, muon_lr=3e-3, weight_decay=0.05, warmup=300),
+    language=Stage(steps=12000, batch=128, lr=1.5e-3, warmup=300),
+    alignment=Stage(steps=2000, batch=256, lr=2e-3, weight_decay=0.0),
+    tuning=Stage(steps=8000, batch=128, lr=5e-4, weight_decay=0.05),
+    threads=4,
+    workers=12,
+    device="cuda",
+)
+RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, GPU)}

@@ -1,0 +1,216 @@
+"""Stages "language", "alignment" and "tuning": a Llama learns to answer, first from words, then from pictures.
+
+language    the decoder alone, on text: a description in place of the picture, then questions
+alignment   the projector alone, on captions; tower and language model frozen
+tuning      projector and language model, on questions; tower frozen
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+
+from training.data import KINDS, Batch, Encoder, conversations, loader, normalised
+from training.loop import optimisers, seed_everything, train
+from training.recipe import Recipe
+from training.tower import Captioner, attention
+
+
+def initialised(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Embeddings of norm one and small writes into the residual stream.
+
+    At this width the usual std of .02 gives embeddings of norm .3, which the first layer drowns: the direction of a
+    word would be lost after one layer, and with it what nearest-embedding retrieval could find.
+    """
+    config = model.config
+    nn.init.normal_(model.model.embed_tokens.weight, std=config.hidden_size**-0.5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.normal_(parameter, std=0.02 * (2 * config.num_hidden_layers) ** -0.5)
+    return model
+
+
+def quick_attention(model: PreTrainedModel, recipe: Recipe) -> None:
+    """On CPUs plain products beat the fused kernel's backward at these lengths (by half, measured at 176 tokens)."""
+    if recipe.device == "cpu":
+        model.set_attn_implementation("eager")
+
+
+def predicted(model: nn.Module, head: nn.Module, embeds: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits for the weighted tokens only: (logits Float[n, V], targets Long[n], weights Float[n])."""
+    wanted = (batch.weight[:, 1:] > 0).nonzero(as_tuple=True)
+    mask = batch.mask()
+    if model.config._attn_implementation == "eager":  # which adds its mask
+        mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
+    with torch.autocast(recipe.device, torch.bfloat16), sdpa_kernel(attention(recipe)):
+        hidden = model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position, use_cache=False
+        ).last_hidden_state
+        logits = head(hidden[:, :-1][wanted])
+    return logits.float(), batch.ids[:, 1:][wanted], batch.weight[:, 1:][wanted]
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+
+
+def exact(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:
+    """kind -> (answers whose every token is the first choice, answers asked). Same as greedy decoding being exact."""
+    row, column = (batch.weight[:, 1:] > 0).nonzero(as_tuple=True)
+    hit = (logits.argmax(-1) == batch.ids[:, 1:][row, column]).tolist()
+    kind, block = batch.kind[:, 1:][row, column].tolist(), batch.block[:, 1:][row, column].tolist()
+    answers: dict[tuple[int, int, int], bool] = {}
+    for r, k, b, ok in zip(row.tolist(), kind, block, hit, strict=True):
+        if k >= 0:
+            answers[r, b, k] = answers.get((r, b, k), True) and ok
+    counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for (_, _, k), ok in answers.items():
+        right, asked = counts[KINDS[k]]
+        counts[KINDS[k]] = (right + ok, asked + 1)
+    return counts
+
+
+def added(totals: dict[str, tuple[int, int]]) -> dict[str, float]:
+    return {kind: right / asked for kind, (right, asked) in sorted(totals.items())}
+
+
+def train_language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None) -> LlamaForCausalLM:
+    seed_everything(recipe.seed + 1)
+    stage, encoder = recipe.language, Encoder(tokenizer)
+    model = initialised(LlamaForCausalLM(recipe.text_config(len(tokenizer)))).to(recipe.device)
+    quick_attention(model, recipe)
+
+    def outputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return predicted(model.model, model.lm_head, model.model.embed_tokens(batch.ids), batch, recipe)
+
+    def measure() -> dict[str, float]:
+        totals: dict[str, tuple[int, int]] = {}
+        for number in range(6):
+            batch = conversations(recipe, "language", "heldout", number, 16, encoder, 0).to(recipe.device)
+            for kind, (right, asked) in exact(outputs(batch)[0], batch).items():
+                before = totals.get(kind, (0, 0))
+                totals[kind] = (before[0] + right, before[1] + asked)
+        return added(totals)
+
+    train(
+        "language",
+        model,
+        stage,
+        optimisers(model, stage),
+        lambda start: loader(
+            lambda step: conversations(recipe, "language", "train", step, stage.batch, encoder, stage.steps),
+            start,
+            stage.steps,
+            recipe.workers,
+        ),
+        lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
+        measure,
+        folder,
+        stop_after,
+    )
+    return model
+
+
+def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
+    """The whole model from the recipe's configuration, seeded, nothing learned."""
+    seed_everything(recipe.seed + 2)
+    config = LlavaConfig(
+        vision_config=recipe.vision_config(),
+        text_config=recipe.text_config(len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=recipe.visual_tokens,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> LlavaForConditionalGeneration:
+    """Tower and language model put together, from the latest checkpoint of each stage."""
+    model = untrained(recipe, tokenizer)
+    parts = {"tower": folder / "tower.pt", "language": folder / "language.pt"}
+    for stage, file in parts.items():
+        if not file.exists():
+            raise FileNotFoundError(f"no {file.name} in {folder}: run `python -m training --stage {stage}` first")
+    tower = Captioner(recipe, len(tokenizer))
+    tower.load_state_dict(torch.load(parts["tower"], weights_only=True)["module"])
+    model.model.vision_tower.load_state_dict(tower.vision.state_dict())
+    words = LlamaForCausalLM(recipe.text_config(len(tokenizer)))
+    words.load_state_dict(torch.load(parts["language"], weights_only=True)["module"])
+    model.model.language_model.load_state_dict(words.model.state_dict())
+    model.lm_head.load_state_dict(words.lm_head.state_dict())
+    for stage in ("alignment", "tuning"):
+        file = folder / f"{stage}.pt"
+        if file.exists():
+            model.load_state_dict(torch.load(file, weights_only=True)["module"])
+    return model
+
+
+def visual(model: LlavaForConditionalGeneration, pixels: Tensor, recipe: Recipe) -> Tensor:
+    """Float[b, n, d]: projected patches of hidden layer -2; the tower is frozen."""
+    with torch.autocast(recipe.device, torch.bfloat16):
+        with torch.no_grad():
+            seen = model.model.vision_tower(normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
+        return model.model.multi_modal_projector(seen)
+
+
+def with_pictures(model: LlavaForConditionalGeneration, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    assert batch.pixels is not None
+    embeds = model.get_input_embeddings()(batch.ids)
+    seen = visual(model, batch.pixels, recipe).to(embeds.dtype)
+    embeds = embeds.masked_scatter(batch.image[..., None].expand_as(embeds), seen)
+    return predicted(model.model.language_model, model.lm_head, embeds, batch, recipe)
+
+
+def train_together(
+    name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None
+) -> LlavaForConditionalGeneration:
+    """Stage "alignment" or "tuning"."""
+    stage = {"alignment": recipe.alignment, "tuning": recipe.tuning}[name]
+    encoder = Encoder(tokenizer)
+    model = assembled(recipe, tokenizer, folder).to(recipe.device)
+    seed_everything(recipe.seed + (3 if name == "alignment" else 4))
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    quick_attention(model, recipe)
+    if name == "alignment" and recipe.freeze_language_in_alignment:
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+
+    def measure() -> dict[str, float]:
+        totals: dict[str, tuple[int, int]] = {}
+        for number in range(8):
+            batch = conversations(recipe, "tuning", "heldout", number, 24, encoder, 0).to(recipe.device)
+            for kind, (right, asked) in exact(with_pictures(model, batch, recipe)[0], batch).items():
+                before = totals.get(kind, (0, 0))
+                totals[kind] = (before[0] + right, before[1] + asked)
+        return added(totals)
+
+    train(
+        name,
+        model,
+        stage,
+        optimisers(model, stage),
+        lambda start: loader(
+            lambda step: conversations(recipe, name, "train", step, stage.batch, encoder, stage.steps),
+            start,
+            stage.steps,
+            recipe.workers,
+        ),
+        lambda batch: (weighted_loss(*with_pictures(model, batch.to(recipe.device), recipe)), {}),
+        measure,
+        folder,
+        stop_after,
+    )
+    return model
