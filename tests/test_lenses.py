@@ -9,13 +9,16 @@ from test_vlm import QUESTION, picture
 from embedlens import EmbedLens, EmbedLensError, LogitLens, lenses
 
 
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    lengths = float(a.norm() * b.norm())
+    return round(float(torch.dot(a, b)) / lengths, 12) if lengths else 0.0
+
+
 def brute_force(h: torch.Tensor, embeddings: torch.Tensor, k: int) -> list[list[int]]:
-    """Cosine in float64, one pair at a time, sorted by (-cosine, id)."""
+    """Cosine in float64, one pair at a time, sorted by (-cosine, id). A zero row, as that of <pad>, has cosine 0."""
     rankings = []
     for vector in h.double():
-        cosines = [
-            round(float(torch.dot(vector, row) / (vector.norm() * row.norm())), 12) for row in embeddings.double()
-        ]
+        cosines = [cosine(vector, row) for row in embeddings.double()]
         rankings.append(sorted(range(len(cosines)), key=lambda index: (-cosines[index], index))[:k])
     return rankings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_answer_is_what_stock_generate_says(pair):
         answers.add(answer)
     if model.name != "miniature":  # a trained model may well say the same of four blurs
         assert len(answers) > 1
+
+
+def test_the_miniature_answers_a_picture_in_under_a_third_of_a_second(miniature):
+    """CPU seconds of one thread, best of five, so that other work on the machine does not count."""
+    image, spent, threads = picture((640, 480)), [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            start = time.process_time()
+            miniature.answer(miniature.prompt(image, "What is in the picture?"))
+            spent.append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    assert min(spent) < 0.3
 
 
 def test_answer_stops_at_the_length_asked_for(tiny, stock):
