@@ -57,6 +57,16 @@ def test_ties_go_to_the_lowest_id(many):
     assert ids.tolist() == brute_force(h, embeddings, 6)
 
 
+def test_equal_rows_score_equal_even_where_a_matrix_product_would_round_them_apart(many):
+    embeddings, h = many
+    embeddings[[7, 150]] = embeddings[3].clone()
+    lens = EmbedLens(embeddings, named(300))
+    assert (lens._repeats.tolist(), lens._originals.tolist()) == ([7, 150], [3, 3])
+    lens._unit[7] *= 1 + 1e-6  # stands for the rounding of another kernel
+    scores = lens.scores(h)
+    assert torch.equal(scores[:, 7], scores[:, 3]) and torch.equal(scores[:, 150], scores[:, 3])
+
+
 def test_equal_scores_from_torch_topk_alone_would_not_be_ordered():
     """The reason for our own tie-break: where every score is equal the k lowest ids must come, in order."""
     scores = torch.zeros(3, 500)
