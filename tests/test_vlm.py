@@ -35,7 +35,9 @@ class Stock:
     def inputs(self, image, question=QUESTION):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.processor(images=image, text=text, add_special_tokens=False, return_tensors="pt")
+        # Some templates write the BOS themselves, others leave it to the tokenizer; one is wanted in either case.
+        bos = not text.startswith(self.processor.tokenizer.bos_token)
+        return self.processor(images=image, text=text, add_special_tokens=bos, return_tensors="pt")
 
     @torch.no_grad()
     def forward(self, image, question=QUESTION):

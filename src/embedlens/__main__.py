@@ -162,6 +162,12 @@ def _miniature_facts() -> list[str]:
         f"  language model: {text['num_hidden_layers']} layers of width {text['hidden_size']}, "
         f"{text['vocab_size']} embedding rows, {'tied' if text.get('tie_word_embeddings') else 'untied'}",
     ]
+    log = folder / "training.json"
+    if log.is_file():
+        stages = json.loads(log.read_text(encoding="utf-8")).get("stages", {})
+        steps = ", ".join(f"{name} {stage['steps']} steps" for name, stage in stages.items())
+        minutes = sum(stage["seconds"] for stage in stages.values()) / 60
+        facts.append(f"  trained from scratch by training/: {steps}; {minutes:.0f} minutes")
     return facts
 
 
