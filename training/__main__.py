@@ -1,8 +1,8 @@
 """Train the miniature: `python -m training` runs every stage that is not finished, for the machine it finds.
 
-    python -m training --recipe quick            # a few minutes, to see the path
-    python -m training --stage tower             # one stage
-    python -m training --install                 # ship the result as src/embedlens/miniature
+python -m training --recipe quick            # a few minutes, to see the path
+python -m training --stage tower             # one stage
+python -m training --install                 # ship the result as src/embedlens/miniature
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def run(recipe: Recipe, stages: tuple[str, ...], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", choices=sorted(RECIPES), help="default: the one for this machine")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these (repeatable)")
     parser.add_argument("--folder", type=Path, default=Path(".training"), help="checkpoints and logs")

@@ -68,8 +68,8 @@ def seeded(stage: str, split: scene.Split, index: int) -> random.Random:
 
 
 def options(recipe: Recipe, progress: float, stage: str) -> dict[str, float | tuple[int, int] | bool]:
-    """The tower starts on few, larger things; from a quarter of its way on, it sees the whole world."""
-    ease = max(0.0, 1 - 4 * progress) if stage == "tower" else 0.0
+    """Tower and language model start on few, larger things; from a quarter of the way on, they meet the whole world."""
+    ease = max(0.0, 1 - 4 * progress) if stage in ("tower", "language") else 0.0
     chosen: dict[str, float | tuple[int, int] | bool] = {"square": not recipe.letterbox}
     if ease > 0:
         chosen |= {
@@ -157,6 +157,7 @@ def conversations(
 ) -> Batch:
     """One batch of stage `language` (prefix = description), `alignment` (caption only) or `tuning` (questions)."""
     image_id = encoder.tokenizer.convert_tokens_to_ids("<image>")
+
     def room(prefix: list[int], turns: list) -> bool:
         return len(prefix) + sum(len(question) + len(answer) for question, answer, *_ in turns) <= recipe.longest
 
@@ -164,7 +165,7 @@ def conversations(
     rows, pictures = [], []
     for i in range(batch):
         rng = seeded(stage, split, step * batch + i)
-        drawn = scene.scene(rng, split, **options(recipe, step / max(1, steps), stage))
+        drawn = scene.scene(rng, split, **options(recipe, step / steps if steps else 1.0, stage))
         caption = language.caption(drawn, rng, recipe.mention_background)
         if stage == "language":
             prefix = head + encoder.encode(language.document(drawn, rng))
@@ -202,7 +203,7 @@ def captioned(recipe: Recipe, split: scene.Split, step: int, batch: int, encoder
     pictures, captions = [], []
     for i in range(batch):
         rng = seeded("tower", split, step * batch + i)
-        drawn = scene.scene(rng, split, **options(recipe, step / max(1, steps), "tower"))
+        drawn = scene.scene(rng, split, **options(recipe, step / steps if steps else 1.0, "tower"))
         text = language.caption(drawn, rng, recipe.mention_background, place_first=0.75, reading_order=1.0)
         captions.append([encoder.tokenizer.bos_token_id, *encoder.encode(text), encoder.eos])
         pictures.append(pixels_of(drawn, recipe))
@@ -225,7 +226,9 @@ class Steps(Dataset):
         return self.make(step)
 
 
-def loader(make: Callable[[int], Batch | Captioned], start: int, steps: int, workers: int) -> Iterator[Batch | Captioned]:
+def loader(
+    make: Callable[[int], Batch | Captioned], start: int, steps: int, workers: int
+) -> Iterator[Batch | Captioned]:
     """Batches start..steps-1, made by other processes while the model learns."""
     return iter(
         DataLoader(

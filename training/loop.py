@@ -24,7 +24,9 @@ def seed_everything(seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a CPU step, for nothing here
 
 
-def optimisers(module: nn.Module, stage: Stage, hidden: Callable[[str], bool] = lambda name: False) -> list[torch.optim.Optimizer]:
+def optimisers(
+    module: nn.Module, stage: Stage, hidden: Callable[[str], bool] = lambda name: False
+) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices whose name `hidden` accepts if the stage has a `muon_lr`.
 
     Vectors, embeddings and heads are not decayed and never given to Muon.

@@ -15,7 +15,7 @@ from training.talk import assembled
 
 HOME = Path(__file__).parent.parent / "src" / "embedlens" / "miniature"
 
-# roles and contents as in LLaVA-1.5; the tokenizer adds <s>. Written for jinja's trim_blocks, which eats a bare newline.
+# Roles and contents as in LLaVA-1.5; the tokenizer adds <s>. jinja's trim_blocks would eat a bare newline.
 TEMPLATE = (
     SYSTEM
     + "{% for message in messages %}"
@@ -56,7 +56,9 @@ def processor_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaPro
     )
 
 
-def written(model: LlavaForConditionalGeneration, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, home: Path) -> None:
+def written(
+    model: LlavaForConditionalGeneration, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, home: Path
+) -> None:
     """Save model (fp16), processor, tokenizer and chat template to a folder."""
     home.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(

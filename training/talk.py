@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
-from transformers import LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from training.data import KINDS, Batch, Encoder, conversations, loader, normalised
 from training.loop import optimisers, seed_everything, train
@@ -23,16 +29,18 @@ from training.tower import Captioner, attention
 
 
 def initialised(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Embeddings of norm one and small writes into the residual stream.
+    """Embeddings of norm one, unit-gain matrices, small writes into the residual stream.
 
     At this width the usual std of .02 gives embeddings of norm .3, which the first layer drowns: the direction of a
     word would be lost after one layer, and with it what nearest-embedding retrieval could find.
     """
     config = model.config
-    nn.init.normal_(model.model.embed_tokens.weight, std=config.hidden_size**-0.5)
+    std = config.hidden_size**-0.5
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
-            nn.init.normal_(parameter, std=0.02 * (2 * config.num_hidden_layers) ** -0.5)
+            nn.init.normal_(parameter, std=std * (2 * config.num_hidden_layers) ** -0.5)
+        elif parameter.ndim == 2:
+            nn.init.normal_(parameter, std=std)
     return model
 
 
@@ -42,7 +50,9 @@ def quick_attention(model: PreTrainedModel, recipe: Recipe) -> None:
         model.set_attn_implementation("eager")
 
 
-def predicted(model: nn.Module, head: nn.Module, embeds: Tensor, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+def predicted(
+    model: nn.Module, head: nn.Module, embeds: Tensor, batch: Batch, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits for the weighted tokens only: (logits Float[n, V], targets Long[n], weights Float[n])."""
     wanted = (batch.weight[:, 1:] > 0).nonzero(as_tuple=True)
     mask = batch.mask()
@@ -80,7 +90,9 @@ def added(totals: dict[str, tuple[int, int]]) -> dict[str, float]:
     return {kind: right / asked for kind, (right, asked) in sorted(totals.items())}
 
 
-def train_language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None) -> LlamaForCausalLM:
+def train_language(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None
+) -> LlamaForCausalLM:
     seed_everything(recipe.seed + 1)
     stage, encoder = recipe.language, Encoder(tokenizer)
     model = initialised(LlamaForCausalLM(recipe.text_config(len(tokenizer)))).to(recipe.device)
@@ -102,7 +114,7 @@ def train_language(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: P
         "language",
         model,
         stage,
-        optimisers(model, stage),
+        optimisers(model, stage, lambda name: "layers" in name),
         lambda start: loader(
             lambda step: conversations(recipe, "language", "train", step, stage.batch, encoder, stage.steps),
             start,

@@ -81,7 +81,9 @@ def losses(model: Captioner, batch: Captioned, recipe: Recipe) -> tuple[Tensor, 
     return loss, {"captioning": captioning.item(), "contrastive": contrastive.item(), "retrieved": found.item()}
 
 
-def name_accuracy(model: Captioner, batch: Captioned, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, float]:
+def name_accuracy(
+    model: Captioner, batch: Captioned, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
+) -> dict[str, float]:
     """Share of names, colours and letters in held-out captions that the decoder puts first, given the words before."""
     from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS, DIGITS, LETTERS
 
@@ -101,7 +103,9 @@ def name_accuracy(model: Captioner, batch: Captioned, tokenizer: PreTrainedToken
     return result
 
 
-def train_tower(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None) -> CLIPVisionModel:
+def train_tower(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None
+) -> CLIPVisionModel:
     """Train (or go on training) the tower; returns it in float32."""
     seed_everything(recipe.seed)
     stage, encoder = recipe.tower, Encoder(tokenizer)
@@ -125,7 +129,10 @@ def train_tower(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path
         stage,
         optims,
         lambda start: loader(
-            lambda step: captioned(recipe, "train", step, stage.batch, encoder, stage.steps), start, stage.steps, recipe.workers
+            lambda step: captioned(recipe, "train", step, stage.batch, encoder, stage.steps),
+            start,
+            stage.steps,
+            recipe.workers,
         ),
         lambda batch: losses(model, batch, recipe),
         measure,

@@ -49,7 +49,7 @@ def rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
-def annotations(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, Any], ...]:
+def instances(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, Any], ...]:
     """COCO `instances` of a scene: one entry per object (words are not COCO objects, see `words`)."""
     entries = []
     for number, thing in enumerate(drawn.objects):
@@ -89,7 +89,7 @@ def scene_of(index: int, split: Split = "heldout", **options: Any) -> Scene:
     return scenes.scene(scenes.rng_of(split, index), split, **options)
 
 
-def sample(index: int, split: Split = "heldout", scale: float = 1, **options: Any) -> Sample:
+def sample(index: int, split: str = "heldout", scale: float = 1, **options: Any) -> Sample:
     """Picture `index` of a split with annotations, captions and questions.
 
     Args:
@@ -103,10 +103,11 @@ def sample(index: int, split: Split = "heldout", scale: float = 1, **options: An
     """
     if split not in ("train", "heldout"):
         raise EmbedLensError(f"unknown split {split!r}: use 'train' or 'heldout'")
+    part: Split = "train" if split == "train" else "heldout"
     if index < 0 or scale <= 0:
         raise EmbedLensError(f"index {index} and scale {scale}: the index is 0 or more, the scale above 0")
-    rng = scenes.rng_of(split, index)
-    drawn = scenes.scene(rng, split, **options)
+    rng = scenes.rng_of(part, index)
+    drawn = scenes.scene(rng, part, **options)
     image_id = index - RESERVED if split == "heldout" and index >= RESERVED else index
     return of_scene(drawn, image_id, scale, (language.caption(drawn, rng),), language.questions(drawn, rng))
 
@@ -126,7 +127,7 @@ def of_scene(
         id=image_id,
         width=width,
         height=height,
-        annotations=annotations(drawn, image_id, scale),
+        annotations=instances(drawn, image_id, scale),
         captions=captions,
         questions=questions,
         category_names=CATEGORY_NAMES,
@@ -139,18 +140,18 @@ def write_coco(samples: Iterable[Sample], folder: Path) -> None:
     pictures = folder / "images"
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     pictures.mkdir(exist_ok=True)
-    images, instances, captions = [], [], []
+    images, boxes, captions = [], [], []
     for item in samples:
         name = f"{item.id:012d}.png"
         item.image.save(pictures / name)
         images.append({"id": item.id, "file_name": name, "width": item.width, "height": item.height})
-        instances += [dict(entry) for entry in item.annotations]
+        boxes += [dict(entry) for entry in item.annotations]
         captions += [
             {"id": item.id * 100 + number, "image_id": item.id, "caption": text}
             for number, text in enumerate(item.captions)
         ]
     categories = [{"id": c.id, "name": c.name, "supercategory": c.group} for c in CATEGORIES]
     about = {"info": {"description": "miniature world"}, "licenses": [], "images": images}
-    for name, entries in (("instances", instances), ("captions", captions)):
+    for name, entries in (("instances", boxes), ("captions", captions)):
         content = {**about, "annotations": entries} | ({"categories": categories} if name == "instances" else {})
         (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))

@@ -33,6 +33,7 @@ GROUNDS = {
     "noise": "on noise",
 }
 
+
 @dataclass(frozen=True)
 class Question:
     """A question about one picture, with its short answer."""
@@ -54,7 +55,13 @@ def article(phrase: str) -> str:
 
 def at(place: str) -> str:
     """'at the top left', 'in the center', 'on the left'."""
-    return f"in the {place}" if place == "center" else f"on the {place}" if place in ("left", "right") else f"at the {place}"
+    return (
+        f"in the {place}"
+        if place == "center"
+        else f"on the {place}"
+        if place in ("left", "right")
+        else f"at the {place}"
+    )
 
 
 def described(thing: Thing) -> str:
@@ -130,7 +137,11 @@ def document(scene: Scene, rng: random.Random) -> str:
     """
     clauses = []
     for thing in scene.things:
-        what = f'the {thing.colour} text "{thing.text}" {described(thing).split(" ", 1)[1]}' if thing.category is None else article(described(thing))
+        what = (
+            f'the {thing.colour} text "{thing.text}" {described(thing).split(" ", 1)[1]}'
+            if thing.category is None
+            else article(described(thing))
+        )
         clause = f"{what} {at(region(thing, scene))}"
         clauses.append(f"{clause} {box_text(padded_box(thing, scene))}")
     rng.shuffle(clauses)
@@ -188,7 +199,9 @@ def _absent(scene: Scene, rng: random.Random, how: str) -> int:
     present = {thing.category for thing in scene.objects}
     pool: list[int] = []
     if how == "adversarial":
-        pool = [i for thing in scene.objects for i in BY_GROUP[CATEGORIES[thing.category or 0].group] if i not in present]
+        pool = [
+            i for thing in scene.objects for i in BY_GROUP[CATEGORIES[thing.category or 0].group] if i not in present
+        ]
     return rng.choice(pool or [i for i in range(len(CATEGORIES)) if i not in present])
 
 
@@ -290,7 +303,19 @@ ASK = {
     "text_colour": ask_text_colour,
     "box": ask_box,
 }
-KINDS = ("object", "colour", "existence", "count", "where", "relation", "choice", "character", "word", "text_colour", "box")
+KINDS = (
+    "object",
+    "colour",
+    "existence",
+    "count",
+    "where",
+    "relation",
+    "choice",
+    "character",
+    "word",
+    "text_colour",
+    "box",
+)
 
 
 def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:

@@ -103,14 +103,15 @@ def letters(rng: random.Random, split: Split, length: int) -> str:
     """A string to write. Half look like words (consonant-vowel), half are any letters; one character may be a digit."""
     if length == 1:
         return rng.choice(LETTERS + DIGITS)
+    # training shows no held-out word; held-out pictures show one half the time
+    heldout = split == "heldout" and rng.random() < 0.5
     while True:
         if rng.random() < 0.5:
             start = rng.randrange(2)
             text = "".join(rng.choice("AEIOU" if (i + start) % 2 else "BCDFGHKLMNPRST") for i in range(length))
         else:
             text = "".join(rng.choice(LETTERS) for _ in range(length))
-        # both splits may show ordinary words; only held-out pictures show held-out ones, and half the time they do
-        if is_heldout_word(text) == (split == "heldout" and rng.random() < 0.5):
+        if is_heldout_word(text) == heldout:
             return text
 
 
@@ -120,7 +121,11 @@ def _free(box: tuple[float, float, float, float], taken: list[tuple[float, float
 
 
 def _place(
-    rng: random.Random, size: tuple[int, int], aspect: float, side: float, taken: list[tuple[float, float, float, float]]
+    rng: random.Random,
+    size: tuple[int, int],
+    aspect: float,
+    side: float,
+    taken: list[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float] | None:
     """A free box whose longer side is `side`; shrinks after failures, None if there is no room."""
     width, height = size
@@ -222,8 +227,8 @@ def scene(
         aspect = mask.width / mask.height
         box = _place(rng, (width, height), aspect, height_px * max(aspect, 1), taken)
         if box is not None and box[3] >= 8:
-            colour = rng.choice([c for c in COLOURS if c not in avoid])
-            things.append(Thing(None, colour, box, text=text, font=font))
+            ink = rng.choice([c for c in COLOURS if c not in avoid])
+            things.append(Thing(None, ink, box, text=text, font=font))
             taken.append(box)
     for i, category in enumerate([kinds[0]] * copies + kinds[1:]):
         if i < copies:

@@ -109,7 +109,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 # what captions and questions write is upper case: c/C, o/O, s/S ... look the same at 12 px
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "23456789"  # 0 and 1 look like O and I
-FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf", "STIXGeneralBol.ttf")
+FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "STIXGeneralBol.ttf",
+)
 
 
 @lru_cache(maxsize=1)
