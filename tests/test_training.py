@@ -28,6 +28,7 @@ TINY = replace(
     language=replace(SHORT, muon_lr=1e-3),
     alignment=SHORT,
     tuning=SHORT,
+    measured=1,
     threads=1,
     workers=0,
 )

@@ -79,7 +79,7 @@ def train(
     Args:
         batches: start step -> iterator over batches.
         loss_of: batch -> loss and what to log beside it.
-        measure: taken MEASUREMENTS times, evenly, and at the end.
+        measure: taken MEASUREMENTS times, evenly, and at the end; a very short stage is measured at its end only.
         folder: where `<name>.pt` (the checkpoint) and `<name>.jsonl` (the log) are.
         stop_after: leave after so many steps; the next call goes on from there.
 
@@ -112,6 +112,7 @@ def train(
 
     began = saved_at = time.monotonic()
     last = stage.steps if stop_after is None else min(stage.steps, step + stop_after)
+    every = max(1, stage.steps // MEASUREMENTS)
     sums: dict[str, float] = {}
     module.train()
     for batch in batches(step):
@@ -129,7 +130,7 @@ def train(
         step += 1
         for key, value in {"loss": loss.item(), **beside}.items():
             sums[key] = sums.get(key, 0.0) + value
-        measuring = step % max(1, stage.steps // MEASUREMENTS) == 0 or step == stage.steps
+        measuring = step == stage.steps or (step % every == 0 and stage.steps >= 10 * MEASUREMENTS)
         if step % 50 == 0 or measuring:
             count = step % 50 or 50
             record = {key: round(value / count, 4) for key, value in sums.items()} if step % 50 == 0 else {}

@@ -56,6 +56,7 @@ class Recipe:
     language: Stage = field(default=Stage(steps=1200, batch=16, lr=2e-3, muon_lr=4e-3, warmup=50))
     alignment: Stage = field(default=Stage(steps=400, batch=64, lr=2e-3, weight_decay=0.0))
     tuning: Stage = field(default=Stage(steps=2000, batch=24, lr=6e-4, weight_decay=0.05))
+    measured: int = 8  # held-out batches per measurement
     threads: int = 2
     workers: int = 1
     device: str = "cpu"

@@ -103,7 +103,7 @@ def train_language(
 
     def measure() -> dict[str, float]:
         totals: dict[str, tuple[int, int]] = {}
-        for number in range(6):
+        for number in range(recipe.measured):
             batch = conversations(recipe, "language", "heldout", number, 16, encoder, 0).to(recipe.device)
             for kind, (right, asked) in exact(outputs(batch)[0], batch).items():
                 before = totals.get(kind, (0, 0))
@@ -202,7 +202,7 @@ def train_together(
 
     def measure() -> dict[str, float]:
         totals: dict[str, tuple[int, int]] = {}
-        for number in range(8):
+        for number in range(recipe.measured):
             batch = conversations(recipe, "tuning", "heldout", number, 24, encoder, 0).to(recipe.device)
             for kind, (right, asked) in exact(with_pictures(model, batch, recipe)[0], batch).items():
                 before = totals.get(kind, (0, 0))

@@ -115,7 +115,7 @@ def train_tower(
 
     def measure() -> dict[str, float]:
         total: dict[str, float] = {}
-        rounds = 6
+        rounds = recipe.measured
         for number in range(rounds):
             batch = captioned(recipe, "heldout", number, 64, encoder, steps=0)
             found = losses(model, batch, recipe)[1] | name_accuracy(model, batch, tokenizer, recipe)

@@ -15,7 +15,7 @@ Split = Literal["train", "heldout"]
 LONG_SIDE = 112  # px at scale 1
 PATCH = 14  # px: the smallest thing is at most one patch of the miniature
 TINY = 0.18  # share of objects that fit one patch
-NATURAL = 0.5  # share of objects in the sprite's own colours
+NATURAL = 0.65  # share of objects in the sprite's own colours
 
 SHAPES: tuple[tuple[int, int, float], ...] = (  # width, height at scale 1, share
     (112, 84, 0.25),  # 4:3

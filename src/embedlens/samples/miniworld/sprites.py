@@ -148,7 +148,7 @@ def tinted(rgba: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     low, high = (int(light[inside].min()), int(light[inside].max())) if inside.any() else (0, 255)
     shade = np.clip((light - low) * 256 // max(1, high - low), 0, 256)[..., None]
     base = np.asarray(colour, np.int32)
-    out = base * (112 + shade * 144 // 256) // 256 + 24 * shade // 256
+    out = base * (72 + shade * 184 // 256) // 256 + 40 * shade * shade // 65536
     return np.concatenate([np.clip(out, 0, 255).astype(np.uint8), rgba[..., 3:]], axis=-1)
 
 
