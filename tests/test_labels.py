@@ -1,0 +1,217 @@
+"""Labels in visual tokens: matching, recall, chance and intervals, with structure planted where the truth is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from embedlens.errors import EmbedLensError
+from embedlens.labels import LabelHits, label_hits, label_ids, ratio_interval
+from embedlens.lenses import Lens
+
+
+class Words:
+    """As much of a tokenizer as matching needs."""
+
+    def __init__(self, *pieces):
+        self.pieces = list(pieces)
+
+    def get_vocab(self):
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.pieces[index] for index in ids]
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [self.pieces.index(piece) for piece in self.split[text]]}
+
+
+def test_a_label_is_its_single_token_forms_in_any_case_and_number():
+    words = Words("dog", "Ġdog", "ĠDog", "▁dogs", "Ġdogma", "do", "ĠDOG", "hot")
+    assert label_ids(words, "dog", "strict") == (0, 1, 2, 3, 6)
+
+
+def test_a_label_of_several_words_counts_by_its_last_word_only_if_the_rule_says_so():
+    words = Words("Ġcell", "Ġphone", "Ġphones", "Ġdog")
+    assert label_ids(words, "cell phone", "strict") == ()
+    assert label_ids(words, "cell phone", "head-word") == (1, 2)
+
+
+def test_the_first_piece_counts_only_where_nothing_better_does():
+    words = Words("Ġz", "ebra", "Ġdog", "▁")
+    words.split = {" zebra": ["Ġz", "ebra"], " dog": ["Ġdog"]}
+    assert label_ids(words, "zebra", "head-word") == ()
+    assert label_ids(words, "zebra", "first-piece") == (0,)
+    assert label_ids(words, "dog", "first-piece") == (2,)
+    words.split = {" zebra": ["▁", "Ġz", "ebra"]}
+    assert label_ids(words, "zebra", "first-piece") == (0,)  # a bare space says nothing
+
+
+@pytest.mark.parametrize("label, rule, says", [("dog", "loose", "strict"), (" ", "strict", "empty")])
+def test_what_cannot_be_matched_is_refused(label, rule, says):
+    with pytest.raises(EmbedLensError, match=says):
+        label_ids(Words("dog"), label, rule)
+
+
+def hits(present, retrieved, **more):
+    present, retrieved = np.asarray(present, bool), np.asarray(retrieved, bool)
+    layers, pictures, labels = retrieved.shape
+    rest = {
+        "tokens": np.full(pictures, 4),
+        "object_tokens": np.ones(pictures, int),
+        "grounded": np.zeros((layers, pictures), int),
+        "label_tokens": np.ones(labels, int),
+        "retrieving": np.zeros((layers, labels), int),
+    }
+    return LabelHits(tuple(f"label{i}" for i in range(labels)), present, retrieved, **(rest | more))
+
+
+def random_hits(seed, pictures=300, labels=20, planted=0.0, noise=0.3):
+    """Labels present at random, retrieved at random with frequencies of their own, and `planted` of the true ones."""
+    rng = np.random.default_rng(seed)
+    present = rng.random((pictures, labels)) < rng.uniform(0.02, 0.3, labels)
+    present[:, 0] |= ~present.any(1)
+    retrieved = rng.random((2, pictures, labels)) < rng.uniform(0, 2 * noise, labels)
+    retrieved[1] |= present & (rng.random((pictures, labels)) < planted)
+    return hits(present, retrieved)
+
+
+def test_recall_is_the_share_of_picture_label_pairs():
+    found = hits([[1, 1], [0, 1]], [[[1, 0], [1, 1]]])
+    assert found.n_pairs == 3
+    assert found.recall().value.tolist() == [2 / 3]  # label 0 in picture 1 is no hit: the picture has no such label
+
+
+def test_chance_equals_recall_where_retrieval_knows_nothing_of_the_picture():
+    gaps = [random_hits(seed).excess(resamples=2).value[0] for seed in range(20)]
+    assert abs(np.mean(gaps)) < 3 * np.std(gaps) / len(gaps) ** 0.5 + 1e-9
+    assert max(map(abs, gaps)) < 0.06  # 0.02 is one standard error of 700 pairs
+    planted = random_hits(0, planted=0.5).excess(resamples=200)
+    assert planted.low[1] > 0.2 > planted.high[0]
+
+
+def test_chance_in_closed_form_is_what_permutations_give():
+    found = random_hits(1, planted=0.5)
+    permuted = found.permuted(permutations=2000)
+    n = len(found.present)
+    # a permutation leaves a picture its own labels once in n times
+    expected = found.chance() * (n - 1) / n + found.recall(resamples=2).value / n
+    assert permuted.value == pytest.approx(expected, abs=1e-3)
+    assert (permuted.low < permuted.value).all() and (permuted.value < permuted.high).all()
+
+
+def test_permutations_and_bootstrap_are_seeded():
+    found = random_hits(2)
+    assert np.array_equal(found.permuted(50, seed=3).value, found.permuted(50, seed=3).value)
+    assert not np.array_equal(found.permuted(50, seed=3).value, found.permuted(50, seed=4).value)
+    assert np.array_equal(found.recall(seed=1).low, found.recall(seed=1).low)
+
+
+def test_the_bootstrap_agrees_with_scipy():
+    from scipy.stats import bootstrap
+
+    found = random_hits(3, planted=0.4)
+    hit, asked = found.found[:, 1].astype(float), found.present.sum(1).astype(float)
+
+    def ratio(hit, asked, axis):
+        return hit.sum(axis) / asked.sum(axis)
+
+    theirs = bootstrap((hit, asked), ratio, paired=True, method="percentile", n_resamples=4000, rng=0)
+    ours = ratio_interval(hit, asked, resamples=4000)
+    assert [float(ours.low), float(ours.high)] == pytest.approx(list(theirs.confidence_interval), abs=0.004)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        asked = rng.integers(1, 4, 120)
+        interval = ratio_interval(rng.binomial(asked, 0.4), asked, resamples=300, seed=seed)
+        covered += interval.low <= 0.4 <= interval.high
+    assert 180 <= covered <= 199  # 190 expected; 5 standard errors of 3 below would be 175, never 200
+
+
+def test_a_lens_is_compared_on_the_same_pictures():
+    weak, strong = random_hits(4), random_hits(4, planted=0.5)
+    gap = strong.excess_over(weak)
+    assert gap.value[1] == pytest.approx(strong.excess(resamples=2).value[1] - weak.excess(resamples=2).value[1])
+    apart = strong.excess().high[1] - strong.excess().low[1] + weak.excess().high[1] - weak.excess().low[1]
+    assert gap.low[1] > 0 and gap.high[1] - gap.low[1] < apart
+    nothing = strong.excess_over(strong)
+    assert nothing.low.tolist() == nothing.high.tolist() == [0, 0]
+
+
+def test_labels_that_no_picture_has_are_refused():
+    with pytest.raises(EmbedLensError, match="no picture has a label"):
+        hits([[0], [0]], [[[1], [0]]]).recall()
+
+
+class PlantedLens(Lens):
+    """Answers with the id of the label planted at a token, and with noise for the rest of the k."""
+
+    def __init__(self, ids):
+        self.ids = ids  # [pictures, tokens]
+        self.picture = -1
+
+    def scores(self, h):
+        raise AssertionError("label_hits asks for the best words only")
+
+    def topk(self, h, k=5):
+        self.picture += 1
+        layers, tokens, _ = h.shape
+        ids = torch.zeros(layers, tokens, k, dtype=torch.long)
+        ids[-1, :, k - 1] = self.ids[self.picture]  # at the last layer, at rank k
+        return torch.zeros(ids.shape), ids
+
+
+@pytest.fixture
+def pictures():
+    from embedlens import samples
+
+    return samples.load("miniworld", n=6)
+
+
+def names_of_patches(model, sample):
+    """The label of the object each patch lies in, "" for none."""
+    grid = model.prompt(sample.image, "What?").grid
+    names = [""] * len(grid)
+    for annotation in sample.annotations:
+        x, y, w, h = annotation["bbox"]
+        for patch in grid.inside((x, y, x + w, y + h)).nonzero().flatten().tolist():
+            names[patch] = sample.category_names[annotation["category_id"]]
+    return names
+
+
+def test_labels_planted_on_their_patches_are_all_found_at_their_layer_and_k(miniature, pictures):
+    ids_of = {name: label_ids(miniature.tokenizer, name) for name in pictures[0].category_names.values()}
+    names = [names_of_patches(miniature, sample) for sample in pictures]
+    ids = torch.tensor([[ids_of[name][0] if name else 0 for name in row] for row in names])
+    found = label_hits(miniature, pictures, ks=(2, 3), lenses=[PlantedLens(ids)], batch_size=4)
+    missed, hit = found["PlantedLens", 2, "head-word"], found["PlantedLens", 3, "head-word"]
+    covered = sum(len(set(row) - {""}) for row in names)
+    assert hit.n_pairs == sum(len(sample.labels) for sample in pictures)
+    assert hit.recall().value.tolist() == [0] * miniature.n_layers + [covered / hit.n_pairs]
+    assert hit.token_rate().value.tolist() == [0] * miniature.n_layers + [1]
+    assert hit.object_tokens.tolist() == [sum(map(bool, row)) for row in names]
+    assert hit.token_rate("all tokens").value[-1] == hit.object_tokens.sum() / hit.tokens.sum() < 1
+    assert 0 < hit.token_chance()[-1] < 1 and hit.token_chance()[0] == 0
+    assert missed.recall().value.max() == 0
+
+
+def test_both_lenses_are_read_at_every_layer_and_batches_do_not_matter(miniature, pictures):
+    one = label_hits(miniature, pictures[:3], ks=(1, 5), rules=("strict", "head-word"), batch_size=1)
+    all_at_once = label_hits(miniature, iter(pictures[:3]), ks=(1, 5), rules=("strict", "head-word"), batch_size=3)
+    assert set(one) == {
+        (lens, k, rule) for lens in ("EmbedLens", "LogitLens") for k in (1, 5) for rule in ("strict", "head-word")
+    }
+    for key, found in one.items():
+        assert found.retrieved.shape[:2] == (miniature.n_layers + 1, 3)
+        assert np.array_equal(found.retrieved, all_at_once[key].retrieved)
+    strict, head = one["EmbedLens", 5, "strict"], one["EmbedLens", 5, "head-word"]
+    assert set(strict.labels) < set(head.labels)
+    assert (one["EmbedLens", 1, "strict"].retrieved <= strict.retrieved).all()
+
+
+def test_no_pictures_are_refused(miniature):
+    with pytest.raises(EmbedLensError, match="at least one picture"):
+        label_hits(miniature, [])
