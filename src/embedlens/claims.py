@@ -1,0 +1,284 @@
+"""The papers' claims, and what a chapter found about them: `results/<model>/<chapter>.json`.
+
+A record is the same from run to run apart from `machine` and `versions`: no times, no paths, numbers rounded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from csv import DictReader
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedlens.errors import EmbedLensError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HOLDS, PARTLY, FAILS, UNTESTABLE = "holds", "partly", "does not hold", "not testable here"
+VERDICTS = (HOLDS, PARTLY, FAILS, UNTESTABLE)
+MINIATURE = "miniature"
+PACKAGES = ("torch", "transformers", "numpy")  # whose versions a number may depend on
+DECIMALS = 4
+FIELDS = ("model", "chapter", "n_images", "seed", "machine", "versions", "claims", "numbers")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of a paper, as `claims.csv` lists it."""
+
+    id: str
+    paper: str
+    section: str
+    statement: str
+    quantity: str
+    claimed: str
+    """What the paper found."""
+    needs: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a run found about one claim: a number with its interval, and a verdict.
+
+    >>> Finding(0.93, 0.92, 0.94, n=200, verdict="holds", note="Dead tokens are a third of all.").verdict
+    'holds'
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    verdict: str
+    note: str
+    """One sentence."""
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise EmbedLensError(f"unknown verdict {self.verdict!r}: use one of {', '.join(VERDICTS)}")
+        if not self.note.strip():
+            raise EmbedLensError("the note is empty: say in one sentence what was measured")
+        numbers = (self.value, self.low, self.high)
+        if self.verdict == UNTESTABLE and numbers == (None, None, None):
+            return
+        if any(number is None or not math.isfinite(number) for number in numbers):
+            raise EmbedLensError(
+                f"a verdict needs a finite value with its interval, not {numbers}: mend the measurement"
+            )
+        if not self.low <= self.value <= self.high:  # type: ignore[operator]  # None is refused above
+            raise EmbedLensError(f"the value {self.value} lies outside its interval {self.low} to {self.high}")
+        if self.n < 1:
+            raise EmbedLensError(f"n is {self.n}: a verdict needs at least one sample")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run of a chapter found, as it lies in `results/`."""
+
+    model: str
+    chapter: str
+    n_images: int
+    seed: int
+    machine: str
+    versions: Mapping[str, str]
+    claims: Mapping[str, Finding]
+    numbers: Mapping[str, float]
+
+
+@cache
+def claims() -> dict[str, Claim]:
+    """Every claim of the papers that the book tests, by id.
+
+    >>> claims()["E13"].section
+    '3.2'
+    """
+    text = files("embedlens").joinpath("claims.csv").read_text(encoding="utf-8")
+    return {row["id"]: Claim(**row) for row in DictReader(text.splitlines())}
+
+
+def judged(low: float, high: float, bar: float = 0.0) -> str:
+    """The verdict on "it is more than `bar`", by where the interval lies.
+
+    >>> judged(0.1, 0.3), judged(-0.1, 0.3), judged(-0.3, -0.1)
+    ('holds', 'partly', 'does not hold')
+    """
+    return HOLDS if low > bar else FAILS if high <= bar else PARTLY
+
+
+def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:
+    """Paper, here, interval, n and verdict of each claim, one row each, for the end of a chapter."""
+    import pandas as pd
+
+    rows = []
+    for name, found in sorted(findings.items()):
+        tested = found.value is not None and found.low is not None and found.high is not None
+        rows.append(
+            {
+                "claim": name,
+                "paper": f"{claims()[name].statement}: {claims()[name].claimed}",
+                "here": f"{found.value:.3f}" if tested else "–",
+                "95 % interval": f"{found.low:.3f} to {found.high:.3f}" if tested else "–",
+                "n": found.n,
+                "verdict": found.verdict,
+                "note": found.note,
+            }
+        )
+    return pd.DataFrame(rows).set_index("claim")
+
+
+def agreement(findings: Mapping[str, Finding], model: str) -> str:
+    """One sentence for the top of a chapter; disagreements come first.
+
+    >>> agreement({"E13": Finding(0.2, 0.1, 0.3, 9, "holds", "It leads.")}, "miniature")
+    'On the miniature the claim tested here (E13) holds.'
+    """
+    on = "the miniature" if model == MINIATURE else model
+    by_verdict = {
+        verdict: [n for n, found in sorted(findings.items()) if found.verdict == verdict] for verdict in VERDICTS
+    }
+    said = []
+    if by_verdict[FAILS]:
+        said.append(f"{on} disagrees with the paper on {', '.join(by_verdict[FAILS])}")
+    if by_verdict[PARTLY]:
+        said.append(
+            f"{', '.join(by_verdict[PARTLY])} {'hold' if len(by_verdict[PARTLY]) > 1 else 'holds'} only in part"
+        )
+    if by_verdict[HOLDS]:
+        names, many = ", ".join(by_verdict[HOLDS]), len(by_verdict[HOLDS]) > 1
+        subject = (
+            f"the claim{'s' if many else ''} tested here ({names})"
+            if len(by_verdict[HOLDS]) == len(findings)
+            else names
+        )
+        said.append(f"{subject} {'hold' if many else 'holds'}")
+    if by_verdict[UNTESTABLE]:
+        said.append(f"{', '.join(by_verdict[UNTESTABLE])} cannot be tested here")
+    sentence = "; ".join(said) + "."
+    return sentence[0].upper() + sentence[1:] if by_verdict[FAILS] else f"On {on} {sentence}"
+
+
+def kind_of_result(model: str) -> str:
+    """Which of the book's kinds of result a run on this model gives: "miniature" or "full scale".
+
+    >>> kind_of_result("llava-hf/llava-1.5-7b-hf")
+    'full scale'
+    """
+    return "miniature" if model == MINIATURE else "full scale"
+
+
+def machine() -> str:
+    """What the run ran on, without the machine's name."""
+    import torch
+
+    cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    if not torch.cuda.is_available():
+        return f"{cores}, no GPU"
+    return f"{cores}, {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+def write(
+    folder: Path | str,
+    model: str,
+    chapter: str,
+    n_images: int,
+    seed: int,
+    claims: Mapping[str, Finding],
+    numbers: Mapping[str, float],
+) -> Path:
+    """Write `folder/<model>/<chapter>.json`, replacing what is there.
+
+    Args:
+        folder: the book's `results`.
+        model: as passed to `embedlens.load`.
+        chapter: the notebook's name, such as "02_embedlens_vs_logitlens".
+        claims: claim id → what was found.
+        numbers: anything else that other pages or tests read, by name.
+
+    Returns:
+        The file.
+
+    Raises:
+        EmbedLensError: unknown claim, or a number that is not finite.
+    """
+    content = {
+        "model": model,
+        "chapter": chapter,
+        "n_images": int(n_images),
+        "seed": int(seed),
+        "machine": machine(),
+        "versions": _versions(),
+        "claims": {name: _rounded(asdict(claims[name])) for name in sorted(claims)},
+        "numbers": _rounded(dict(sorted(numbers.items()))),
+    }
+    _checked(content, f"{model}/{chapter}")
+    file = Path(folder) / _folder_of(model) / f"{chapter}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return file
+
+
+def read(file: Path | str) -> Record:
+    """The record in a file.
+
+    Raises:
+        EmbedLensError: no such file, no JSON, or not the fields, claims and verdicts that a record has.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EmbedLensError(f"no record at {file}: run the chapter first (embedlens book --refresh)") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EmbedLensError(f"{file} is no JSON ({error}): run the chapter again") from None
+    return _checked(content, str(file))
+
+
+def _checked(content: Any, name: str) -> Record:
+    if not isinstance(content, dict) or set(content) != set(FIELDS):
+        raise EmbedLensError(f"{name} does not have the fields {', '.join(FIELDS)}: run the chapter again")
+    unknown = sorted(set(content["claims"]) - set(claims()))
+    if unknown:
+        raise EmbedLensError(f"{name} judges {', '.join(unknown)}, which claims.csv does not list: correct the id")
+    for key, number in content["numbers"].items():
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise EmbedLensError(f"{name}: the number {key!r} is {number!r}: record a finite number")
+    try:
+        found = {key: Finding(**entry) for key, entry in content["claims"].items()}
+    except TypeError as error:
+        raise EmbedLensError(
+            f"{name}: a claim has other fields than a Finding ({error}): run the chapter again"
+        ) from None
+    return Record(**{**content, "claims": found})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package).split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one version
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain Python values, floats with DECIMALS decimals: the last bits belong to the machine."""
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+    return {key: round(value, DECIMALS) if isinstance(value, float) else value for key, value in plain.items()}
+
+
+def _folder_of(model: str) -> str:
+    """One folder name per model: a repository id keeps its owner, a path only its last part.
+
+    >>> [_folder_of(name) for name in ("miniature", "llava-hf/llava-1.5-7b-hf", "/data/checkpoints/mine")]
+    ['miniature', 'llava-hf--llava-1.5-7b-hf', 'mine']
+    """
+    parts = [part for part in model.split("/") if part]
+    return "--".join(parts) if len(parts) == 2 and not model.startswith(("/", ".", "~")) else parts[-1]

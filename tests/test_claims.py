@@ -1,0 +1,142 @@
+"""Records of what a chapter found: written as the design says, read back, refused when wrong."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from embedlens import claims
+from embedlens.errors import EmbedLensError
+
+FOUND = claims.Finding(0.123456, 0.1, 0.2, n=50, verdict="holds", note="It was measured.")
+
+
+def record(folder, **changes):
+    settings = {
+        "model": "miniature",
+        "chapter": "02_test",
+        "n_images": 50,
+        "seed": 0,
+        "claims": {"E13": FOUND},
+        "numbers": {"share": np.float64(0.98765432), "n": np.int64(3)},
+    }
+    return claims.write(folder, **(settings | changes))
+
+
+def test_a_record_has_the_fixed_fields_and_comes_back(tmp_path):
+    file = record(tmp_path)
+    assert file == tmp_path / "miniature" / "02_test.json"
+    content = json.loads(file.read_text())
+    assert list(content) == ["model", "chapter", "n_images", "seed", "machine", "versions", "claims", "numbers"]
+    assert content["claims"]["E13"] == {
+        "value": 0.1235,
+        "low": 0.1,
+        "high": 0.2,
+        "n": 50,
+        "verdict": "holds",
+        "note": "It was measured.",
+    }
+    assert content["numbers"] == {"n": 3, "share": 0.9877}
+    again = claims.read(file)
+    assert again.claims["E13"].value == 0.1235 and again.versions["torch"]
+
+
+def test_a_record_is_the_same_from_run_to_run_and_names_no_machine(tmp_path):
+    first, second = record(tmp_path / "a").read_text(), record(tmp_path / "b").read_text()
+    assert first == second
+    assert os.uname().nodename not in first and str(tmp_path) not in first
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"claims": {"E999": FOUND}}, "E999, which claims.csv does not list"),
+        ({"numbers": {"share": float("nan")}}, "'share' is nan"),
+    ],
+)
+def test_what_is_no_finding_is_not_written(tmp_path, changes, says):
+    with pytest.raises(EmbedLensError, match=says):
+        record(tmp_path, **changes)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ((0.1, 0.0, 0.2, 5, "true", "x"), "unknown verdict 'true'"),
+        ((0.3, 0.0, 0.2, 5, "holds", "x"), "outside its interval"),
+        ((0.1, float("nan"), 0.2, 5, "holds", "x"), "finite"),
+        ((None, None, None, 5, "partly", "x"), "finite"),
+        ((0.1, 0.0, 0.2, 0, "holds", "x"), "at least one sample"),
+        ((0.1, 0.0, 0.2, 5, "holds", " "), "note is empty"),
+    ],
+)
+def test_a_finding_has_a_number_an_interval_a_count_and_a_known_verdict(values, says):
+    with pytest.raises(EmbedLensError, match=says):
+        claims.Finding(*values)
+
+
+def test_what_cannot_be_tested_needs_no_number():
+    assert claims.Finding(None, None, None, 0, "not testable here", "It has no sinks.").value is None
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda c: c.pop("seed"), "does not have the fields"),
+        (lambda c: c["claims"].update(E0=c["claims"]["E13"]), "E0, which claims.csv does not list"),
+        (lambda c: c["claims"]["E13"].update(verdict="maybe"), "unknown verdict"),
+        (lambda c: c["claims"]["E13"].pop("n"), "other fields"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path, damage, says):
+    file = record(tmp_path)
+    content = json.loads(file.read_text())
+    damage(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmbedLensError, match=says):
+        claims.read(file)
+
+
+def test_a_missing_record_says_what_to_run(tmp_path):
+    with pytest.raises(EmbedLensError, match="run the chapter first"):
+        claims.read(tmp_path / "none.json")
+
+
+def test_every_claim_has_an_id_of_its_own_and_a_statement():
+    listed = claims.claims()
+    assert {"E13", "E14"} <= set(listed)
+    assert all(claim.statement and claim.paper in ("embedlens", "redundancy") for claim in listed.values())
+
+
+def test_a_chapter_says_first_where_it_disagrees():
+    fails = claims.Finding(-0.2, -0.3, -0.1, 50, "does not hold", "It trails.")
+    partly = claims.Finding(0.1, -0.1, 0.3, 50, "partly", "It leads at some layers.")
+    assert claims.agreement({"E13": fails, "E14": FOUND}, "miniature") == (
+        "The miniature disagrees with the paper on E13; E14 holds."
+    )
+    assert claims.agreement({"E13": partly, "E14": FOUND}, "x/7b") == "On x/7b E13 holds only in part; E14 holds."
+    both = claims.agreement({"E13": FOUND, "E14": FOUND}, "miniature")
+    assert both == "On the miniature the claims tested here (E13, E14) hold."
+
+
+def test_the_verdict_table_has_a_row_a_claim():
+    untested = claims.Finding(None, None, None, 0, "not testable here", "It has no sinks.")
+    table = claims.verdict_table({"E14": FOUND, "E13": untested})
+    assert table.index.tolist() == ["E13", "E14"]
+    assert table.loc["E14", ["here", "95 % interval", "n", "verdict"]].tolist() == [
+        "0.123",
+        "0.100 to 0.200",
+        50,
+        "holds",
+    ]
+    assert table.loc["E13", "here"] == "–"
+
+
+def test_the_verdict_follows_the_interval():
+    assert [claims.judged(low, high, bar=0.5) for low, high in ((0.6, 0.7), (0.4, 0.6), (0.1, 0.5))] == [
+        "holds",
+        "partly",
+        "does not hold",
+    ]
