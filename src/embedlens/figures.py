@@ -1,0 +1,278 @@
+"""How the book's figures look: one palette, one style, words on patches, curves by layer.
+
+Colours and markers carry meaning and keep it through the book: groups of tokens by `GROUPS`, lenses by `LENSES`. Every
+pair can also be told apart by marker or line style, so that no reader depends on colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL.Image import Image
+from torch import Tensor
+
+from embedlens.claims import kind_of_result
+from embedlens.patches import PatchGrid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one thing is drawn wherever it appears."""
+
+    colour: str
+    marker: str
+    line: str = "-"
+    hatch: str = ""
+
+
+# Okabe and Ito's colours, which stay apart under the common colour blindnesses.
+GROUPS = {
+    "alive": Look("#009E73", "o", "-", ""),
+    "dead": Look("#D55E00", "X", "--", "//"),
+    "ViT sink": Look("#0072B2", "^", "-.", ".."),
+    "LLM sink": Look("#CC79A7", "D", ":", "xx"),
+    "text": Look("#4D4D4D", "s", "-", "--"),
+}
+#: A model beside its controls.
+ARMS = {
+    "miniature": Look("#222222", "o"),
+    "another picture": Look("#8A6D00", "s"),
+    "untrained": Look("#9A9A9A", "X"),
+}
+LENSES = {"EmbedLens": Look("#1B3A6B", "o", "-"), "LogitLens": Look("#B06A00", "s", "--")}
+CHANCE = "#767676"
+FACT = "#C0392B"  # a target or a printed value
+ORDER = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4D4D4D")  # for what has no meaning yet
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 6.8  # inches; with DPI the width of the page's column
+DPI = 120
+
+CELL_FOR_READING = 84  # px of a drawn patch, so that a word of eight letters fits at 14 px
+LONGEST_SIDE = 2400  # px of the drawn picture, whatever the grid
+BAR_GROUND, BAR_LINE = (236, 236, 236), (214, 214, 214)
+OUTLINE, MARKED = (255, 255, 255), (0, 158, 115)
+INK, HALO, BAR_INK = (15, 15, 15), (255, 255, 255), (110, 110, 110)
+
+
+def set_style() -> None:
+    """Make this the style of every figure drawn from now on: white ground, sizes that a phone shows legibly."""
+    import matplotlib
+
+    matplotlib.rcParams.update(
+        {
+            "figure.figsize": (WIDTH, 4.0),
+            "figure.dpi": DPI,
+            "figure.facecolor": "white",
+            "figure.constrained_layout.use": True,
+            "axes.facecolor": "white",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 13,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelsize": 12,
+            "axes.grid": True,
+            "grid.color": "#E6E6E6",
+            "axes.axisbelow": True,
+            "font.size": 12,
+            "font.family": ["DejaVu Sans"],  # ships with matplotlib, so that figures are the same everywhere
+            "xtick.labelsize": 11,
+            "ytick.labelsize": 11,
+            "legend.fontsize": 11,
+            "legend.frameon": False,
+            "lines.linewidth": 2.0,
+            "lines.markersize": 6,
+            "svg.hashsalt": "embedlens",
+        }
+    )
+
+
+def sign(figure: Figure, model: str, of: str) -> None:
+    """Say under a figure which kind of result it shows, on which model, and of what ("n = 200 pictures")."""
+    kind = kind_of_result(model)
+    on = "" if model == kind else f" on {model}"
+    figure.supxlabel(f"{kind} result{on}, {of}", fontsize=10, color="#555555", x=0.99, ha="right")
+
+
+def layer_curve(
+    axes: Axes,
+    value: Float[np.ndarray, " layers"],
+    low: Float[np.ndarray, " layers"],
+    high: Float[np.ndarray, " layers"],
+    label: str,
+    look: Look,
+) -> None:
+    """A quantity by layer with its interval as a band, labelled at its right end.
+
+    Layer 0 is what enters the first block, the last layer what leaves the last one.
+    """
+    layers = np.arange(len(value))
+    axes.fill_between(layers, low, high, color=look.colour, alpha=0.18, linewidth=0)
+    axes.plot(layers, value, color=look.colour, marker=look.marker, linestyle=look.line, label=label)
+    axes.set_xlim(-0.3, len(value) - 0.7)
+    axes.set_xticks(layers[:: max(1, len(value) // 12)])
+    axes.set_xlabel("layer (0 = what enters the language model)")
+
+
+def chance_curve(
+    axes: Axes,
+    value: Float[np.ndarray, " layers"],
+    label: str,
+    line: str = "-",
+    low: Float[np.ndarray, " layers"] | None = None,
+    high: Float[np.ndarray, " layers"] | None = None,
+) -> None:
+    """What chance would give by layer: thin and grey, in the line style of what it belongs to."""
+    layers = np.arange(len(value))
+    if low is not None and high is not None:
+        axes.fill_between(layers, low, high, color=CHANCE, alpha=0.15, linewidth=0)
+    axes.plot(layers, value, color=CHANCE, linestyle=line, linewidth=1.2, label=label)
+
+
+def label_ends(axes: Axes, least: float = 0.055) -> None:
+    """Name each labelled line at its right end, in its colour, instead of a legend; names are kept apart.
+
+    Args:
+        least: distance between two names, as a share of the axis.
+    """
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    bottom, top = axes.get_ylim()
+    gap = least * (top - bottom)
+    ends = sorted(lines, key=lambda line: float(np.asarray(line.get_ydata())[-1]))
+    heights = [float(np.asarray(line.get_ydata())[-1]) for line in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    excess = max(0.0, heights[-1] - top) if heights else 0.0
+    for i in range(len(heights) - 1, -1, -1):  # what was pushed out at the top moves down again
+        heights[i] = min(heights[i], top - gap * (len(heights) - 1 - i)) if excess else heights[i]
+    for line, height in zip(ends, heights, strict=True):
+        axes.annotate(
+            str(line.get_label()),
+            (1.0, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=line.get_color(),
+            va="center",
+            fontsize=11,
+            annotation_clip=False,
+        )
+
+
+def patch_figure(
+    image: Image,
+    grid: PatchGrid,
+    words: Sequence[str],
+    title: str,
+    marked: Bool[np.ndarray, " n"] | Bool[Tensor, " n"] | None = None,
+    footer: str = "",
+) -> Figure:
+    """`patch_words` as a figure with a title and a line below it, pixel for pixel."""
+    from matplotlib import pyplot as plt
+
+    drawn = patch_words(image, grid, words, marked)
+    head, foot = 46, 26 if footer else 4
+    height = drawn.height + head + foot
+    figure = plt.figure(figsize=(drawn.width / 100, height / 100), dpi=100, layout="none")
+    axes = figure.add_axes((0, foot / height, 1, drawn.height / height))
+    axes.imshow(np.asarray(drawn), interpolation="none", aspect="auto")
+    axes.set_axis_off()
+    figure.text(0, 1 - 10 / height, title, fontsize=12.5, fontweight="bold", va="top", ha="left", wrap=True)
+    if footer:
+        figure.text(1, 3 / height, footer, fontsize=9.5, color="#555555", va="bottom", ha="right")
+    return figure
+
+
+def patch_words(
+    image: Image,
+    grid: PatchGrid,
+    words: Sequence[str],
+    marked: Bool[np.ndarray, " n"] | Bool[Tensor, " n"] | None = None,
+) -> Image:
+    """The picture as the model sees it, magnified: patches outlined, one word at the foot of each, bars hatched.
+
+    Args:
+        image: upright RGB, original size.
+        grid: which patch of the picture each visual token is.
+        words: one per patch.
+        marked: patches to outline thickly in green.
+    """
+    from PIL import Image, ImageDraw
+
+    cells = [grid.cell(index) for index in range(len(grid))]
+    left, top = min(0.0, cells[0][0]), min(0.0, cells[0][1])
+    right, bottom = max(float(image.width), cells[-1][2]), max(float(image.height), cells[-1][3])
+    cell_width, cell_height = cells[0][2] - cells[0][0], cells[0][3] - cells[0][1]
+    wanted = CELL_FOR_READING / min(cell_width, cell_height)
+    scale = min(max(wanted, 1.0), LONGEST_SIDE / max(right - left, bottom - top))
+
+    def place(x: float, y: float) -> tuple[int, int]:
+        return max(0, round((x - left) * scale)), max(0, round((y - top) * scale))
+
+    plane = Image.new("RGB", place(right, bottom), BAR_GROUND)
+    draw = ImageDraw.Draw(plane)
+    for start in range(-plane.height, plane.width, 12):  # hatching, so that bars are no part of the picture
+        draw.line([(start, plane.height), (start + plane.height, 0)], fill=BAR_LINE, width=2)
+    corner, opposite = place(0, 0), place(image.width, image.height)
+    size = (max(1, opposite[0] - corner[0]), max(1, opposite[1] - corner[1]))
+    # Few pixels stay visible as squares when magnified much; photographs are smoothed.
+    resample = Image.Resampling.NEAREST if scale >= 3 else Image.Resampling.BICUBIC
+    plane.paste(image.resize(size, resample), corner)
+    if max(cells[0][:2]) > 0 or cells[-1][2] < image.width or cells[-1][3] < image.height:
+        seen = (*place(*cells[0][:2]), *place(*cells[-1][2:]))
+        faded = Image.blend(plane, Image.new("RGB", plane.size, HALO), 0.7)  # what the model does not see
+        faded.paste(plane.crop(seen), seen)
+        plane, draw = faded, ImageDraw.Draw(faded)
+    line = max(1, round(cell_height * scale / 60))
+    padded = grid.padded.tolist()
+    corners = [(place(x0, y0), place(x1, y1)) for x0, y0, x1, y1 in cells]
+    for (a, b), bar in zip(corners, padded, strict=True):
+        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=BAR_INK, width=line + 1)  # shows on light ground
+        if not bar:
+            draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=OUTLINE, width=line)
+    for index in [] if marked is None else np.flatnonzero(np.asarray(marked)):
+        a, b = corners[index]
+        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=OUTLINE, width=4 * line + 2)
+        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=MARKED, width=4 * line)
+    for word, (a, b), bar in zip(words, corners, padded, strict=True):
+        _write(draw, word, a, b, BAR_INK if bar else INK)
+    return plane
+
+
+def _write(draw: ImageDraw, word: str, a: tuple[int, int], b: tuple[int, int], ink: tuple[int, int, int]) -> None:
+    """One word at the foot of a cell, as large as fits, with a halo so that it reads on any ground."""
+    width, height = b[0] - a[0], b[1] - a[1]
+    size = max(7, min(16, height // 4))
+    while size > 7 and draw.textlength(word, font=_font(size)) > width - 4:
+        size -= 1
+    while len(word) > 1 and draw.textlength(word, font=_font(size)) > width - 2:
+        word = word.removesuffix("…")[:-1] + "…" if len(word.removesuffix("…")) > 1 else word[:1]
+    draw.text(
+        ((a[0] + b[0]) / 2, b[1] - max(2, height // 16)),
+        word,
+        font=_font(size),
+        fill=ink,
+        anchor="md",
+        stroke_width=max(1, size // 7),
+        stroke_fill=HALO,
+    )
+
+
+@cache
+def _font(size: int) -> FreeTypeFont:
+    """DejaVu Sans, which ships with matplotlib and has the marks that words use."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
