@@ -42,8 +42,9 @@ notebook-test: $(VENV)/package.stamp
 notebooks: $(VENV)/package.stamp
 	$(BIN)/embedlens book --refresh $(only)
 
+# glibc gives every large tensor back to the system; where tcmalloc is installed, training is faster with it.
 train: $(VENV)/package.stamp
-	$(BIN)/python -m training
+	LD_PRELOAD="$(firstword $(wildcard /usr/lib/*/libtcmalloc.so.4))" $(BIN)/python -m training
 
 clean:
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache
