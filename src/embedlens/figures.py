@@ -253,7 +253,7 @@ def patch_words(
 def _write(draw: ImageDraw, word: str, a: tuple[int, int], b: tuple[int, int], ink: tuple[int, int, int]) -> None:
     """One word at the foot of a cell, as large as fits, with a halo so that it reads on any ground."""
     width, height = b[0] - a[0], b[1] - a[1]
-    size = max(7, min(16, height // 4))
+    size = max(7, min(18, height // 4))
     while size > 7 and draw.textlength(word, font=_font(size)) > width - 4:
         size -= 1
     while len(word) > 1 and draw.textlength(word, font=_font(size)) > width - 2:

@@ -84,6 +84,15 @@ class Interval(NamedTuple):
     low: Float[np.ndarray, "*layers"]
     high: Float[np.ndarray, "*layers"]
 
+    def texts(self, digits: int = 2) -> list[str]:
+        """One "value (low to high)" per layer, for tables.
+
+        >>> Interval(np.array([0.5]), np.array([-0.001]), np.array([0.75])).texts()
+        ['0.50 (0.00 to 0.75)']
+        """
+        rows = np.round(np.stack([np.ravel(part) for part in self], -1), digits) + 0.0  # + 0.0: no "-0.00"
+        return [f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})" for value, low, high in rows]
+
 
 def ratio_interval(
     hits: Shaped[np.ndarray, "pictures *layers"],  # noqa: UP037 - a shape, no annotation to unquote
