@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from embedlens.errors import EmbedLensError
-from embedlens.labels import LabelHits, label_hits, label_ids, ratio_interval
+from embedlens.labels import LabelHits, label_hits, label_ids, named_patches, ratio_interval
 from embedlens.lenses import Lens
 
 
@@ -196,6 +196,18 @@ def test_labels_planted_on_their_patches_are_all_found_at_their_layer_and_k(mini
     assert hit.token_rate("all tokens").value[-1] == hit.object_tokens.sum() / hit.tokens.sum() < 1
     assert 0 < hit.token_chance()[-1] < 1 and hit.token_chance()[0] == 0
     assert missed.recall().value.max() == 0
+
+
+def test_named_patches_are_those_that_retrieve_the_label_of_their_own_object(miniature, pictures):
+    sample = pictures[0]
+    names = names_of_patches(miniature, sample)
+    right = label_ids(miniature.tokenizer, next(filter(None, names)))[-1]
+    grid = miniature.prompt(sample.image, "What?").grid
+    everywhere = torch.full((len(grid), 2), right)
+    named, objects = named_patches(miniature, sample, grid, everywhere)
+    assert objects.tolist() == [name != "" for name in names]
+    assert named.tolist() == [name == next(filter(None, names)) for name in names]
+    assert not named_patches(miniature, sample, grid, torch.zeros_like(everywhere))[0].any()
 
 
 def test_both_lenses_are_read_at_every_layer_and_batches_do_not_matter(miniature, pictures):

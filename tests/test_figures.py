@@ -1,0 +1,82 @@
+"""The book's one style: looks that can be told apart, words that cover nothing, names that do not collide."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedlens import figures
+from embedlens.patches import Frame, PatchGrid
+
+
+@pytest.fixture
+def axes():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figures.set_style()
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("palette", [figures.GROUPS, figures.LENSES, figures.ARMS], ids=["groups", "lenses", "arms"])
+def test_no_two_looks_of_a_palette_share_colour_or_marker(palette):
+    assert len({look.colour for look in palette.values()}) == len(palette)
+    assert len({look.marker for look in palette.values()}) == len(palette)
+
+
+def test_every_group_of_tokens_has_a_look():
+    assert set(figures.GROUPS) == {"alive", "dead", "ViT sink", "LLM sink", "text"}
+
+
+@pytest.mark.parametrize("ends", [(0.5, 0.5, 0.5), (0.99, 1.0, 1.0), (0.0, 0.01, 1.0)])
+def test_names_at_the_ends_of_lines_are_kept_apart_and_inside(axes, ends):
+    for number, end in enumerate(ends):
+        axes.plot([0, 1], [0, end], label=f"line {number}")
+    axes.set_ylim(0, 1)
+    figures.label_ends(axes, least=0.1)
+    heights = sorted(text.xy[1] for text in axes.texts)
+    assert len(heights) == 3
+    assert min(np.diff(heights)) >= 0.1 - 1e-9 and heights[0] >= 0 and heights[-1] <= 1
+
+
+def test_a_curve_has_its_interval_as_a_band(axes):
+    value = np.array([0.2, 0.4, 0.3])
+    figures.layer_curve(axes, value, value - 0.1, value + 0.1, "EmbedLens", figures.LENSES["EmbedLens"])
+    (line,), (band,) = axes.get_lines(), axes.collections
+    assert line.get_ydata().tolist() == value.tolist()
+    assert band.get_paths()[0].get_extents().y0 == pytest.approx(0.1)
+
+
+def test_a_figure_says_which_kind_of_result_it_shows(axes):
+    figures.sign(axes.figure, "miniature", "n = 5 pictures")
+    assert axes.figure.get_supxlabel() == "miniature result, n = 5 pictures"
+    figures.sign(axes.figure, "llava-hf/llava-1.5-7b-hf", "n = 5 pictures")
+    assert axes.figure.get_supxlabel() == "full scale result on llava-hf/llava-1.5-7b-hf, n = 5 pictures"
+
+
+def test_marked_patches_are_outlined_and_their_middle_stays_bare():
+    grid = PatchGrid(2, 2, Frame.letterbox(40, 40))
+    picture = Image.new("RGB", (40, 40), (200, 30, 30))
+    marked = np.array([False, True, False, False])
+    plain = np.asarray(figures.patch_words(picture, grid, [""] * 4))
+    drawn = np.asarray(figures.patch_words(picture, grid, [""] * 4, marked))
+    side = len(drawn) // 2
+    changed = (plain != drawn).any(-1)
+    assert changed[:side, side:].any() and not changed[side:].any() and not changed[:, :side].any()
+    assert (drawn == figures.MARKED).all(-1).any()
+    assert tuple(drawn[side // 2, side + side // 2]) == (200, 30, 30)
+
+
+def test_a_patch_figure_shows_the_drawing_pixel_for_pixel(axes):
+    grid = PatchGrid(2, 2, Frame.letterbox(40, 30))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    words = ["a", "b", "c", "d"]
+    figure = figures.patch_figure(picture, grid, words, "title", footer="foot")
+    figure.canvas.draw()
+    shown = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    drawn = np.asarray(figures.patch_words(picture, grid, words))
+    top = 46
+    assert (shown[top : top + len(drawn), : drawn.shape[1]] == drawn).mean() > 0.99
