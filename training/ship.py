@@ -69,14 +69,20 @@ def written(
 
 
 def logs(recipe: Recipe, folder: Path) -> dict[str, object]:
-    """Settings, machine-independent, and every stage's curve with its held-out measurements."""
+    """Settings, every stage's curve with its held-out measurements, and what was changed on the way."""
     import dataclasses
 
     stages = {}
     for stage in ("tower", "language", "alignment", "tuning"):
         state = torch.load(folder / f"{stage}.pt", weights_only=True, map_location="cpu")
         stages[stage] = {"steps": state["step"], "seconds": round(state["seconds"]), "log": state["log"]}
-    return {"recipe": dataclasses.asdict(recipe), "torch": torch.__version__.split("+")[0], "stages": stages}
+    history = folder / "history.json"  # what a person changed while a stage ran; absent if nothing was
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "torch": torch.__version__.split("+")[0],
+        "stages": stages,
+        "history": json.loads(history.read_text()) if history.exists() else [],
+    }
 
 
 def ship(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, home: Path = HOME) -> None:
