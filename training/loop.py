@@ -114,6 +114,7 @@ def train(
     last = stage.steps if stop_after is None else min(stage.steps, step + stop_after)
     every = max(1, stage.steps // MEASUREMENTS)
     sums: dict[str, float] = {}
+    summed = 0  # after a resume the first average is over fewer steps than 50
     module.train()
     for batch in batches(step):
         if step >= last:
@@ -130,11 +131,13 @@ def train(
         step += 1
         for key, value in {"loss": loss.item(), **beside}.items():
             sums[key] = sums.get(key, 0.0) + value
+        summed += 1
         measuring = step == stage.steps or (step % every == 0 and stage.steps >= 10 * MEASUREMENTS)
         if step % 50 == 0 or measuring:
-            count = step % 50 or 50
-            record = {key: round(value / count, 4) for key, value in sums.items()} if step % 50 == 0 else {}
-            sums = {} if step % 50 == 0 else sums
+            record: dict[str, float] = {}
+            if step % 50 == 0:
+                record = {key: round(value / summed, 4) for key, value in sums.items()}
+                sums, summed = {}, 0
             if measuring:
                 module.eval()
                 with torch.no_grad():
