@@ -7,7 +7,8 @@ tuning      projector and language model, on questions; tower frozen
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -86,8 +87,18 @@ def exact(logits: Tensor, batch: Batch) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def added(totals: dict[str, tuple[int, int]]) -> dict[str, float]:
-    return {kind: right / asked for kind, (right, asked) in sorted(totals.items())}
+def heldout(
+    outputs: Callable[[Batch], tuple[Tensor, Tensor, Tensor]], recipe: Recipe, stage: str, encoder: Encoder
+) -> dict[str, float]:
+    """kind of question -> share of held-out answers that are right."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for number in range(recipe.measured):
+        batch = conversations(recipe, stage, "heldout", number, 24, encoder, 0).to(recipe.device)
+        for kind, (hits, questions) in exact(outputs(batch)[0], batch).items():
+            right[kind] += hits
+            asked[kind] += questions
+    return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
 
 
 def train_language(
@@ -101,15 +112,6 @@ def train_language(
     def outputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         return predicted(model.model, model.lm_head, model.model.embed_tokens(batch.ids), batch, recipe)
 
-    def measure() -> dict[str, float]:
-        totals: dict[str, tuple[int, int]] = {}
-        for number in range(recipe.measured):
-            batch = conversations(recipe, "language", "heldout", number, 16, encoder, 0).to(recipe.device)
-            for kind, (right, asked) in exact(outputs(batch)[0], batch).items():
-                before = totals.get(kind, (0, 0))
-                totals[kind] = (before[0] + right, before[1] + asked)
-        return added(totals)
-
     train(
         "language",
         model,
@@ -122,7 +124,7 @@ def train_language(
             recipe.workers,
         ),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
-        measure,
+        lambda: heldout(outputs, recipe, "language", encoder),
         folder,
         stop_after,
     )
@@ -200,14 +202,8 @@ def train_together(
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
 
-    def measure() -> dict[str, float]:
-        totals: dict[str, tuple[int, int]] = {}
-        for number in range(recipe.measured):
-            batch = conversations(recipe, "tuning", "heldout", number, 24, encoder, 0).to(recipe.device)
-            for kind, (right, asked) in exact(with_pictures(model, batch, recipe)[0], batch).items():
-                before = totals.get(kind, (0, 0))
-                totals[kind] = (before[0] + right, before[1] + asked)
-        return added(totals)
+    def outputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return with_pictures(model, batch, recipe)
 
     train(
         name,
@@ -220,8 +216,8 @@ def train_together(
             stage.steps,
             recipe.workers,
         ),
-        lambda batch: (weighted_loss(*with_pictures(model, batch.to(recipe.device), recipe)), {}),
-        measure,
+        lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
+        lambda: heldout(outputs, recipe, "tuning", encoder),
         folder,
         stop_after,
     )
