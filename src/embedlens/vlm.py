@@ -7,10 +7,12 @@ stock model's numbers, bit for bit. It checks itself when it is built and refuse
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -403,6 +405,9 @@ def load(
         EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
             missing processor, unknown device, dtype, quantisation or preprocessing.
     """
+    with warnings.catch_warnings():  # in a notebook without ipywidgets its first import prints a path of this machine
+        warnings.simplefilter("ignore")
+        import_module("tqdm.auto")
     place = _device(device)
     if preprocessing not in PREPROCESSINGS:
         raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
