@@ -52,10 +52,10 @@ class Recipe:
     freeze_language_in_alignment: bool = True
     contrastive: float = 1.0  # loss weights of the tower
     captioning: float = 2.0
-    tower: Stage = field(default=Stage(steps=4200, batch=48, lr=1.5e-3, muon_lr=4e-3, weight_decay=0.05, warmup=100))
-    language: Stage = field(default=Stage(steps=2200, batch=16, lr=2e-3, muon_lr=4e-3, warmup=50))
-    alignment: Stage = field(default=Stage(steps=200, batch=64, lr=2e-3, weight_decay=0.0))
-    tuning: Stage = field(default=Stage(steps=1200, batch=24, lr=6e-4, weight_decay=0.05))
+    tower: Stage = field(default=Stage(steps=6500, batch=48, lr=1.5e-3, muon_lr=4e-3, weight_decay=0.05, warmup=100))
+    language: Stage = field(default=Stage(steps=2600, batch=16, lr=2e-3, muon_lr=4e-3, warmup=50))
+    alignment: Stage = field(default=Stage(steps=400, batch=64, lr=2e-3, weight_decay=0.0))
+    tuning: Stage = field(default=Stage(steps=3000, batch=24, lr=6e-4, weight_decay=0.05))
     measured: int = 8  # held-out batches per measurement
     threads: int = 2
     workers: int = 1
