@@ -8,7 +8,7 @@ tuning      projector and language model, on questions; tower frozen
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers import (
 
 from training.data import KINDS, Batch, Encoder, conversations, loader, normalised
 from training.loop import optimisers, seed_everything, train
-from training.recipe import Recipe
+from training.recipe import Recipe, Stage
 from training.tower import Captioner, attention
 
 
@@ -101,6 +101,16 @@ def heldout(
     return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
 
 
+def batches(recipe: Recipe, name: str, stage: Stage, encoder: Encoder) -> Callable[[int], Iterator[Batch]]:
+    """Start step -> the stage's training batches from there on."""
+    return lambda start: loader(
+        lambda step: conversations(recipe, name, "train", step, stage.batch, encoder, stage.steps),
+        start,
+        stage.steps,
+        recipe.workers,
+    )
+
+
 def train_language(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None
 ) -> LlamaForCausalLM:
@@ -117,12 +127,7 @@ def train_language(
         model,
         stage,
         optimisers(model, stage, lambda name: "layers" in name),
-        lambda start: loader(
-            lambda step: conversations(recipe, "language", "train", step, stage.batch, encoder, stage.steps),
-            start,
-            stage.steps,
-            recipe.workers,
-        ),
+        batches(recipe, "language", stage, encoder),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
         lambda: heldout(outputs, recipe, "language", encoder),
         folder,
@@ -210,12 +215,7 @@ def train_together(
         model,
         stage,
         optimisers(model, stage),
-        lambda start: loader(
-            lambda step: conversations(recipe, name, "train", step, stage.batch, encoder, stage.steps),
-            start,
-            stage.steps,
-            recipe.workers,
-        ),
+        batches(recipe, name, stage, encoder),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
         lambda: heldout(outputs, recipe, "tuning", encoder),
         folder,
