@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from training.recipe import RECIPES, Recipe
+from training.shipped import HOME
 
 STAGES = ("tokenizer", "tower", "language", "alignment", "tuning", "ship")
 
@@ -23,7 +24,9 @@ def recipe_for_this_machine() -> Recipe:
 
 
 def tokenizer_of(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
-    """The stage's tokenizer, learned once."""
+    """The tokenizer, learned once; an onward training keeps the one that ships."""
+    if recipe.onward:
+        return AutoTokenizer.from_pretrained(HOME)
     home = folder / "tokenizer"
     if not home.exists():
         from training.tokenizer import learn

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ BARS = tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN)
 DESCRIBE = ("Describe the picture.", "What do you see?", "Write a caption.")
 # Seeds of a stage start here; far enough apart that no picture is used by two stages.
 FIRST = {"tower": 0, "language": 100_000_000, "alignment": 200_000_000, "tuning": 300_000_000}
+TRAINING = 10_000_000  # a further training of the same weights starts so much later in each stage
 # How many questions of a kind a conversation asks, on average: what is hard to learn is asked more often.
 SHARE = {"where": 1.5, "relation": 2.0, "count": 1.6, "box": 2.0, "text": 2.0, "object": 1.6}
 
@@ -63,14 +65,24 @@ class Batch:
 KINDS = (*language.KINDS, "caption")
 
 
-def seeded(stage: str, split: scene.Split, index: int) -> random.Random:
-    return scene.rng_of(split, FIRST[stage] + index)
+def seeded(recipe: Recipe, stage: str, split: scene.Split, index: int) -> random.Random:
+    past = recipe.onward * TRAINING if split == "train" else 0
+    return scene.rng_of(split, FIRST[stage] + past + index)
 
 
-def options(recipe: Recipe, progress: float, stage: str) -> dict[str, float | tuple[int, int] | bool]:
-    """Tower and language model start on few, larger things; from a quarter of the way on, they meet the whole world."""
-    ease = max(0.0, 1 - 4 * progress) if stage in ("tower", "language") else 0.0
-    chosen: dict[str, float | tuple[int, int] | bool] = {"square": not recipe.letterbox}
+def options(recipe: Recipe, progress: float, stage: str) -> dict[str, Any]:
+    """Tower and language model start on few, larger things; from a quarter of the way on, they meet the whole world.
+
+    In an onward training only the writing starts easy, for the tower: large single characters.
+    """
+    ease = max(0.0, 1 - 4 * progress) if stage in ("tower", "language") and not recipe.onward else 0.0
+    chosen: dict[str, Any] = {"square": not recipe.letterbox}
+    if stage == "tower":
+        chosen["words"] = recipe.tower_words
+        early = max(0.0, 1 - 2 * progress) if recipe.onward else 0.0
+        if early > 0:
+            chosen["writing"] = 1 + early
+            chosen["lengths"] = tuple(share * (1 - early) + early * (i == 0) for i, share in enumerate(scene.LENGTHS))
     if ease > 0:
         chosen |= {
             "tiny": scene.TINY * (1 - ease),
@@ -164,7 +176,7 @@ def conversations(
     head = [encoder.tokenizer.bos_token_id, *encoder.encode(f"{SYSTEM}{USER}")]
     rows, pictures = [], []
     for i in range(batch):
-        rng = seeded(stage, split, step * batch + i)
+        rng = seeded(recipe, stage, split, step * batch + i)
         drawn = scene.scene(rng, split, **options(recipe, step / steps if steps else 1.0, stage))
         caption = language.caption(drawn, rng, recipe.mention_background)
         if stage == "language":
@@ -202,7 +214,7 @@ def captioned(recipe: Recipe, split: scene.Split, step: int, batch: int, encoder
     """One batch of the tower's stage: pictures and what is said about them."""
     pictures, captions = [], []
     for i in range(batch):
-        rng = seeded("tower", split, step * batch + i)
+        rng = seeded(recipe, "tower", split, step * batch + i)
         drawn = scene.scene(rng, split, **options(recipe, step / steps if steps else 1.0, "tower"))
         text = language.caption(drawn, rng, recipe.mention_background, place_first=0.75, reading_order=1.0)
         captions.append([encoder.tokenizer.bos_token_id, *encoder.encode(text), encoder.eos])

@@ -11,9 +11,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from training.recipe import ASSISTANT, SYSTEM, USER, Recipe
+from training.shipped import HOME
 from training.talk import assembled
-
-HOME = Path(__file__).parent.parent / "src" / "embedlens" / "miniature"
 
 # Roles and contents as in LLaVA-1.5; the tokenizer adds <s>. jinja's trim_blocks would eat a bare newline.
 TEMPLATE = (

@@ -26,6 +26,7 @@ from transformers import (
 from training.data import KINDS, Batch, Encoder, conversations, loader, normalised
 from training.loop import optimisers, seed_everything, train
 from training.recipe import Recipe, Stage
+from training.shipped import shipped
 from training.tower import Captioner, attention
 
 
@@ -117,6 +118,10 @@ def train_language(
     seed_everything(recipe.seed + 1)
     stage, encoder = recipe.language, Encoder(tokenizer)
     model = initialised(LlamaForCausalLM(recipe.text_config(len(tokenizer)))).to(recipe.device)
+    if recipe.onward:
+        before = shipped()
+        model.model.load_state_dict(before.model.language_model.state_dict())
+        model.lm_head.load_state_dict(before.lm_head.state_dict())
     quick_attention(model, recipe)
 
     def outputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +162,7 @@ def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaForCon
 
 def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> LlavaForConditionalGeneration:
     """Tower and language model put together, from the latest checkpoint of each stage."""
-    model = untrained(recipe, tokenizer)
+    model = shipped() if recipe.onward else untrained(recipe, tokenizer)
     parts = {"tower": folder / "tower.pt", "language": folder / "language.pt"}
     for stage, file in parts.items():
         if not file.exists():
@@ -214,7 +219,7 @@ def train_together(
         name,
         model,
         stage,
-        optimisers(model, stage),
+        optimisers(model, stage, lambda parameter: "language_model.layers" in parameter),
         batches(recipe, name, stage, encoder),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
         lambda: heldout(outputs, recipe, "tuning", encoder),

@@ -6,6 +6,7 @@ Decoder and text encoder are thrown away afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 from training.data import Captioned, Encoder, captioned, loader, normalised
 from training.loop import optimisers, seed_everything, train
-from training.recipe import Recipe
+from training.recipe import Recipe, Stage
+from training.shipped import shipped
 
 LONGEST = 160
 
@@ -111,7 +113,14 @@ def train_tower(
     stage, encoder = recipe.tower, Encoder(tokenizer)
     model = Captioner(recipe, len(tokenizer)).to(recipe.device)
     hidden = lambda name: "embed" not in name and "layers" in name or name.startswith("decoder")  # noqa: E731
-    optims = optimisers(model, stage, hidden)
+
+    def batches(stage: Stage) -> Callable[[int], Iterator[Captioned]]:
+        return lambda start: loader(
+            lambda step: captioned(recipe, "train", step, stage.batch, encoder, stage.steps),
+            start,
+            stage.steps,
+            recipe.workers,
+        )
 
     def measure() -> dict[str, float]:
         total: dict[str, float] = {}
@@ -123,20 +132,18 @@ def train_tower(
                 total[key] = total.get(key, 0.0) + value / rounds
         return total
 
-    train(
-        "tower",
-        model,
-        stage,
-        optims,
-        lambda start: loader(
-            lambda step: captioned(recipe, "train", step, stage.batch, encoder, stage.steps),
-            start,
-            stage.steps,
-            recipe.workers,
-        ),
-        lambda batch: losses(model, batch, recipe),
-        measure,
-        folder,
-        stop_after,
-    )
+    def learn(name: str, stage: Stage) -> None:
+        optims = optimisers(model, stage, hidden)
+        train(
+            name, model, stage, optims, batches(stage), lambda batch: losses(model, batch, recipe), measure, folder,
+            stop_after,
+        )  # fmt: skip
+
+    if recipe.onward:
+        model.vision.load_state_dict(shipped().model.vision_tower.state_dict())
+    if recipe.heads and not (folder / "tower.pt").exists():
+        model.vision.requires_grad_(False)
+        learn("heads", recipe.heads)
+        model.vision.requires_grad_(True)
+    learn("tower", stage)
     return model.vision.float().cpu().eval()

@@ -17,6 +17,8 @@ PATCH = 14  # px: the smallest thing is at most one patch of the miniature
 TINY = 0.18  # share of objects that fit one patch
 NATURAL = 0.65  # share of objects in the sprite's own colours
 
+LENGTHS = (0.4, 0.25, 0.2, 0.15)  # shares of words of one, two, three and four characters
+
 SHAPES: tuple[tuple[int, int, float], ...] = (  # width, height at scale 1, share
     (112, 84, 0.25),  # 4:3
     (112, 75, 0.20),  # 3:2
@@ -187,6 +189,8 @@ def scene(
     words: float = 0.4,
     tiny: float = TINY,
     textured: float = 0.55,
+    lengths: tuple[float, ...] = LENGTHS,
+    writing: float = 1.0,
     square: bool = False,
 ) -> Scene:
     """Draw a layout.
@@ -199,6 +203,8 @@ def scene(
         words: how often a word is written, too.
         tiny: share of objects that fit into one patch.
         textured: share of textured backgrounds.
+        lengths: shares of words of one, two, three and four characters.
+        writing: how much larger than usual words are written.
         square: 1:1 only.
     """
     if square:
@@ -220,10 +226,10 @@ def scene(
     one_colour = rng.random() < 0.6
     shared = _colour(rng, split, kinds[0], NATURAL, avoid)
     if rng.random() < words:
-        length = rng.choices((1, 2, 3, 4), (0.4, 0.25, 0.2, 0.15))[0]
+        length = rng.choices((1, 2, 3, 4), lengths)[0]
         text, font = letters(rng, split, length), rng.randrange(len(FONTS))
         mask = sprites.word(text, font)
-        height_px = rng.uniform(10, 26 if length < 3 else 20)
+        height_px = writing * rng.uniform(10, 26 if length < 3 else 20)
         aspect = mask.width / mask.height
         box = _place(rng, (width, height), aspect, height_px * max(aspect, 1), taken)
         if box is not None and box[3] >= 8:
