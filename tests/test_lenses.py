@@ -125,6 +125,17 @@ def test_excluded_ids_never_answer(many):
     assert not torch.isin(ids, torch.tensor([0, 7])).any()
 
 
+def test_the_rank_of_an_entry_is_its_place_in_the_whole_ranking(many):
+    embeddings, h = many
+    embeddings[[33, 200]] = embeddings[64] * 4  # equal scores: the lowest id is ahead
+    lens = EmbedLens(embeddings, named(300))
+    order = lens.topk(h, 300)[1].tolist()
+    for ids in ([5], [64], [200, 33], [299, 0, 150]):
+        expected = [1 + min(ranking.index(index) for index in ids) for ranking in order]
+        assert lens.rank(h, ids).tolist() == expected
+        assert lens.rank(h.view(4, 10, 16), ids).flatten().tolist() == expected
+
+
 @pytest.fixture(params=["tiny", "miniature"])
 def model(request):
     return request.getfixturevalue(request.param)
@@ -141,6 +152,16 @@ def test_logitlens_at_the_last_layer_gives_the_models_own_logits(model):
     with torch.no_grad():
         assert not torch.allclose(lens.scores(model.unembed.final_norm(last)), logits, atol=1e-2)
     assert not torch.allclose(LogitLens.from_model(model, norm=False).scores(last), logits, atol=1e-2)
+
+
+def test_logitlens_never_answers_with_an_excluded_id_and_ranks_the_rest_as_before(model):
+    last = model.hidden_states(model.prompt(picture(), QUESTION))[-1]
+    first = LogitLens.from_model(model).topk(last, 3)[1]
+    gone = first[:, 0].unique().tolist()
+    ids = LogitLens.from_model(model, exclude=gone).topk(last, 1)[1][:, 0]
+    assert not torch.isin(ids, torch.tensor(gone)).any()
+    second_is_free = ~torch.isin(first[:, 1], torch.tensor(gone))
+    assert torch.equal(ids[second_is_free], first[second_is_free, 1])
 
 
 def test_embedlens_of_an_embedding_row_is_that_row(model):
@@ -166,6 +187,8 @@ def test_embedlens_ranks_visual_tokens_as_brute_force_does(model):
         ),
         (lambda lens: lens.topk(torch.zeros(3, 16), 0), "k is 0: pass 1 to 300"),
         (lambda lens: lens.topk(torch.zeros(3, 16), 301), "k is 301: pass 1 to 300"),
+        (lambda lens: lens.rank(torch.zeros(3, 16), []), r"the ids are \[\]: pass at least one, from 0 to 299"),
+        (lambda lens: lens.rank(torch.zeros(3, 16), [300]), r"the ids are \[300\]"),
         (lambda lens: EmbedLens(torch.zeros(3, 2), ["a"]), "3 embedding rows but 1 tokens"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedlens.words import readable_tokens
+from embedlens.words import readable_tokens, textless_ids
 
 
 def test_byte_level_tokens_are_readable(tiny):
@@ -32,3 +32,10 @@ def test_sentencepiece_tokens_are_readable():
             return {piece: index for index, piece in enumerate(self.pieces)}
 
     assert readable_tokens(Llama(), 9) == ["<s>", "dog", "·og", "␣", "⏎", "<0xE3>", "·犬", "␣x", "."]
+    assert textless_ids(Llama(), 9) == [0, 5]
+
+
+def test_special_tokens_and_lone_bytes_are_no_text(tiny):
+    none = [tiny.tokens[index] for index in textless_ids(tiny.tokenizer, len(tiny.tokens))]
+    assert {"<s>", "</s>", "<0xE3>"} <= set(none)
+    assert not {"dog", ".", "⏎", "·what"} & set(none)

@@ -57,6 +57,27 @@ class Lens(ABC):
         values, ids = (torch.cat(part).reshape(*h.shape[:-1], k) for part in zip(*best, strict=True))
         return values, ids
 
+    def rank(self, h: Float[Tensor, "*batch d"], ids: Sequence[int]) -> Int[Tensor, "*batch"]:
+        """Place of the best of `ids` among all vocabulary entries: 1 is the first, ties by lowest id.
+
+        Holds a score per vector and entry: for a few vectors, such as one token followed through the layers.
+
+        Raises:
+            EmbedLensError: no ids, or one that is not in the vocabulary.
+
+        >>> EmbedLens(torch.eye(3), ["a", "b", "c"]).rank(torch.tensor([[0.0, 2.0, 1.0]]), [0, 2]).tolist()
+        [2]
+        """
+        if not ids or not all(0 <= index < len(self.tokens) for index in ids):
+            raise EmbedLensError(f"the ids are {list(ids)}: pass at least one, from 0 to {len(self.tokens) - 1}")
+        scores = self.scores(h)
+        wanted = torch.tensor(sorted(ids), device=scores.device)
+        best = scores[..., wanted].amax(-1, keepdim=True)
+        at = (scores[..., wanted] == best).int().argmax(-1, keepdim=True)  # the lowest id of equals
+        everyone = torch.arange(scores.shape[-1], device=scores.device)
+        ahead = (scores > best) | ((scores == best) & (everyone < wanted[at]))
+        return ahead.sum(-1) + 1
+
     def words(self, h: Float[Tensor, "n d"], k: int = 5) -> list[list[str]]:
         """The k best words of each vector, best first."""
         if h.ndim != 2:
@@ -107,22 +128,26 @@ class LogitLens(Lens):
     included; there the lens gives the model's own logits. (Hugging Face's last hidden state is already normed.)
     """
 
-    def __init__(self, unembed: Unembed, tokens: Sequence[str], norm: bool = True) -> None:
-        """Args: `norm=False` leaves the final norm out (an ablation)."""
+    def __init__(self, unembed: Unembed, tokens: Sequence[str], norm: bool = True, exclude: Sequence[int] = ()) -> None:
+        """Args: `norm=False` leaves the final norm out, `exclude` are ids that may never be an answer (ablations)."""
         self.tokens = tokens
         self.width = unembed.head.in_features
         self.norm = norm
         self._unembed = unembed
+        self._exclude = torch.as_tensor(list(exclude), dtype=torch.long, device=unembed.head.weight.device)
 
     @classmethod
-    def from_model(cls, model: VisionLanguageModel, norm: bool = True) -> LogitLens:
+    def from_model(cls, model: VisionLanguageModel, norm: bool = True, exclude: Sequence[int] = ()) -> LogitLens:
         """The lens over the model's own final norm and head."""
-        return cls(model.unembed, model.tokens, norm)
+        return cls(model.unembed, model.tokens, norm, exclude)
 
     @torch.no_grad()
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Logits of every real vocabulary entry."""
-        return self._unembed(h, norm=self.norm).float()
+        logits = self._unembed(h, norm=self.norm).float()
+        if len(self._exclude):
+            logits[..., self._exclude] = -torch.inf
+        return logits
 
 
 def _unit(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:

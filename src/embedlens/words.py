@@ -6,6 +6,7 @@ import re
 
 SPACES = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣", "\u00a0": "␣"}
 RAW_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+RAW_BYTES = re.compile(r"(<0x[0-9A-F]{2}>)+")
 
 
 def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
@@ -24,6 +25,21 @@ def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
     byte_level = "Ġ" in tokenizer.get_vocab()
     bytes_of = _byte_of_character() if byte_level else None
     return [_readable(piece, bytes_of, special) for piece in pieces]
+
+
+def textless_ids(tokenizer, n_tokens: int) -> list[int]:
+    """Ids below n_tokens that are no text: special tokens, and bytes that are no character by themselves.
+
+    An ablation leaves them out of a lens: they can be nearest to a token but name nothing.
+    """
+    special = set(tokenizer.all_special_tokens)
+    pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
+    words = readable_tokens(tokenizer, n_tokens)
+    return [
+        index
+        for index, (piece, word) in enumerate(zip(pieces, words, strict=True))
+        if piece is None or piece in special or RAW_BYTES.fullmatch(word)
+    ]
 
 
 def _readable(piece: str | None, bytes_of: dict[str, int] | None, special: set[str]) -> str:
