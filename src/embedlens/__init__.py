@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.patches import Frame as Frame
     from embedlens.patches import PatchGrid as PatchGrid
     from embedlens.pictures import open_picture as open_picture
+    from embedlens.study import run as run
     from embedlens.vlm import Prompt as Prompt
     from embedlens.vlm import Unembed as Unembed
     from embedlens.vlm import VisionLanguageModel as VisionLanguageModel
@@ -39,6 +40,7 @@ _HOME = {
     "Lens": "lenses",
     "EmbedLens": "lenses",
     "LogitLens": "lenses",
+    "run": "study",
 }
 
 __all__ = list(_HOME)
