@@ -1,12 +1,14 @@
-"""Labels in visual tokens: matching, recall, chance and intervals, with structure planted where the truth is known."""
+"""Labels in visual tokens: matching, recall and chance, with structure planted where the truth is known."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from embedlens.errors import EmbedLensError
-from embedlens.labels import LabelHits, label_hits, label_ids, named_patches, ratio_interval
-from embedlens.lenses import Lens
+from embedlens.labels import LabelHits, label_hits, label_ids, largest_object, named_patches
+from embedlens.lenses import Lens, LogitLens
 
 
 class Words:
@@ -107,30 +109,6 @@ def test_permutations_and_bootstrap_are_seeded():
     assert np.array_equal(found.recall(seed=1).low, found.recall(seed=1).low)
 
 
-def test_the_bootstrap_agrees_with_scipy():
-    from scipy.stats import bootstrap
-
-    found = random_hits(3, planted=0.4)
-    hit, asked = found.found[:, 1].astype(float), found.present.sum(1).astype(float)
-
-    def ratio(hit, asked, axis):
-        return hit.sum(axis) / asked.sum(axis)
-
-    theirs = bootstrap((hit, asked), ratio, paired=True, method="percentile", n_resamples=4000, rng=0)
-    ours = ratio_interval(hit, asked, resamples=4000)
-    assert [float(ours.low), float(ours.high)] == pytest.approx(list(theirs.confidence_interval), abs=0.004)
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for seed in range(200):
-        asked = rng.integers(1, 4, 120)
-        interval = ratio_interval(rng.binomial(asked, 0.4), asked, resamples=300, seed=seed)
-        covered += interval.low <= 0.4 <= interval.high
-    assert 180 <= covered <= 199  # 190 expected; 5 standard errors of 3 below would be 175, never 200
-
-
 def test_a_lens_is_compared_on_the_same_pictures():
     weak, strong = random_hits(4), random_hits(4, planted=0.5)
     gap = strong.excess_over(weak)
@@ -186,8 +164,8 @@ def test_labels_planted_on_their_patches_are_all_found_at_their_layer_and_k(mini
     ids_of = {name: label_ids(miniature.tokenizer, name) for name in pictures[0].category_names.values()}
     names = [names_of_patches(miniature, sample) for sample in pictures]
     ids = torch.tensor([[ids_of[name][0] if name else 0 for name in row] for row in names])
-    found = label_hits(miniature, pictures, ks=(2, 3), lenses=[PlantedLens(ids)], batch_size=4)
-    missed, hit = found["PlantedLens", 2, "head-word"], found["PlantedLens", 3, "head-word"]
+    found = label_hits(miniature, pictures, ks=(2, 3), lenses={"planted": PlantedLens(ids)}, batch_size=4)
+    missed, hit = found["planted", 2, "head-word"], found["planted", 3, "head-word"]
     covered = sum(len(set(row) - {""}) for row in names)
     assert hit.n_pairs == sum(len(sample.labels) for sample in pictures)
     assert hit.recall().value.tolist() == [0] * miniature.n_layers + [covered / hit.n_pairs]
@@ -222,6 +200,31 @@ def test_both_lenses_are_read_at_every_layer_and_batches_do_not_matter(miniature
     strict, head = one["EmbedLens", 5, "strict"], one["EmbedLens", 5, "head-word"]
     assert set(strict.labels) < set(head.labels)
     assert (one["EmbedLens", 1, "strict"].retrieved <= strict.retrieved).all()
+
+
+def test_the_largest_object_is_found_at_its_middle(miniature, pictures):
+    for sample in pictures:
+        grid = miniature.prompt(sample.image, "What?").grid
+        name, patch = largest_object(miniature, sample, grid)
+        sizes = {e["bbox"][2] * e["bbox"][3]: e for e in reversed(sample.annotations)}
+        biggest = sizes[max(sizes)]
+        x, y, w, h = biggest["bbox"]
+        x0, y0, x1, y1 = grid.cell(patch)
+        assert name == sample.category_names[biggest["category_id"]]
+        assert x0 <= x + w / 2 < x1 and y0 <= y + h / 2 < y1
+    crowd = replace(pictures[0], annotations=tuple({**e, "iscrowd": 1} for e in pictures[0].annotations))
+    with pytest.raises(EmbedLensError, match="take another picture"):
+        largest_object(miniature, crowd, grid)
+
+
+def test_two_lenses_of_one_kind_keep_apart(miniature, pictures):
+    plain, without = LogitLens.from_model(miniature), LogitLens.from_model(miniature, norm=False)
+    found = label_hits(miniature, pictures[:3], lenses={"with": plain, "without": without})
+    alone = label_hits(miniature, pictures[:3], lenses={"without": without})
+    assert set(found) == {("with", 5, "head-word"), ("without", 5, "head-word")}
+    key = ("without", 5, "head-word")
+    assert np.array_equal(found[key].retrieving, alone[key].retrieving)
+    assert not np.array_equal(found[key].retrieving, found["with", 5, "head-word"].retrieving)
 
 
 def test_no_pictures_are_refused(miniature):

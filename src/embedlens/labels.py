@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
+from embedlens.intervals import Interval, draws, percentile_interval, ratio_interval
 from embedlens.lenses import EmbedLens, Lens, LogitLens
 from embedlens.patches import PatchGrid
 from embedlens.samples import Sample
@@ -75,60 +76,6 @@ def _plural(name: str) -> str:
     ['dogs', 'knives', 'benches', 'cell phones']
     """
     return f"{name}es" if name not in IRREGULAR and name.endswith(("s", "x", "ch", "sh")) else plural(name)
-
-
-class Interval(NamedTuple):
-    """A value with the bounds of its interval, one entry per layer (or 0-d)."""
-
-    value: Float[np.ndarray, "*layers"]
-    low: Float[np.ndarray, "*layers"]
-    high: Float[np.ndarray, "*layers"]
-
-    def texts(self, digits: int = 2) -> list[str]:
-        """One "value (low to high)" per layer, for tables.
-
-        >>> Interval(np.array([0.5]), np.array([-0.001]), np.array([0.75])).texts()
-        ['0.50 (0.00 to 0.75)']
-        """
-        rows = np.round(np.stack([np.ravel(part) for part in self], -1), digits) + 0.0  # + 0.0: no "-0.00"
-        return [f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})" for value, low, high in rows]
-
-
-def ratio_interval(
-    hits: Shaped[np.ndarray, "pictures *layers"],  # noqa: UP037 - a shape, no annotation to unquote
-    asked: Shaped[np.ndarray, " pictures"],
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Sum of `hits` over sum of `asked`, with a percentile bootstrap over pictures.
-
-    Pictures are drawn, not labels or tokens, because what one picture shows belongs together. The same seed draws the
-    same pictures, so differences of two lenses are paired: pass the difference of their hits.
-
-    Raises:
-        EmbedLensError: nothing was asked at all.
-
-    >>> found = ratio_interval(np.array([1.0, 0.0, 1.0, 1.0]), np.ones(4), resamples=200)
-    >>> float(found.value), bool(found.low < 0.75 < found.high)
-    (0.75, True)
-    """
-    if asked.sum() == 0:
-        raise EmbedLensError("no picture has a label that counts: take more pictures, or a rule that matches more")
-    flat = hits.reshape(len(hits), -1).astype(np.float64)
-    draws = _draws(len(hits), resamples, seed)
-    drawn = (draws @ flat) / np.maximum(draws @ asked.astype(np.float64), 1)[:, None]
-    return _interval(flat.sum(0) / asked.sum(), drawn, level, hits.shape[1:])
-
-
-def _draws(n: int, resamples: int, seed: int) -> Float[np.ndarray, "resamples n"]:
-    """How often each picture is drawn in each resample."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-
-
-def _interval(value: np.ndarray, drawn: np.ndarray, level: float, shape: tuple[int, ...]) -> Interval:
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Interval(*(np.asarray(part, dtype=np.float64).reshape(shape) for part in (value, low, high)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +136,7 @@ class LabelHits:
             shared = present @ layer.T  # [i, j]: labels of picture i that picture j retrieves
             drawn.append([shared[order, np.arange(len(order))].sum() for order in orders])
         rates = np.asarray(drawn).T / self.n_pairs
-        return _interval(rates.mean(0), rates, level, rates.shape[1:])
+        return percentile_interval(rates.mean(0), rates, level, rates.shape[1:])
 
     def chance(self) -> Float[np.ndarray, " layers"]:
         """What `permuted` tends to when no picture may keep its own labels, in closed form."""
@@ -198,16 +145,16 @@ class LabelHits:
     def excess(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
         """Recall minus `chance`, with a bootstrap over pictures in which both are computed anew."""
         value, chance = self._excess(np.ones((1, len(self.present))))
-        drawn, drawn_chance = self._excess(_draws(len(self.present), resamples, seed))
-        return _interval((value - chance)[0], drawn - drawn_chance, level, value.shape[1:])
+        drawn, drawn_chance = self._excess(draws(len(self.present), resamples, seed))
+        return percentile_interval((value - chance)[0], drawn - drawn_chance, level, value.shape[1:])
 
     def excess_over(self, other: LabelHits, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
         """`excess` of this lens minus that of another on the same pictures, by layer, paired."""
-        whole, draws = np.ones((1, len(self.present))), _draws(len(self.present), resamples, seed)
+        whole, drawn = np.ones((1, len(self.present))), draws(len(self.present), resamples, seed)
         mine, theirs = (hits._excess(whole) for hits in (self, other))
         value = (mine[0] - mine[1]) - (theirs[0] - theirs[1])
-        mine, theirs = (hits._excess(draws) for hits in (self, other))
-        return _interval(value[0], (mine[0] - mine[1]) - (theirs[0] - theirs[1]), level, value.shape[1:])
+        mine, theirs = (hits._excess(drawn) for hits in (self, other))
+        return percentile_interval(value[0], (mine[0] - mine[1]) - (theirs[0] - theirs[1]), level, value.shape[1:])
 
     def _excess(
         self, draws: Float[np.ndarray, "resamples pictures"]
@@ -238,7 +185,7 @@ def label_hits(
     samples: Iterable[Sample],
     ks: Sequence[int] = (5,),
     rules: Sequence[str] = ("head-word",),
-    lenses: Sequence[Lens] | None = None,
+    lenses: Mapping[str, Lens] | None = None,
     batch_size: int = 8,
 ) -> dict[tuple[str, int, str], LabelHits]:
     """Read the visual tokens of every picture at every layer and look for the picture's labels.
@@ -250,18 +197,18 @@ def label_hits(
         samples: pictures with COCO-style annotations, all of one data set; crowds are left out.
         ks: how many words of a token count as retrieved.
         rules: which tokens count as a label, see RULES.
-        lenses: default: EmbedLens and LogitLens of the model.
+        lenses: name → lens; default: EmbedLens and LogitLens of the model, under these names.
         batch_size: pictures at a time.
 
     Returns:
-        (class name of the lens, k, rule) → what it found; layer l is `model.hidden_states(prompt)[l]`.
+        (name of the lens, k, rule) → what it found; layer l is `model.hidden_states(prompt)[l]`.
 
     Raises:
         EmbedLensError: no samples, no k, or k larger than the vocabulary.
     """
     if not ks or not rules:
         raise EmbedLensError("no k or no rule: pass at least one of each")
-    readers = [lens.from_model(model) for lens in LENSES] if lenses is None else list(lenses)
+    readers = {lens.__name__: lens.from_model(model) for lens in LENSES} if lenses is None else dict(lenses)
     tables: dict[str, tuple[tuple[str, ...], Bool[Tensor, "V labels"]]] = {}
     parts: dict[tuple[str, int, str], list[dict[str, np.ndarray]]] = {}
     stream = iter(samples)
@@ -273,7 +220,7 @@ def label_hits(
             entries = [entry for entry in sample.annotations if not entry["iscrowd"]]
             objects = [(sample.category_names[entry["category_id"]], entry["bbox"]) for entry in entries]
             inside = [(name, prompt.grid.inside((x, y, x + w, y + h))) for name, (x, y, w, h) in objects]
-            for lens in readers:
+            for reader, lens in readers.items():
                 ids = lens.topk(states[:, prompt.visual], max(ks))[1].cpu()
                 for rule, (labels, table) in tables.items():
                     on = torch.zeros(int(prompt.visual.sum()), len(labels), dtype=torch.bool)
@@ -283,7 +230,7 @@ def label_hits(
                     named = {name for name, _ in objects}
                     for k in ks:
                         found = table[ids[..., :k]].any(-2)  # [layers, tokens, labels]
-                        parts.setdefault((type(lens).__name__, k, rule), []).append(_part(found, on, labels, named))
+                        parts.setdefault((reader, k, rule), []).append(_part(found, on, labels, named))
     if not parts:
         raise EmbedLensError("no samples: pass at least one picture")
     return {key: _together(tables[key[2]][0], found) for key, found in parts.items()}
@@ -307,6 +254,27 @@ def named_patches(
         covered |= inside
         named |= inside & torch.isin(ids.cpu(), torch.tensor(counted, dtype=torch.long)).any(-1)
     return named, covered
+
+
+def largest_object(
+    model: VisionLanguageModel, sample: Sample, grid: PatchGrid, rule: str = "head-word"
+) -> tuple[str, int]:
+    """Label and middle patch of the picture's largest object whose label has a token: one token to look at.
+
+    Picked by what the picture holds, never by how it comes out. Crowds are left out; of equal boxes the first counts.
+
+    Raises:
+        EmbedLensError: no object of the picture has a label with a token.
+    """
+    found = [
+        (entry["bbox"], sample.category_names[entry["category_id"]])
+        for entry in sample.annotations
+        if not entry["iscrowd"] and label_ids(model.tokenizer, sample.category_names[entry["category_id"]], rule)
+    ]
+    if not found:
+        raise EmbedLensError(f"no object of picture {sample.id} has a label with a token: take another picture")
+    (x, y, w, h), name = max(found, key=lambda entry: entry[0][2] * entry[0][3])
+    return name, grid.patch_at(x + w / 2, y + h / 2)
 
 
 def _table(
