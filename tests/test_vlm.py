@@ -240,7 +240,7 @@ def test_hooks_are_gone_afterwards_also_after_an_exception(tiny):
 
     tiny.hidden_states(tiny.prompt(picture(), QUESTION))
     assert count() == 0
-    with pytest.raises(RuntimeError, match="on purpose"), tiny._recording():
+    with pytest.raises(RuntimeError, match="on purpose"), tiny.recording():
         assert count() == tiny.n_layers + 1
         raise RuntimeError("on purpose")
     assert count() == 0
@@ -250,7 +250,7 @@ def test_block_outputs_may_be_tuples(tiny):
     """transformers 4 returned (hidden,) from a block; the recording reads both forms."""
     prompt = tiny.prompt(picture(), QUESTION)
     expected = tiny.hidden_states(prompt)
-    with tiny._recording() as layers:
+    with tiny.recording() as layers:
         for block in tiny.blocks:
             hook = list(block._forward_hooks.values())[-1]
             hook(block, (), (expected[1][None], "cache"))

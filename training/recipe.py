@@ -110,8 +110,8 @@ QUICK = replace(
     alignment=replace(CPU.alignment, steps=60),
     tuning=replace(CPU.tuning, steps=120),
 )
-# Another session's worth of training for the miniature that ships. The tower sees more writing, at first single large
-# characters: the first training had left it unable to tell letters apart. Peaks are lower, since nothing starts at noise.
+# Another session of training for the miniature that ships. The tower sees more writing, at first single large
+# characters: the first training had left it unable to tell letters apart. Peaks are lower: nothing starts at noise.
 ONWARD = replace(
     CPU,
     name="onward",

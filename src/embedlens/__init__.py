@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.patches import PatchGrid as PatchGrid
     from embedlens.pictures import open_picture as open_picture
     from embedlens.study import run as run
+    from embedlens.tracing import Trace as Trace
+    from embedlens.tracing import trace as trace
+    from embedlens.tracing import traces as traces
     from embedlens.vlm import Prompt as Prompt
     from embedlens.vlm import Unembed as Unembed
     from embedlens.vlm import VisionLanguageModel as VisionLanguageModel
@@ -40,6 +43,9 @@ _HOME = {
     "Lens": "lenses",
     "EmbedLens": "lenses",
     "LogitLens": "lenses",
+    "Trace": "tracing",
+    "trace": "tracing",
+    "traces": "tracing",
     "run": "study",
 }
 

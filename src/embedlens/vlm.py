@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from importlib.resources import files
@@ -65,6 +65,26 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def text(self) -> Bool[Tensor, " s"]:
+        """Which positions are not visual: template, question and specials."""
+        return ~self.visual
+
+    def rescaled(self, factor: float) -> Prompt:
+        """The same prompt with its projected visual tokens multiplied by `factor`."""
+        return replace(self, embeds=torch.where(self.visual[:, None], self.embeds * factor, self.embeds))
+
+    def spread(self, mask: Bool[Tensor, " n"]) -> Bool[Tensor, " s"]:
+        """A mask over visual tokens as a mask over all positions."""
+        if mask.shape != (len(self.grid),):
+            raise EmbedLensError(
+                f"the mask has shape {tuple(mask.shape)}, the picture {len(self.grid)} visual tokens: pass one "
+                "True or False per visual token"
+            )
+        whole = torch.zeros_like(self.visual)
+        whole[self.visual] = mask.to(whole.device)
+        return whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +189,10 @@ class VisionLanguageModel:
 
         return readable_tokens(self.tokenizer, self._n_rows)
 
+    def part(self, layer: int, role: str) -> nn.Module:
+        """A part of a decoder block: "attention", "mlp" or "mlp_norm" (the norm between the two)."""
+        return self.blocks[layer].get_submodule(self.family.BLOCK[role])
+
     def _module(self, role: str) -> nn.Module:
         path = self.family.MODULES[role]
         try:
@@ -259,6 +283,19 @@ class VisionLanguageModel:
         batches = torch.cat(pixels).to(self.device, self.hf.dtype).split(batch_size)
         return torch.cat([self._features(batch) for batch in batches])
 
+    @torch.no_grad()
+    def tower_states(self, prompts: Sequence[Prompt]) -> Float[Tensor, "pictures layers n v"]:
+        """Every layer of the vision tower, patches only: index 0 is its embedding, l leaves block l.
+
+        The projector reads layer `feature_layer`; in LLaVA that is the last but one.
+        """
+        return self.family.tower_states(self.hf, torch.cat([prompt.pixel_values for prompt in prompts]))
+
+    @property
+    def feature_layer(self) -> int:
+        """The vision tower's layer that the projector reads, as an index into `tower_states`."""
+        return self.family.feature_layer(self.hf)
+
     # --- running -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -278,18 +315,47 @@ class VisionLanguageModel:
     def hidden_states_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> list[Float[Tensor, "layers s d"]]:
         """`hidden_states` of several prompts, run together and padded on the right."""
         streams: list[Tensor] = []
-        for batch in _batches(prompts, batch_size):
-            embeds, mask = _pad(batch, side="right")
-            with self._recording() as layers, torch.no_grad():
+        for _, batch in self.batches(prompts, batch_size):
+            embeds, mask = self.padded(batch)
+            with self.recording() as layers, torch.no_grad():
                 self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
             # one device for all layers: with device_map the blocks may live on several
             stacked = torch.stack([layer.to(embeds.device) for layer in layers], dim=1)
             streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, batch, strict=True)]
         return streams
 
+    @staticmethod
+    def batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
+        """(index of the first, prompts) of each batch."""
+        if batch_size < 1:
+            raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
+        for start in range(0, len(prompts), batch_size):
+            yield start, prompts[start : start + batch_size]
+
+    @staticmethod
+    def padded(
+        prompts: Sequence[Prompt], side: Literal["left", "right"] = "right"
+    ) -> tuple[Float[Tensor, "batch s d"], Int[Tensor, "batch s"] | None]:
+        """Embeddings side by side, and their attention mask; None where nothing is padded, as for a single prompt."""
+        longest = max(map(len, prompts))
+        if all(len(prompt) == longest for prompt in prompts):
+            return torch.stack([prompt.embeds for prompt in prompts]), None
+        first = prompts[0].embeds
+        embeds = first.new_zeros(len(prompts), longest, first.shape[-1])
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=first.device)
+        for row, prompt in enumerate(prompts):
+            start = longest - len(prompt) if side == "left" else 0
+            embeds[row, start : start + len(prompt)] = prompt.embeds
+            mask[row, start : start + len(prompt)] = 1
+        return embeds, mask
+
     @contextmanager
-    def _recording(self) -> Iterator[list[Float[Tensor, "batch s d"]]]:
-        """Collects what enters the first block and what leaves each; its hooks, and only they, go at the end."""
+    def recording(self, middle: list[Tensor] | None = None) -> Iterator[list[Float[Tensor, "batch s d"]]]:
+        """Collects what enters the first block and what leaves each; its hooks, and only they, go at the end.
+
+        Args:
+            middle: filled with what lies between attention and MLP of each block, if given.
+        """
         layers: list[Tensor] = []
 
         def enter(module, args, kwargs):
@@ -299,8 +365,14 @@ class VisionLanguageModel:
             # a tuple in transformers 4, the tensor itself in transformers 5
             layers.append((output[0] if isinstance(output, tuple) else output).detach())
 
+        def between(module, args, kwargs):
+            cast(list, middle).append((args[0] if args else kwargs["hidden_states"]).detach())
+
         hooks = [self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
         hooks += [block.register_forward_hook(leave) for block in self.blocks]
+        if middle is not None:
+            norms = [self.part(layer, "mlp_norm") for layer in range(self.n_layers)]
+            hooks += [norm.register_forward_pre_hook(between, with_kwargs=True) for norm in norms]
         try:
             yield layers
         finally:
@@ -329,8 +401,8 @@ class VisionLanguageModel:
             pad_token_id=pad,
         )
         texts: list[str] = []
-        for batch in _batches(prompts, batch_size):
-            embeds, mask = _pad(batch, side="left")
+        for _, batch in self.batches(prompts, batch_size):
+            embeds, mask = self.padded(batch, side="left")
             if mask is None:
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=greedy)
@@ -352,7 +424,7 @@ class VisionLanguageModel:
                 f"{expected} layers: correct MODULES['blocks'] in {self.family.__name__}"
             )
         prompt = self.prompt(_check_picture(), "What is this?")
-        with self._recording() as layers:
+        with self.recording() as layers:
             logits = self.logits(prompt)
         if len(layers) != self.n_layers + 1:
             raise EmbedLensError(
@@ -631,30 +703,6 @@ def _real_rows(tokenizer: PreTrainedTokenizerFast, image_token_id: int, n_embedd
             "tokenizer and weights are of different models; copy both from one"
         )
     return n_rows
-
-
-def _batches(prompts: Sequence[Prompt], batch_size: int) -> Iterator[Sequence[Prompt]]:
-    if batch_size < 1:
-        raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
-    for start in range(0, len(prompts), batch_size):
-        yield prompts[start : start + batch_size]
-
-
-def _pad(
-    prompts: Sequence[Prompt], side: Literal["left", "right"]
-) -> tuple[Float[Tensor, "batch s d"], Int[Tensor, "batch s"] | None]:
-    """Embeddings side by side, and their attention mask; None where nothing is padded, as for a single prompt."""
-    longest = max(map(len, prompts))
-    if all(len(prompt) == longest for prompt in prompts):
-        return torch.stack([prompt.embeds for prompt in prompts]), None
-    first = prompts[0].embeds
-    embeds = first.new_zeros(len(prompts), longest, first.shape[-1])
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long, device=first.device)
-    for row, prompt in enumerate(prompts):
-        start = longest - len(prompt) if side == "left" else 0
-        embeds[row, start : start + len(prompt)] = prompt.embeds
-        mask[row, start : start + len(prompt)] = 1
-    return embeds, mask
 
 
 def _check_picture() -> Image:

@@ -33,6 +33,9 @@ MODULES = {
     "head": "lm_head",
 }
 
+#: Role → module path below a decoder block.
+BLOCK = {"attention": "self_attn", "mlp": "mlp", "mlp_norm": "post_attention_layernorm"}
+
 
 def image_token_id(hf: LlavaForConditionalGeneration) -> int:
     """Id of the placeholder that visual tokens replace."""
@@ -75,6 +78,30 @@ def visual_features(
     import torch
 
     return torch.stack(tuple(hf.get_image_features(pixel_values=pixel_values).pooler_output))
+
+
+def tower_states(
+    hf: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "pictures 3 height width"]
+) -> Float[Tensor, "pictures layers n v"]:
+    """Patch rows of every layer of the vision tower: index 0 is its embedding, l leaves block l. CLS is left out.
+
+    Towers without CLS (SigLIP) have nothing to leave out. Nothing is normed that the tower does not norm: CLIP's norm
+    after the last block works on CLS alone.
+    """
+    import torch
+
+    config: Any = hf.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    tower: Any = hf.get_submodule(MODULES["vision_tower"])
+    layers = tower(pixel_values, output_hidden_states=True).hidden_states
+    return torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1)
+
+
+def feature_layer(hf: LlavaForConditionalGeneration) -> int:
+    """Index into `tower_states` of the layer that the projector reads."""
+    config: Any = hf.config
+    wanted = config.vision_feature_layer
+    return wanted if wanted >= 0 else config.vision_config.num_hidden_layers + 1 + wanted
 
 
 def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:

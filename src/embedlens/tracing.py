@@ -1,0 +1,186 @@
+"""The residual stream at every sublayer, and where attention goes, read while the stock model runs.
+
+The forward pass is the stock one, bit for bit: hooks read it, nothing is recomputed but the attention masses. A mass
+is the attention that a query puts on a set of keys, summed over the set and averaged over heads. It is obtained by a
+second attention whose values are the set's indicator, so that the [queries, keys] weights are never held as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from embedlens.errors import EmbedLensError
+
+if TYPE_CHECKING:
+    from embedlens.vlm import Prompt, VisionLanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One prompt's way through the decoder.
+
+    `resid_pre[l]` enters block l, `resid_mid[l]` leaves its attention (after the residual add), `resid_post[l]` leaves
+    its MLP; `resid_post[l]` is `resid_pre[l + 1]`. All are taken before the final norm.
+    """
+
+    stream: Float[Tensor, "layers_and_one s d"]
+    """What enters block 0, and what leaves each block."""
+    resid_mid: Float[Tensor, "layers s d"]
+    attention: Mapping[str, Float[Tensor, "layers s"]]
+    """Name of a mask → share of each position's attention that falls on the mask's keys, mean over heads."""
+
+    @property
+    def resid_pre(self) -> Float[Tensor, "layers s d"]:
+        return self.stream[:-1]
+
+    @property
+    def resid_post(self) -> Float[Tensor, "layers s d"]:
+        return self.stream[1:]
+
+    @property
+    def sublayers(self) -> Float[Tensor, "sublayers s d"]:
+        """The stream after every sublayer, input first; `sublayer_names` names the rows."""
+        between = torch.stack([self.resid_mid, self.resid_post], dim=1).flatten(0, 1)
+        return torch.cat([self.stream[:1], between])
+
+
+def sublayer_names(n_layers: int) -> list[str]:
+    """Names as the paper prints them, which counts from 1; in code MHA-2 is 1 and MLP-2 is 1.5.
+
+    >>> sublayer_names(2)
+    ['input', 'MHA-1', 'MLP-1', 'MHA-2', 'MLP-2']
+    """
+    return ["input", *(f"{part}-{layer + 1}" for layer in range(n_layers) for part in ("MHA", "MLP"))]
+
+
+def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
+    """Run one prompt and keep what every sublayer leaves.
+
+    Args:
+        model: from `embedlens.load`.
+        prompt: from `model.prompt`.
+        masks: name → positions whose share of everyone's attention is wanted. They may overlap.
+
+    Raises:
+        EmbedLensError: a mask of another length than the prompt, or an attention kernel that cannot be read.
+    """
+    return next(traces(model, [prompt], None if masks is None else [masks]))
+
+
+def traces(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    masks: Sequence[Mapping[str, Bool[Tensor, " _"]]] | None = None,
+    batch_size: int = 8,
+) -> Iterator[Trace]:
+    """`trace` of several prompts, run together and padded on the right; one trace after the other, in order.
+
+    Only `batch_size` traces are held at a time. Masks of all prompts need the same names.
+    """
+    if masks is not None and len(masks) != len(prompts):
+        raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
+    for start, batch in model.batches(prompts, batch_size):
+        embeds, padding = model.padded(batch)
+        named = [] if masks is None else list(masks[start : start + len(batch)])
+        indicators = _indicators(named, batch, embeds)
+        middle: list[Tensor] = []
+        mass: list[Tensor] = []
+        weighing = nullcontext() if indicators is None else _weighing(model, indicators, mass)
+        with model.recording(middle) as seen, weighing, torch.no_grad():
+            model.decoder(inputs_embeds=embeds, attention_mask=padding, use_cache=False)
+        stream, mid = (torch.stack([h.to(embeds.device) for h in part], dim=1) for part in (seen, middle))
+        names = list(named[0]) if named else []
+        for row, prompt in enumerate(batch):
+            attention = {name: torch.stack([m[row, : len(prompt), g] for m in mass]) for g, name in enumerate(names)}
+            yield Trace(stream[row, :, : len(prompt)], mid[row, :, : len(prompt)], attention)
+
+
+def _indicators(
+    masks: Sequence[Mapping[str, Bool[Tensor, " _"]]], prompts: Sequence[Prompt], embeds: Float[Tensor, "b s d"]
+) -> Float[Tensor, "b s g"] | None:
+    """1 where a key belongs to a set, one column per name; None if nothing is asked."""
+    if not masks or not masks[0]:
+        return None
+    names = list(masks[0])
+    columns = embeds.new_zeros(*embeds.shape[:2], len(names))
+    for row, (named, prompt) in enumerate(zip(masks, prompts, strict=True)):
+        if list(named) != names:
+            raise EmbedLensError(f"the masks of one prompt are {list(named)}, of another {names}: use the same names")
+        for column, (name, mask) in enumerate(named.items()):
+            if mask.shape != (len(prompt),):
+                raise EmbedLensError(
+                    f"the mask {name!r} has shape {tuple(mask.shape)}, the prompt {len(prompt)} positions: "
+                    "a mask covers the whole prompt, text included"
+                )
+            columns[row, : len(prompt), column] = mask.to(columns.device, columns.dtype)
+    return columns
+
+
+@contextmanager
+def _weighing(model: VisionLanguageModel, indicators: Float[Tensor, "b s g"], mass: list[Tensor]) -> Iterator[None]:
+    """Append, layer by layer, the attention mass Float[b, s, g] on each set, while the forward runs."""
+    kernel = model.decoder.config._attn_implementation
+    owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
+    if kernel == "eager":  # which hands its weights out
+
+        def weighed(module: nn.Module, args: tuple, output: Any) -> None:
+            weights = output[1].float().mean(1)
+            mass.append(weights @ indicators.to(weights.device).float())
+
+        hooks = [owner.register_forward_hook(weighed) for owner in owners]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return
+    if kernel != "sdpa":
+        raise EmbedLensError(
+            f"attention masses cannot be read from {kernel!r} attention: call "
+            "model.hf.set_attn_implementation('sdpa') first"
+        )
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
+        if module in owners:
+            mass.append(_mass(query, key, mask, indicators.to(query.device, query.dtype), options.get("scaling")))
+        return stock(module, query, key, value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+
+
+def _mass(
+    query: Float[Tensor, "b h s c"],
+    key: Float[Tensor, "b kv s c"],
+    mask: Tensor | None,
+    indicators: Float[Tensor, "b s g"],
+    scaling: float | None,
+) -> Float[Tensor, "b s g"]:
+    """softmax(q k^T) 1_set, mean over heads: attention whose values are the indicators."""
+    heads, width = query.shape[1], query.shape[-1]
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    found = []
+    for part in indicators.split(width, dim=-1):
+        # as wide as a head, so that the fused kernels take it
+        values = functional.pad(part, (0, width - part.shape[-1]))[:, None].expand(-1, heads, -1, -1)
+        seen = functional.scaled_dot_product_attention(
+            query, key, values, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, scale=scaling
+        )
+        found.append(seen[..., : part.shape[-1]].float().mean(1))
+    return torch.cat(found, -1)

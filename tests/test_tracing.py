@@ -1,0 +1,156 @@
+"""The trace reads the stock forward and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from embedlens.errors import EmbedLensError
+from embedlens.tracing import sublayer_names, trace, traces
+
+
+def pictures(n: int) -> list[Image.Image]:
+    return [Image.linear_gradient("L").resize((40 + 8 * i, 50)).rotate(45 * i).convert("RGB") for i in range(n)]
+
+
+def prompts_of(model, n=3):
+    return model.prompts(pictures(n), ["What?" + " and what else?" * i for i in range(n)])
+
+
+def random_masks(prompt, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.rand(len(prompt), generator=generator) > 0.5
+    return {"visual": prompt.visual, "text": prompt.text, "some": some}
+
+
+def eager_weights(model, prompt):
+    """The full attention weights [layers, heads, s, s], by the stock model's own eager kernel."""
+    kernel = model.hf.config.text_config._attn_implementation
+    model.hf.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            output = model.decoder(inputs_embeds=prompt.embeds[None], output_attentions=True, use_cache=False)
+    finally:
+        model.hf.set_attn_implementation(kernel)
+    return torch.cat(output.attentions)
+
+
+def test_the_stream_is_the_stock_one_bit_for_bit(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    seen = trace(tiny, prompt, random_masks(prompt))
+    with torch.no_grad():
+        stock = tiny.decoder(inputs_embeds=prompt.embeds[None], output_hidden_states=True, use_cache=False)
+    for layer in range(tiny.n_layers):
+        assert torch.equal(seen.resid_pre[layer], stock.hidden_states[layer][0])
+    assert torch.equal(seen.stream, tiny.hidden_states(prompt))
+    assert torch.equal(seen.resid_post[0], seen.resid_pre[1])
+
+
+def test_the_middle_lies_between_attention_and_mlp(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    seen = trace(tiny, prompt)
+    for layer, block in enumerate(tiny.blocks):
+        with torch.no_grad():
+            after = seen.resid_mid[layer] + block.mlp(block.post_attention_layernorm(seen.resid_mid[layer]))
+        assert_close(after, seen.resid_post[layer], atol=1e-5, rtol=1e-5)
+        assert not torch.equal(seen.resid_mid[layer], seen.resid_pre[layer])
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_masses_are_sums_of_the_full_attention_weights(tiny, kernel):
+    prompt = prompts_of(tiny, 1)[0]
+    masks = random_masks(prompt)
+    weights = eager_weights(tiny, prompt).mean(1)
+    tiny.hf.set_attn_implementation(kernel)
+    try:
+        seen = trace(tiny, prompt, masks)
+    finally:
+        tiny.hf.set_attn_implementation("sdpa")
+    for name, mask in masks.items():
+        assert_close(seen.attention[name], weights[:, :, mask].sum(-1), atol=1e-5, rtol=1e-4)  # same sums, other order
+    assert_close(seen.attention["visual"] + seen.attention["text"], torch.ones(tiny.n_layers, len(prompt)))
+    assert not torch.allclose(seen.attention["some"], weights[:, :, ~masks["some"]].sum(-1), atol=1e-2)
+
+
+def test_many_masks_are_more_than_a_head_is_wide(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    single = {f"at {i}": torch.arange(len(prompt)) == i for i in range(len(prompt))}
+    weights = eager_weights(tiny, prompt).mean(1)
+    seen = trace(tiny, prompt, single)
+    assert_close(torch.stack(list(seen.attention.values()), -1), weights, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_of_unequal_lengths_equal_one_by_one(tiny):
+    prompts = prompts_of(tiny, 3)
+    assert len({len(prompt) for prompt in prompts}) == 3
+    masks = [random_masks(prompt, i) for i, prompt in enumerate(prompts)]
+    for together, prompt, named in zip(traces(tiny, prompts, masks, batch_size=2), prompts, masks, strict=True):
+        alone = trace(tiny, prompt, named)
+        assert_close(together.sublayers, alone.sublayers, atol=1e-4, rtol=1e-4)
+        for name in named:
+            assert_close(together.attention[name], alone.attention[name], atol=1e-5, rtol=1e-4)
+
+
+def test_sublayers_are_named_in_order(tiny):
+    seen = trace(tiny, prompts_of(tiny, 1)[0])
+    names = sublayer_names(tiny.n_layers)
+    assert len(names) == len(seen.sublayers)
+    assert torch.equal(seen.sublayers[names.index("MHA-2")], seen.resid_mid[1])
+    assert torch.equal(seen.sublayers[names.index("MLP-2")], seen.resid_post[1])
+    assert torch.equal(seen.sublayers[0], seen.resid_pre[0])
+
+
+def test_nothing_is_left_behind_even_after_an_exception(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    before = tiny.logits(prompt)
+
+    def hooks():
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in tiny.hf.modules()]
+
+    hooks_before = hooks()
+    with pytest.raises(EmbedLensError, match="a mask covers the whole prompt"):
+        trace(tiny, prompt, {"short": torch.ones(3, dtype=torch.bool)})
+    broken = tiny.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trace(tiny, prompt, random_masks(prompt))
+    broken.remove()
+    assert torch.equal(tiny.logits(prompt), before)
+    assert hooks() == hooks_before
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+
+
+def test_unreadable_kernels_and_unequal_masks_are_refused(tiny, monkeypatch):
+    one, two = prompts_of(tiny, 2)
+    with pytest.raises(EmbedLensError, match="one set per prompt"):
+        next(traces(tiny, [one, two], [{"visual": one.visual}]))
+    with pytest.raises(EmbedLensError, match="use the same names"):
+        next(traces(tiny, [one, two], [{"visual": one.visual}, {"text": two.text}]))
+    monkeypatch.setattr(tiny.decoder.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(EmbedLensError, match="set_attn_implementation"):
+        trace(tiny, one, {"visual": one.visual})
+
+
+def test_tower_states_are_the_layers_that_the_projector_reads(tiny):
+    prompts = prompts_of(tiny, 2)
+    states = tiny.tower_states(prompts)
+    assert states.shape[:3] == (2, tiny.hf.config.vision_config.num_hidden_layers + 1, len(prompts[0].grid))
+    with torch.no_grad():
+        projected = tiny.hf.model.multi_modal_projector(states[:, tiny.feature_layer])
+    for prompt, rows in zip(prompts, projected, strict=True):
+        assert_close(prompt.embeds[prompt.visual], rows, atol=1e-5, rtol=1e-4)
+
+
+def test_rescaled_changes_visual_rows_only(tiny):
+    prompt = prompts_of(tiny, 1)[0]
+    scaled = prompt.rescaled(0.01)
+    assert_close(scaled.embeds[scaled.visual], prompt.embeds[prompt.visual] * 0.01)
+    assert torch.equal(scaled.embeds[scaled.text], prompt.embeds[prompt.text])
+    with pytest.raises(EmbedLensError, match="one True or False per visual token"):
+        prompt.spread(torch.ones(3, dtype=torch.bool))
+    spread = prompt.spread(torch.arange(len(prompt.grid)) == 2)
+    assert int(spread.nonzero()[0]) == int(prompt.visual.nonzero()[2])
