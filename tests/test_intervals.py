@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedlens.errors import EmbedLensError
-from embedlens.intervals import Interval, mean_interval, ratio_interval
+from embedlens.intervals import Interval, mean_interval, pair_interval, ratio_interval
 
 
 def test_the_interval_of_a_ratio_agrees_with_scipy():
@@ -79,6 +79,28 @@ def test_one_picture_with_a_value_among_many_is_still_an_interval():
 def test_a_mean_of_nothing_is_refused(values):
     with pytest.raises(EmbedLensError, match="no picture has a value"):
         mean_interval(values)
+
+
+def test_an_interval_of_pairs_covers_the_truth_where_drawing_pairs_would_not():
+    n = 30
+    pairs = np.array([(i, j) for i in range(n) for j in range(n) if i != j])
+    rng = np.random.default_rng(0)
+    covered = naive = 0
+    for seed in range(60):
+        of_picture = rng.normal(2, 1, n)
+        values = of_picture[pairs].mean(1)  # the truth is 2; only the 30 pictures vary
+        found, drawn = (pair_interval(values, pairs, resamples=200, seed=seed), mean_interval(values, resamples=200))
+        covered += bool(found.low <= 2 <= found.high)
+        naive += bool(drawn.low <= 2 <= drawn.high)
+    assert covered >= 51 > naive  # 57 expected; 51 is 3.5 standard errors below
+
+
+def test_pairs_without_a_value_are_left_out_and_a_mean_of_none_is_refused():
+    pairs = np.array([[0, 1], [1, 2], [2, 0]])
+    values = np.array([[1.0, np.nan], [3.0, 5.0], [np.nan, 5.0]])
+    assert pair_interval(values, pairs, resamples=50).value.tolist() == [2, 5]
+    with pytest.raises(EmbedLensError, match="no pair has a value"):
+        pair_interval(np.full((3, 1), np.nan), pairs)
 
 
 def test_the_same_seed_gives_the_same_interval_and_differences_are_paired():

@@ -13,6 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ below imports them
+    from embedlens.clusters import anchor_clusters as anchor_clusters
+    from embedlens.clusters import centroids as centroids
+    from embedlens.clusters import cross_image_similarity as cross_image_similarity
     from embedlens.errors import EmbedLensError as EmbedLensError
     from embedlens.lenses import EmbedLens as EmbedLens
     from embedlens.lenses import Lens as Lens
@@ -42,6 +45,9 @@ _HOME = {
     "VisionLanguageModel": "vlm",
     "Lens": "lenses",
     "EmbedLens": "lenses",
+    "anchor_clusters": "clusters",
+    "centroids": "clusters",
+    "cross_image_similarity": "clusters",
     "LogitLens": "lenses",
     "Trace": "tracing",
     "trace": "tracing",

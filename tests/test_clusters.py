@@ -1,0 +1,261 @@
+"""Clusters against an independent brute force, planted ones, and what is refused."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from embedlens import samples
+from embedlens.clusters import (
+    anchor_clusters,
+    centroids,
+    cluster_study,
+    cross_image_similarity,
+    jaccard,
+    matched_null,
+    picture_pairs,
+    text_centroid,
+)
+from embedlens.errors import EmbedLensError
+from embedlens.lenses import EmbedLens
+
+
+def cosine(a, b):
+    lengths = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0
+
+
+def by_hand(tokens, threshold, order):
+    """Clusters as lists of indices, largest first: plain loops, no matrix, counts made anew for every anchor."""
+    rows = tokens.double().tolist()
+    left = list(range(len(rows)))
+    found = []
+    while left:
+
+        def reach(i):
+            return [j for j in left if j == i or cosine(rows[i], rows[j]) >= threshold]  # noqa: B023
+
+        anchor = left[0] if order == "raster" else max(left, key=lambda i: (len(reach(i)), -i))  # noqa: B023
+        members = reach(anchor)
+        found.append(members)
+        left = [i for i in left if i not in members]
+    return sorted(found, key=lambda members: -len(members))  # stable: equal sizes as found
+
+
+def members(labels):
+    return [(labels == rank).nonzero().flatten().tolist() for rank in range(int(labels.max()) + 1)]
+
+
+def scattered(seed, n=24, d=3):
+    """Few dimensions, so that neighbourhoods overlap and the order of anchors matters."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + torch.tensor([1.0] + [0.0] * (d - 1))
+
+
+def planted(sizes, d=64, noise=0.02, seed=0):
+    """Tight bundles around random directions that are far from each other, shuffled; (tokens, bundle of each)."""
+    generator = torch.Generator().manual_seed(seed)
+    middles = torch.linalg.qr(torch.randn(d, len(sizes), generator=generator))[0].T
+    bundle = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    bundle = bundle[torch.randperm(len(bundle), generator=generator)]
+    lengths = torch.rand(len(bundle), 1, generator=generator) * 9 + 1
+    return lengths * (middles[bundle] + noise * torch.randn(len(bundle), d, generator=generator)), bundle
+
+
+@pytest.mark.parametrize("order", ["greedy", "raster"])
+@pytest.mark.parametrize("seed", range(12))
+def test_clusters_are_those_of_plain_loops(seed, order):
+    tokens = scattered(seed)
+    threshold = (0.95, 0.9, 0.8, 0.5)[seed % 4]
+    assert members(anchor_clusters(tokens, threshold, order)) == by_hand(tokens, threshold, order)
+
+
+def test_the_order_of_anchors_matters_somewhere():
+    assert any(by_hand(scattered(seed), 0.9, "greedy") != by_hand(scattered(seed), 0.9, "raster") for seed in range(12))
+
+
+@pytest.mark.parametrize("order", ["greedy", "raster"])
+def test_planted_bundles_are_the_clusters_largest_first(order):
+    tokens, bundle = planted([5, 30, 1, 12])
+    labels = anchor_clusters(tokens, 0.9, order)
+    assert torch.equal(labels, torch.tensor([2, 0, 3, 1])[bundle])
+    assert torch.equal(anchor_clusters(1000 * tokens, 0.9, order), labels)  # only directions count
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_tokens_stand_does_not_matter_but_for_ties(seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens, _ = planted([20, 9, 4, 2], seed=seed)
+    order = torch.randperm(len(tokens), generator=generator)
+    assert torch.equal(anchor_clusters(tokens[order]), anchor_clusters(tokens)[order])
+    rough = scattered(seed)  # with ties: other members perhaps, but never another size of the largest
+    sizes = [len(members(anchor_clusters(part, 0.9))[0]) for part in (rough, rough[torch.randperm(len(rough))])]
+    assert sizes[0] == sizes[1]
+
+
+def test_greedy_clusters_come_by_size_and_each_holds_its_anchors_neighbours():
+    labels = anchor_clusters(scattered(3, n=60), 0.8)
+    counts = labels.bincount()
+    assert (counts[:-1] >= counts[1:]).all() and counts.sum() == 60 and counts.min() >= 1
+
+
+def test_equal_tokens_are_one_cluster_at_every_threshold_and_zero_vectors_are_alone():
+    tokens = torch.cat([torch.randn(1, 50).expand(6, 50) * torch.arange(1, 7)[:, None], torch.zeros(2, 50)])
+    for threshold in (1.0, 0.5, 1e-6):
+        assert anchor_clusters(tokens, threshold).tolist() == [0] * 6 + [1, 2]
+    assert centroids(tokens, anchor_clusters(tokens))[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.0001, 90, float("nan")])
+def test_a_threshold_that_is_no_cosine_above_zero_is_refused(threshold):
+    with pytest.raises(EmbedLensError, match="above 0 and at most 1"):
+        anchor_clusters(torch.eye(3), threshold)
+
+
+@pytest.mark.parametrize(
+    "tokens, says",
+    [
+        (torch.zeros(0, 4), "at least one"),
+        (torch.zeros(2, 3, 4), "one picture"),
+        (torch.full((2, 2), torch.inf), "not finite"),
+    ],
+)
+def test_what_are_no_tokens_of_one_picture_is_refused(tokens, says):
+    with pytest.raises(EmbedLensError, match=says):
+        inspect.unwrap(anchor_clusters)(tokens)  # without the shape check that only tests have
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(EmbedLensError, match="greedy, raster"):
+        anchor_clusters(torch.eye(3), 0.9, "random")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_centroid_is_the_mean_direction_of_its_members(seed):
+    tokens = scattered(seed, d=5)
+    labels = anchor_clusters(tokens, 0.8)
+    found = centroids(tokens, labels)
+    center = torch.randn(5, generator=torch.Generator().manual_seed(seed))
+    removed = centroids(tokens, labels, most=2, center=center)
+    assert len(found) == labels.max() + 1 and len(removed) == min(2, len(found))
+    for rank, group in enumerate(members(labels)):
+        rows = np.array([np.array(tokens[i]) / np.linalg.norm(np.array(tokens[i])) for i in group])
+        mean = rows.mean(0)
+        assert found[rank].numpy() == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
+        if rank < 2:
+            mean = mean - center.numpy()
+            assert removed[rank].numpy() == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
+
+
+def test_one_long_member_does_not_pull_its_centroid():
+    tokens = torch.tensor([[1000.0, 10.0], [1.0, -0.01]])
+    assert centroids(tokens, torch.tensor([0, 0]))[0].tolist() == pytest.approx([1.0, 0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 2, 2], [-1, 0, 1]])
+def test_labels_that_do_not_fit_the_tokens_are_refused(labels):
+    with pytest.raises(EmbedLensError, match="label|gaps"):
+        centroids(torch.eye(3), torch.tensor(labels))
+
+
+def test_similarity_of_two_pictures_is_the_best_cosine():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 6, generator=generator), torch.randn(3, 6, generator=generator)
+    expected = [max(cosine(x, y) for y in b.tolist()) for x in a.tolist()]
+    assert cross_image_similarity(a, b).tolist() == pytest.approx(expected, abs=1e-6)
+    assert cross_image_similarity(7 * a, b).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_picture_without_clusters_has_no_similarity():
+    with pytest.raises(EmbedLensError, match="at least one of each picture"):
+        cross_image_similarity(torch.zeros(0, 3), torch.eye(3))
+
+
+def test_the_null_has_the_same_sizes_and_nothing_else():
+    tokens, _ = planted([30, 20, 10])
+    labels = anchor_clusters(tokens)
+    null = matched_null(labels, (0, 1))
+    assert torch.equal(null.bincount(), labels.bincount())
+    assert torch.equal(null, matched_null(labels, (0, 1))) and not torch.equal(null, matched_null(labels, (0, 2)))
+    assert jaccard((null == 0).numpy(), (labels == 0).numpy()) < 0.6  # 1/3 expected
+
+
+def test_overlap_of_sets():
+    one = np.array([True, False])
+    assert jaccard(one, one) == 1 and jaccard(one, ~one) == 0 and math.isnan(jaccard(one & ~one, one & ~one))
+
+
+def test_pairs_are_of_different_pictures_and_every_picture_comes_first_equally_often():
+    pairs = picture_pairs(50, partners=7, seed=1)
+    assert len(pairs) == 350 == len({tuple(pair) for pair in pairs.tolist()})
+    assert (pairs[:, 0] != pairs[:, 1]).all() and (np.bincount(pairs[:, 0]) == 7).all() and pairs.max() == 49
+    assert len(np.unique(pairs[:, 1])) == 50
+    assert np.array_equal(pairs, picture_pairs(50, partners=7, seed=1))
+    assert not np.array_equal(pairs, picture_pairs(50, partners=7, seed=2))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_comparing_pictures_needs_two(n):
+    with pytest.raises(EmbedLensError, match="at least two"):
+        picture_pairs(n)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return samples.load("miniworld", n=5)
+
+
+def test_a_study_is_what_its_parts_give_picture_by_picture(tiny, pictures):
+    rules = {"thresholds": (0.9, 0.5), "orders": ("greedy", "raster")}
+    studies = cluster_study(tiny, iter(pictures), **rules, batch_size=2)
+    assert set(studies) == {(t, order) for t in (0.9, 0.5) for order in ("greedy", "raster")}
+    text, lens = text_centroid(tiny), EmbedLens.from_model(tiny)
+    unit = torch.nn.functional.normalize(tiny.input_embeddings.float(), dim=-1).mean(0)
+    assert torch.allclose(text, unit / unit.norm(), atol=1e-6)
+    pairs = picture_pairs(len(pictures))
+    for (threshold, order), study in studies.items():
+        whole = []
+        for i, sample in enumerate(pictures):
+            prompt = tiny.prompt(sample.image, "What?")
+            tokens = prompt.embeds[prompt.visual]
+            labels = anchor_clusters(tokens, threshold, order)
+            found = centroids(tokens, labels, most=6)
+            whole.append((tokens, labels, found))
+            counts = labels.bincount()[:6].tolist()
+            assert study.sizes[i].tolist() == counts + [0] * (6 - len(counts))
+            assert np.array_equal(study.largest[i], (labels == 0).numpy())
+            assert study.nearest[i, : len(found)].tolist() == lens.topk(found, 1)[1][:, 0].tolist()
+            assert study.to_text[i, : len(found)] == pytest.approx((found @ text).numpy(), abs=1e-5)
+            assert study.in_bars[i, 0] == pytest.approx(float(prompt.grid.padded[labels == 0].float().mean()))
+            assert study.bars[i] == pytest.approx(float(prompt.grid.padded.float().mean()))
+            assert study.singletons[i] == (labels.bincount() == 1).sum()
+            assert np.isnan(study.to_text[i, len(found) :]).all() and (study.nearest[i, len(found) :] == -1).all()
+        raw, removed = study.similarity(pairs), study.similarity(pairs, mean_removed=True)
+        for row, (i, j) in enumerate(pairs):
+            expected = cross_image_similarity(whole[i][2], whole[j][2]).numpy()
+            assert raw[row, : len(expected)] == pytest.approx(expected, abs=1e-5)
+            assert np.isnan(raw[row, len(expected) :]).all()
+            a, b = (centroids(t, labels, 6, center=study.center) for t, labels, _ in (whole[i], whole[j]))
+            assert removed[row, : len(a)] == pytest.approx(cross_image_similarity(a, b).numpy(), abs=1e-4)
+        null = study.similarity(pairs, null=True)
+        assert np.array_equal(np.isnan(null), np.isnan(raw))
+        assert not np.allclose(null, raw, equal_nan=True) or (study.sizes[:, 0] == study.tokens).all()
+        shares = study.dominance
+        assert shares[:, 0] == pytest.approx(study.sizes[:, 0] / study.tokens)
+        assert (shares[:, 1] >= shares[:, 0] - 1e-12).all()
+
+
+def test_batches_do_not_matter_and_the_null_is_seeded(tiny, pictures):
+    one = cluster_study(tiny, pictures, batch_size=1)[0.9, "greedy"]
+    many = cluster_study(tiny, pictures, batch_size=5)[0.9, "greedy"]
+    other = cluster_study(tiny, pictures, batch_size=5, seed=1)[0.9, "greedy"]
+    assert np.array_equal(one.sizes, many.sizes)
+    assert torch.allclose(one.null_means, many.null_means, atol=1e-5)
+    assert not torch.allclose(other.null_means, many.null_means, atol=1e-5)
+    assert torch.equal(other.means, many.means)
+
+
+def test_no_pictures_are_refused(tiny):
+    with pytest.raises(EmbedLensError, match="at least one picture"):
+        cluster_study(tiny, [])
