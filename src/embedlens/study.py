@@ -58,8 +58,8 @@ def run(
 ) -> pd.DataFrame:
     """Run a study on every sample; one row per record it gives.
 
-    Under `accelerate launch` the batches are dealt out to the processes; each writes its own files and all return the
-    same table. Load the model on `accelerate.PartialState().device` then.
+    Where `accelerate launch` or torchrun started several processes, the batches are dealt out to them; each writes its
+    own files and all return the same table. Load the model on `accelerate.PartialState().device` then.
 
     A sample that raises EmbedLensError or OSError (a damaged picture) is recorded with the reason and left out of
     the table; one warning at the end says how many, `table.attrs["failed"]` which. Calling again tries them again.
@@ -93,7 +93,7 @@ def run(
     """
     if batch_size is not None and batch_size < 1:
         raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1, or None for one sample at a time")
-    processes = _processes()
+    processes = _processes(model.device.type)
     with _folder(out, processes) as folder:
         header = _header(study, model, batch_size, named=out is not None)
         records = _Records.read(folder, header)
@@ -431,20 +431,24 @@ class _Processes:
         return values[0]
 
 
-def _processes() -> _Processes:
-    """This process alone, unless a launcher started several."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def _processes(device: str) -> _Processes:
+    """This process alone, unless a launcher started several, for models on this kind of device."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched == 1 and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return _Processes()
     try:
         from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
     except ImportError:
         raise EmbedLensError(
-            "several processes were launched, and dealing out the samples needs accelerate: pip install accelerate, "
-            "or start one process"
+            f"{launched} processes were launched, and dealing out the samples needs accelerate: pip install "
+            "accelerate, or start one process"
         ) from None
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = PartialState(cpu=device == "cpu")  # told nothing, it takes processes without a GPU for single ones
+    if state.num_processes < launched:
+        raise EmbedLensError(
+            f"{launched} processes were launched but accelerate knows of {state.num_processes}: where the model is on "
+            "the CPU, make accelerate.PartialState(cpu=True) before anything else of accelerate, or let run make it"
+        )
     return _Processes(state.process_index, state.num_processes)
 
 
@@ -577,7 +581,7 @@ def _identity(value: Any, name: str, depth: int = 0) -> Any:
         if is_dataclass(value):
             parts = {field.name: getattr(value, field.name) for field in fields(value)}
             return _compact([_qualname(type(value)), _identity(parts, name, depth + 1)])
-        if type(value).__repr__ is object.__repr__ and vars(value):
+        if getattr(value, "__dict__", None):
             return _compact([_qualname(type(value)), _identity(vars(value), name, depth + 1)])
     raise EmbedLensError(
         f"the study's parameter {name!r} is {_kind(value)}, which cannot be told from another on resuming: bind "

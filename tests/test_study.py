@@ -1,0 +1,416 @@
+"""run: the same table whatever happens to the run; a bad picture is recorded, a bug raised, a mix-up refused."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from PIL import Image
+from torch import nn
+
+from embedlens import EmbedLensError, run
+from embedlens.samples import Sample
+from embedlens.vlm import VisionLanguageModel
+
+CALLS: list[int] = []  # ids that a study was asked about; a global, so that it is no parameter of the study
+BUGS: set[int] = set()
+
+
+class Part(nn.Linear):
+    dtype = torch.float32
+
+
+def stand_in(seed: int = 0, name: str = "stand-in", preprocessing: str = "letterbox") -> VisionLanguageModel:
+    """As much of a model as identifies rows: it loads in no time."""
+    model = object.__new__(VisionLanguageModel)
+    torch.manual_seed(seed)
+    model.hf, model.name, model.preprocessing = Part(3, 2), name, preprocessing
+    model._embedding = model.hf.weight
+    return model
+
+
+def noise(index: int, bad: dict[int, Exception]) -> Image.Image:
+    if index in bad:
+        raise bad[index]
+    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (3, 4, 3), dtype=np.uint8))
+
+
+def pictures(n: int, bad: dict[int, Exception] | None = None, first: int = 100, caption: str = "") -> list[Sample]:
+    return [
+        Sample(first + i, 4, 3, (), (f"{caption}{i}",), (), {}, partial(noise, first + i, bad or {})) for i in range(n)
+    ]
+
+
+def one_row(model, sample, scale=1.0):
+    """Values that are hard to carry: float32, no short decimal, nan, infinity, letters, a tensor."""
+    CALLS.append(sample.id)
+    if sample.id in BUGS:
+        raise KeyError("bbox")
+    grey = np.asarray(sample.image, dtype=np.float32).mean() / np.float32(3)
+    return {
+        "grey": grey,
+        "root": math.sqrt(sample.id) * scale,
+        "odd": np.bool_(sample.id % 2),
+        "word": f'wört\n"{sample.id}"',
+        "often": math.nan if sample.id % 3 == 0 else math.inf,
+        "left": torch.tensor(sample.id) % 7,
+        "none": None,
+    }
+
+
+def several(model, sample):
+    """None to three records, some with more values than others; as a generator."""
+    for token in range(sample.id % 4):
+        yield {"token": token, "score": 1 / (1 + token)} | ({"last": "yes"} if token == 2 else {})
+
+
+def of_batch(model, batch):
+    """Every value depends on the company, as rounding does."""
+    CALLS.extend(sample.id for sample in batch)
+    total = sum(float(np.asarray(sample.image).mean()) for sample in batch)
+    return [[{"share": float(np.asarray(s.image).mean()) / total, "company": len(batch)}] * (s.id % 3) for s in batch]
+
+
+def slow(model, sample):
+    time.sleep(0.002)
+    return one_row(model, sample)
+
+
+def plain(rows):
+    return pd.DataFrame([{k: v.item() if hasattr(v, "item") else v for k, v in row.items()} for row in rows])
+
+
+def expected(samples, study=one_row):
+    return plain([{"id": sample.id, **study(None, sample)} for sample in samples])
+
+
+def expected_of_batches(samples, size):
+    batches = [samples[i : i + size] for i in range(0, len(samples), size)]
+    given = [(s, rows) for batch in batches for s, rows in zip(batch, of_batch(None, batch), strict=True)]
+    return plain([{"id": sample.id, **row} for sample, rows in given for row in rows])
+
+
+same = partial(assert_frame_equal, check_exact=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    CALLS.clear()
+    BUGS.clear()
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_table_is_what_the_study_gave_in_the_order_of_the_samples(tmp_path, kept):
+    out = tmp_path / "deep" / "folder" if kept else None
+    table = run(one_row, stand_in(), iter(pictures(7)), out)
+    same(table, expected(pictures(7)))
+    assert table["grey"].dtype == float and table["odd"].dtype == bool and table["left"].dtype == int
+    assert table["often"].isna().sum() == 2 and table.attrs["failed"] == []
+    with pytest.raises(AssertionError):
+        same(table, expected(pictures(7)[::-1]))
+
+
+def test_records_of_one_sample_stay_together_and_absent_values_are_nan():
+    table = run(several, stand_in(), pictures(9))
+    rows = [{"id": sample.id, **row} for sample in pictures(9) for row in several(None, sample)]
+    same(table, pd.DataFrame(rows))
+    assert len(table) == 12 and table["last"].isna().sum() == 10
+
+
+def test_a_study_that_writes_ids_keeps_its_own():
+    table = run(lambda model, sample: {"value": 1, "id": f"<{sample.id}>"}, stand_in(), pictures(2))
+    assert table.columns.tolist() == ["value", "id"] and table["id"].tolist() == ["<100>", "<101>"]
+
+
+def test_batches_give_what_single_samples_give_and_their_bounds_are_fixed():
+    apart = partial(one_row, scale=2.0)
+    same(run(in_turn, stand_in(), pictures(10), batch_size=4), run(apart, stand_in(), pictures(10)))
+    table = run(of_batch, stand_in(), pictures(10), batch_size=4)
+    same(table, expected_of_batches(pictures(10), 4))
+    assert set(table["company"]) == {4, 2}
+
+
+def in_turn(model, batch):
+    return [one_row(model, sample, 2.0) for sample in batch]
+
+
+def test_samples_are_read_as_they_are_needed_and_let_go_of_their_pictures():
+    read = []
+
+    def stream():
+        for sample in pictures(9):
+            read.append(sample.id)
+            yield sample
+
+    def ahead(model, batch):
+        return [{"ahead": read[-1] - sample.id, "mode": sample.image.mode} for sample in batch]
+
+    assert run(ahead, stand_in(), stream(), batch_size=3)["ahead"].max() == 2
+    samples = pictures(3)
+    kept = samples[1].image
+    run(ahead, stand_in(), samples, batch_size=3)
+    assert ["image" in vars(sample) for sample in samples] == [False, True, False] and samples[1].image is kept
+
+
+def test_a_bar_is_shown_on_terminals_and_on_request_only(capsys):
+    run(one_row, stand_in(), pictures(2))
+    assert capsys.readouterr() == ("", "")
+    run(one_row, stand_in(), pictures(2), progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == "" and "/2 [" in shown.err
+
+
+# --- killed and resumed ----------------------------------------------------------------------------------------------
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*"))
+
+
+def killed_until_done(folder: str, seed: int) -> None:
+    """Runs in a process of its own: forks the run, kills the fork after a random number of bytes, again and again."""
+    rng, kills, rows = random.Random(seed), 0, Path(folder, "rows")
+    rows.mkdir()
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                run(slow, stand_in(), pictures(40), rows).to_pickle(Path(folder, "table.pkl"))
+                code = 0
+            finally:
+                os._exit(code)
+        wanted = size(rows) + rng.randrange(1, 3000)
+        while (done := os.waitpid(pid, os.WNOHANG))[0] == 0 and size(rows) < wanted:
+            time.sleep(0.0005)
+        if done[0] == 0:
+            os.kill(pid, signal.SIGKILL)
+            done = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(done[1]):
+            print(os.WEXITSTATUS(done[1]), kills)
+            return
+        kills += 1
+
+
+def child(code: str, *arguments: object) -> str:
+    """What code prints that runs beside these tests, single-threaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_table_of_an_uninterrupted_one(tmp_path):
+    status, kills = child("from test_study import *; killed_until_done(sys.argv[1], 0)", tmp_path).split()
+    assert status == "0" and int(kills) >= 2
+    assert len(list((tmp_path / "rows").iterdir())) >= 2  # it did go on, not start anew
+    same(pd.read_pickle(tmp_path / "table.pkl"), expected(pictures(40)))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("tail", [b"", b'{"index": 1, "id"', b"\0\0\0\n"])
+def test_a_file_may_end_anywhere(tmp_path, batched, tail):
+    study, samples, batch_size = (of_batch, pictures(5), 2) if batched else (one_row, pictures(3), None)
+    whole = run(study, stand_in(), samples, tmp_path / "whole", batch_size)
+    content = next((tmp_path / "whole").iterdir()).read_bytes()
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    cuts = sorted({*ends, *(end - 1 for end in ends), *range(0, len(content), 1 if not tail else 199)})
+    if not tail:
+        cuts = [cut for cut in cuts if cut in ends or cut % 23 == 0]
+    for cut in cuts:
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "run-1.process-0.jsonl").write_bytes(content[:cut] + tail)
+        CALLS.clear()
+        same(run(study, stand_in(), samples, folder, batch_size), whole)
+        lines = max(0, sum(end <= cut for end in ends) - 1)  # less the header
+        kept = lines if not batched or lines == 5 else lines // 2 * 2
+        assert len(CALLS) == len(samples) - kept, f"cut at {cut}"
+
+
+def test_a_finished_run_is_read_and_a_longer_one_goes_on(tmp_path):
+    run(one_row, stand_in(), pictures(4), tmp_path)
+    CALLS.clear()
+    same(run(one_row, stand_in(), pictures(4), tmp_path), expected(pictures(4)))
+    CALLS.clear()
+    run(one_row, stand_in(), pictures(4), tmp_path)
+    assert CALLS == [] and len(list(tmp_path.iterdir())) == 1
+    same(run(one_row, stand_in(), pictures(6), tmp_path), expected(pictures(6)))
+    same(run(one_row, stand_in(), pictures(2), tmp_path), expected(pictures(2)))
+
+
+def test_a_batch_that_a_longer_run_fills_is_measured_again(tmp_path):
+    run(of_batch, stand_in(), pictures(6), tmp_path, batch_size=4)
+    CALLS.clear()
+    table = run(of_batch, stand_in(), pictures(8), tmp_path, batch_size=4)
+    assert CALLS == [104, 105, 106, 107]
+    same(table, expected_of_batches(pictures(8), 4))
+
+
+def version(n):
+    if n == 1:
+
+        def study(model, sample):
+            return {"value": 1}  # the same whatever a comment says
+    else:
+
+        def study(model, sample):
+            return {"value": 2}
+
+    return study
+
+
+def shifted(model, sample, by):
+    return {"value": sample.id + by.sum()}
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"study": several}, r"another study \(test_study.shifted there, test_study.several here\): pass another out"),
+        ({"study": partial(shifted, by=np.arange(4))}, "another parameters"),
+        ({"model": stand_in(1)}, r"another model \(its weights differ\)"),
+        ({"model": stand_in(name="other")}, r"another model \(stand-in there, other here\)"),
+        ({"model": stand_in(preprocessing="stretch")}, "another preprocessing"),
+        ({"batch_size": 2}, r"another batch_size \(null there, 2 here\)"),
+        ({"samples": pictures(4, first=200)}, "number 0 had id 100, now it is id 200; pass the same samples"),
+        ({"samples": pictures(4)[::-1]}, "number 0 had id 100, now it is id 103"),
+        ({"samples": pictures(4, caption="x")}, "number 0 had the same id but other annotations"),
+    ],
+)
+def test_rows_of_something_else_are_not_mixed_in(tmp_path, other, sentence):
+    usual = {"study": partial(shifted, by=np.arange(3)), "model": stand_in(), "samples": pictures(4), "out": tmp_path}
+    first = run(**usual)
+    with pytest.raises(EmbedLensError, match=sentence):
+        run(**usual | other)
+    same(run(**usual | {"study": partial(shifted, by=np.arange(3)), "model": stand_in()}), first)
+
+
+def test_a_changed_study_is_not_mixed_in(tmp_path):
+    run(version(1), stand_in(), pictures(2), tmp_path)
+    with pytest.raises(EmbedLensError, match="another study \\(its code has changed\\)"):
+        run(version(2), stand_in(), pictures(2), tmp_path)
+
+
+def test_a_parameter_without_identity_is_refused_only_where_rows_are_kept(tmp_path):
+    study = partial(shifted, by=iter([1]))
+    with pytest.raises(EmbedLensError, match="parameter 'by' is a list_iterator, .*leave out=None"):
+        run(study, stand_in(), pictures(1), tmp_path)
+    with pytest.raises(AttributeError):
+        run(study, stand_in(), pictures(1))
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_a_bad_picture_is_recorded_and_the_others_are_measured(tmp_path, batch_size):
+    damaged = EmbedLensError("picture 102 is damaged: get a complete copy")
+    bad = {102: damaged, 105: FileNotFoundError(2, "No such file", "105.jpg")}
+    study = partial(one_row, scale=2.0) if batch_size is None else in_turn
+    with pytest.warns(UserWarning, match="2 of 8 samples could not .* the first is sample 102: picture 102 is damaged"):
+        table = run(study, stand_in(), pictures(8, bad), tmp_path, batch_size)
+    good = [sample for sample in pictures(8) if sample.id not in bad]
+    same(table, expected(good, partial(one_row, scale=2.0)))
+    assert [(entry["index"], entry["id"]) for entry in table.attrs["failed"]] == [(2, 102), (5, 105)]
+    assert "FileNotFoundError" in table.attrs["failed"][1]["error"] and "105.jpg" in table.attrs["failed"][1]["error"]
+    mended = run(study, stand_in(), pictures(8), tmp_path, batch_size)  # no warning now
+    same(mended, expected(pictures(8), partial(one_row, scale=2.0)))
+    assert mended.attrs["failed"] == []
+
+
+def test_a_run_in_which_nothing_could_be_measured_is_an_error():
+    bad = {100 + i: OSError("disk gone") for i in range(3)}
+    with pytest.raises(EmbedLensError, match="none of 3 samples could be measured; the first: OSError: disk gone"):
+        run(one_row, stand_in(), pictures(3, bad))
+    with pytest.raises(EmbedLensError, match="no record for any of 2 samples: return at least one"):
+        run(lambda model, sample: [], stand_in(), pictures(2))
+    with pytest.raises(EmbedLensError, match="no samples: pass at least one"):
+        run(one_row, stand_in(), [])
+
+
+def test_a_bug_is_raised_at_once_and_the_rows_before_it_stay(tmp_path):
+    BUGS.add(103)
+    with pytest.raises(KeyError, match="bbox"):
+        run(one_row, stand_in(), pictures(6), tmp_path)
+    assert CALLS == [100, 101, 102, 103]
+    BUGS.clear()
+    CALLS.clear()
+    table = run(one_row, stand_in(), pictures(6), tmp_path)
+    assert CALLS == [103, 104, 105]
+    same(table, expected(pictures(6)))
+
+
+@pytest.mark.parametrize(
+    ("given", "batch_size", "sentence"),
+    [
+        (None, None, "gave None for sample 100: return one record"),
+        ("text", None, "gave a str for sample 100"),
+        ([{"a": 1}, 2], None, "gave a int for sample 100"),
+        ({"words": ["a", "b"]}, None, "value 'words' is a list: a record is flat"),
+        ({"h": torch.zeros(2)}, None, "value 'h' is a Tensor"),
+        ([{"a": 1}], 2, "gave 1 results for a batch of 2 samples"),
+        ({"a": 1}, 2, "gave a dict for a batch of 2 samples"),
+        (None, 2, "gave None for a batch of 2 samples"),
+        ({"a": 1}, 0, "batch_size is 0: pass at least 1"),
+    ],
+)
+def test_what_is_no_record_gets_its_sentence(given, batch_size, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        run(lambda model, sample: given, stand_in(), pictures(2), batch_size=batch_size)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def in_two_processes(folder: str) -> None:
+    """What each of the processes does."""
+    bad = {104: EmbedLensError("104 is damaged: get a complete copy")}
+    for name, out in (("kept", Path(folder, "rows")), ("dropped", None)):
+        table = run(of_batch, stand_in(), pictures(23, bad), out, batch_size=4)
+        table.to_pickle(Path(folder, f"{name}-{torch.distributed.get_rank()}.pkl"))
+
+
+def test_two_processes_give_the_table_of_one(tmp_path):
+    launch = "from accelerate import debug_launcher; import test_study as t; "
+    child(f"{launch}debug_launcher(t.in_two_processes, (sys.argv[1],), num_processes=2)", tmp_path)
+    bad = {104: EmbedLensError("104 is damaged: get a complete copy")}
+    with pytest.warns(UserWarning, match="1 of 23"):
+        alone = run(of_batch, stand_in(), pictures(23, bad), batch_size=4)
+    for name in ("kept-0", "kept-1", "dropped-0", "dropped-1"):
+        table = pd.read_pickle(tmp_path / f"{name}.pkl")
+        same(table, alone)
+        assert table.attrs == alone.attrs
+    lines = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "rows").iterdir()}
+    assert lines == {"run-1.process-0.jsonl": 1 + 12, "run-1.process-1.jsonl": 1 + 11}  # they did share the work
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    from accelerate.state import PartialState
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(PartialState, "__init__", lambda self, cpu: None)
+    monkeypatch.setattr(PartialState, "num_processes", 1, raising=False)
+    with pytest.raises(EmbedLensError, match="2 processes were launched but accelerate knows of 1"):
+        run(one_row, stand_in(), pictures(2))
