@@ -1,10 +1,11 @@
-"""Pictures with COCO-style annotations, whatever their source: `load("miniworld", n=8)`."""
+"""Pictures with COCO-style annotations, drawn by `load("miniworld")` or read by `load("coco:/data/coco/val2017")`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -47,8 +48,8 @@ class Sample:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the categories in the picture, each once, in COCO order."""
-        present = {annotation["category_id"] for annotation in self.annotations}
+        """Names of the categories in the picture, each once, in COCO order; crowds do not count."""
+        present = {annotation["category_id"] for annotation in self.annotations if not annotation.get("iscrowd")}
         return tuple(name for category, name in self.category_names.items() if category in present)
 
 
@@ -56,14 +57,15 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     """The first `n` samples of a data set, in an order fixed by `seed`.
 
     Args:
-        dataset: "miniworld", drawn on the fly.
+        dataset: "miniworld", drawn on the fly, or a COCO folder, "coco:/data/coco/val2017"; see
+            `embedlens.samples.coco.load`.
         n: how many.
         seed: different seeds give different pictures.
-        split: "heldout" or "train"; the miniature was trained on the latter only.
-        options: of the data set, see `embedlens.samples.miniworld.sample`.
+        split: of the miniature world, "heldout" or "train"; the miniature was trained on the latter only.
+        options: of the miniature world, see `embedlens.samples.miniworld.sample`.
 
     Raises:
-        EmbedLensError: unknown data set or split, or `n` below 1.
+        EmbedLensError: unknown data set or split, `n` below 1, or a COCO folder that cannot be used.
 
     >>> [sample.id for sample in load("miniworld", n=3)]
     [0, 1, 2]
@@ -72,8 +74,17 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     """
     if n < 1:
         raise EmbedLensError(f"n is {n}: ask for at least one sample")
+    if dataset.startswith("coco:") or (dataset != "miniworld" and Path(dataset).expanduser().is_dir()):
+        from embedlens.samples import coco
+
+        if split != "heldout" or options:
+            given = ", ".join(options) or f"split={split!r}"
+            raise EmbedLensError(f"{given} is of the miniature world: leave it out, a COCO folder names its own split")
+        return coco.load(dataset.removeprefix("coco:"), n, seed)
     if dataset != "miniworld":
-        raise EmbedLensError(f"unknown data set {dataset!r}: this version has 'miniworld'")
+        raise EmbedLensError(
+            f"unknown data set {dataset!r}: pass 'miniworld', or a COCO folder such as 'coco:/data/coco/val2017'"
+        )
     from embedlens.samples import miniworld
 
     first = miniworld.first_index(seed)

@@ -1,0 +1,216 @@
+"""COCO folders: what was written is read back, pictures open late, and whatever is wrong with a folder is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedlens import EmbedLensError, run, samples
+from embedlens.samples.miniworld import write_coco
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Six pictures of the miniature world and the folder they were written to. Read only."""
+    folder = tmp_path_factory.mktemp("coco")
+    pictures = samples.load("miniworld", n=6)
+    write_coco(pictures, folder)
+    return pictures, folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of it with COCO's own names."""
+    shutil.copytree(written[1] / "images", tmp_path / "val2017")
+    (tmp_path / "annotations").mkdir()
+    for name in ("instances", "captions"):
+        shutil.copy(written[1] / "annotations" / f"{name}.json", tmp_path / "annotations" / f"{name}_val2017.json")
+    return tmp_path
+
+
+def rewrite(folder: Path, change, name: str = "instances") -> None:
+    file = folder / "annotations" / f"{name}_val2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def key(sample):
+    return sample.id
+
+
+def test_what_was_written_is_read_back(written, capsys):
+    pictures, folder = written
+    read = sorted(samples.load(f"coco:{folder}", n=6), key=key)
+    for sample, original in zip(read, pictures, strict=True):
+        assert (sample.id, sample.width, sample.height) == (original.id, original.width, original.height)
+        assert sample.annotations == original.annotations and sample.captions == original.captions
+        assert sample.category_names == original.category_names and sample.labels == original.labels
+        np.testing.assert_array_equal(np.asarray(sample.image), np.asarray(original.image))
+    assert any(sample.annotations for sample in read) and read[0].annotations != read[1].annotations
+    assert capsys.readouterr() == ("", "")  # pycocotools prints
+
+
+def test_every_way_to_name_a_folder_finds_it(written, folder, monkeypatch):
+    images = [sample.id for sample in samples.load(f"coco:{written[1] / 'images'}", n=6)]
+    assert images == [sample.id for sample in samples.load(f"coco:{written[1]}", n=6)]
+    monkeypatch.chdir(folder)
+    for name in (f"coco:{folder / 'val2017'}", f"coco:{folder}", str(folder), "coco:val2017", "coco:.", "."):
+        read = samples.load(name, n=6)
+        assert [sample.id for sample in read] == images and read[0].image.mode == "RGB"
+        assert read[0].captions  # of the same split
+
+
+def test_the_seed_draws_the_pictures_and_fewer_are_the_first_of_more(folder):
+    def ids(n, seed):
+        return [sample.id for sample in samples.load(f"coco:{folder}", n=n, seed=seed)]
+
+    assert ids(6, 0)[:3] == ids(3, 0) and sorted(ids(6, 0)) == list(range(6))
+    assert len({tuple(ids(6, seed)) for seed in range(5)}) == 5
+
+
+def test_the_order_of_the_file_does_not_matter(folder):
+    before = samples.load(f"coco:{folder}", n=4)
+    rewrite(folder, lambda content: content["images"].reverse())
+    assert samples.load(f"coco:{folder}", n=4) == before
+
+
+def test_pictures_are_opened_on_first_use(folder):
+    shutil.rmtree(folder / "val2017")
+    (folder / "val2017").mkdir()
+    sample = samples.load(f"coco:{folder}", n=1)[0]
+    with pytest.raises(EmbedLensError, match=r"no picture 0+\d.png in .*val2017.*https://cocodataset.org/#download"):
+        sample.image  # noqa: B018
+
+
+def test_captions_are_optional(folder):
+    (folder / "annotations" / "captions_val2017.json").unlink()
+    assert all(sample.captions == () for sample in samples.load(f"coco:{folder}", n=6))
+
+
+def test_crowds_stay_but_are_no_labels(folder):
+    def crowd(content):
+        for entry in content["annotations"]:
+            if entry["image_id"] == 0:
+                entry["iscrowd"] = 1
+        content["annotations"] += [{**content["annotations"][0], "id": 9999, "image_id": 1, "iscrowd": 1}]
+
+    before = {sample.id: sample for sample in samples.load(f"coco:{folder}", n=6)}
+    rewrite(folder, crowd)
+    after = {sample.id: sample for sample in samples.load(f"coco:{folder}", n=6)}
+    assert len(after[0].annotations) == len(before[0].annotations) > 0
+    assert after[0].labels == () and before[0].labels
+    assert len(after[1].annotations) == len(before[1].annotations) + 1 and after[1].labels == before[1].labels
+
+
+def test_boxes_without_area_are_left_out_and_counted(folder):
+    def flatten(content):
+        content["annotations"][0]["bbox"][2] = 0
+        content["annotations"][1]["bbox"][3] = 0.0
+
+    count = sum(len(sample.annotations) for sample in samples.load(f"coco:{folder}", n=6))
+    rewrite(folder, flatten)
+    with pytest.warns(UserWarning, match="2 boxes without area were left out of 6 pictures of instances_val2017.json"):
+        read = samples.load(f"coco:{folder}", n=6)
+    assert sum(len(sample.annotations) for sample in read) == count - 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        untouched = [s.id for s in read if len(s.annotations) and s.id not in (0, 1)][0]
+        rewrite(folder, lambda c: c.update(images=[i for i in c["images"] if i["id"] == untouched]))
+        samples.load(f"coco:{folder}", n=1)
+
+
+def test_what_a_plain_exporter_leaves_out_has_its_default(folder):
+    rewrite(folder, lambda content: [entry.pop("iscrowd") for entry in content["annotations"]])
+    assert all(e["iscrowd"] == 0 for sample in samples.load(f"coco:{folder}", n=6) for e in sample.annotations)
+
+
+def first(content, **change):
+    content["annotations"][0].update(change)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "sentence"),
+    [
+        (lambda f: shutil.rmtree(f / "annotations"), "no annotations/instances_val2017.json beside .*val2017: get val"),
+        (lambda f: shutil.rmtree(f / "val2017"), "no folder .*val2017: pass the one that holds annotations/"),
+        (
+            lambda f: (f / "annotations" / "instances_val2017.json").write_text("[1,"),
+            "instances_val2017.json cannot be read as JSON .*: get it again",
+        ),
+        (
+            lambda f: (f / "annotations" / "instances_val2017.json").write_bytes(b"\xff\xfe\x00"),
+            "cannot be read as JSON",
+        ),
+        (lambda f: (f / "annotations" / "instances_val2017.json").write_text("[]"), "has no list 'images'"),
+        (lambda f: (f / "annotations" / "captions_val2017.json").write_text("{"), "captions_val2017.json cannot be"),
+        (lambda f: rewrite(f, lambda c: c.pop("categories")), "has no list 'categories'"),
+        (lambda f: rewrite(f, lambda c: c["images"].clear()), "n is 6, but .* lists 0 pictures"),
+        (lambda f: rewrite(f, lambda c: c["images"].pop()), "n is 6, but .* lists 5 pictures"),
+        (
+            lambda f: rewrite(f, lambda c: first(c, category_id=999)),
+            r"annotation \d+ of .* has category 999, which the file does not list: add it to 'categories'",
+        ),
+        (lambda f: rewrite(f, lambda c: first(c, bbox=[1, 2])), r"has the box \[1, 2\]: write \[x, y, width, height\]"),
+        (lambda f: rewrite(f, lambda c: c["annotations"][0].pop("bbox")), r"annotation \d+ of .* has no 'bbox'"),
+        (lambda f: rewrite(f, lambda c: c["annotations"][0].pop("image_id")), "an entry without 'image_id'"),
+        (lambda f: rewrite(f, lambda c: [i.pop("width") for i in c["images"]]), r"picture \d of .* has no 'width'"),
+        (lambda f: rewrite(f, lambda c: c["categories"][0].pop("name")), "category .* has no 'name'"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_says_what_is_missing_and_where_it_is(folder, break_it, sentence):
+    samples.load(f"coco:{folder / 'val2017'}", n=6)  # it was usable
+    break_it(folder)
+    with pytest.raises(EmbedLensError, match=sentence):
+        samples.load(f"coco:{folder / 'val2017'}", n=6)
+
+
+def test_the_folder_above_must_leave_no_choice(folder):
+    shutil.copytree(folder / "val2017", folder / "train2017")
+    instances = folder / "annotations" / "instances_val2017.json"
+    shutil.copy(instances, folder / "annotations" / "instances_train2017.json")
+    with pytest.raises(EmbedLensError, match="several sets of pictures: pass coco:.*train2017 or coco:.*val2017"):
+        samples.load(f"coco:{folder}", n=1)
+    shutil.rmtree(folder / "train2017")
+    samples.load(f"coco:{folder}", n=1)
+    shutil.rmtree(folder / "val2017")
+    with pytest.raises(EmbedLensError, match="no annotations/instances_val2017.json with its pictures in val2017/"):
+        samples.load(f"coco:{folder}", n=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"dataset": "coco:"}, "no folder after coco:"),
+        ({"dataset": "coco:/no/such/folder"}, "no folder /no/such/folder"),
+        ({"split": "train"}, "split='train' is of the miniature world: leave it out"),
+        ({"textured": 1.0}, "textured is of the miniature world"),
+        ({"seed": -1}, "seed is -1"),
+        ({"n": 0}, "at least one"),
+    ],
+)
+def test_bad_requests_say_what_to_do(folder, arguments, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        samples.load(**{"dataset": f"coco:{folder}", "n": 1} | arguments)
+
+
+def test_a_study_goes_on_over_pictures_that_are_missing_resized_or_damaged(folder, tiny):
+    files = sorted((folder / "val2017").iterdir())
+    files[1].unlink()
+    Image.open(files[2]).resize((50, 50)).save(files[2])
+    files[3].write_bytes(files[3].read_bytes()[:200])
+
+    def tokens(model, sample):
+        return {"tokens": int(model.prompt(sample.image, "What is this?").visual.sum()), "labels": len(sample.labels)}
+
+    with pytest.warns(UserWarning, match="3 of 6 samples could not be measured"):
+        table = run(tokens, tiny, samples.load(f"coco:{folder}", n=6))
+    assert sorted(table["id"]) == [0, 4, 5] and (table["tokens"] == 16).all()
+    reasons = {entry["id"]: entry["error"] for entry in table.attrs["failed"]}
+    assert "no picture" in reasons[1] and "boxes would lie elsewhere" in reasons[2] and "damaged" in reasons[3]
