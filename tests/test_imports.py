@@ -17,6 +17,7 @@ FLOORS = {"errors": -1, "intervals": 0, "pictures": -0.5, "patches": 0, "words":
 FLOORS |= {"families": 1, "vlm": 1.5, "lenses": 2, "tracing": 2}
 FLOORS |= {"clusters": 3, "hubs": 3, "labels": 3, "tasks": 3, "claims": 4, "figures": 5, "probe": 6}
 FLOORS |= {"study": 4}
+FLOORS |= {"groups": 3.5}
 
 
 def seconds(code: str) -> float:

@@ -238,12 +238,13 @@ def test_hooks_are_gone_afterwards_also_after_an_exception(tiny):
     def count():
         return sum(len(block._forward_hooks) + len(block._forward_pre_hooks) for block in tiny.blocks)
 
+    before = count()  # the stock model keeps hooks of its own once it was asked for hidden states
     tiny.hidden_states(tiny.prompt(picture(), QUESTION))
-    assert count() == 0
+    assert count() == before
     with pytest.raises(RuntimeError, match="on purpose"), tiny.recording():
-        assert count() == tiny.n_layers + 1
+        assert count() == before + tiny.n_layers + 1
         raise RuntimeError("on purpose")
-    assert count() == 0
+    assert count() == before
 
 
 def test_block_outputs_may_be_tuples(tiny):

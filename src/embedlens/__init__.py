@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.clusters import centroids as centroids
     from embedlens.clusters import cross_image_similarity as cross_image_similarity
     from embedlens.errors import EmbedLensError as EmbedLensError
+    from embedlens.groups import Reference as Reference
+    from embedlens.groups import TokenGroups as TokenGroups
+    from embedlens.groups import discover as discover
+    from embedlens.groups import token_groups as token_groups
     from embedlens.lenses import EmbedLens as EmbedLens
     from embedlens.lenses import Lens as Lens
     from embedlens.lenses import LogitLens as LogitLens
@@ -52,6 +56,10 @@ _HOME = {
     "Trace": "tracing",
     "trace": "tracing",
     "traces": "tracing",
+    "Reference": "groups",
+    "TokenGroups": "groups",
+    "discover": "groups",
+    "token_groups": "groups",
     "run": "study",
 }
 

@@ -6,7 +6,7 @@ pair can also be told apart by marker or line style, so that no reader depends o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ GROUPS = {
     "LLM sink": Look("#CC79A7", "D", ":", "xx"),
     "text": Look("#4D4D4D", "s", "-", "--"),
 }
+INITIALS = {"alive": "A", "dead": "D", "ViT sink": "V", "LLM sink": "L", "text": "T"}
 #: A model beside its controls.
 ARMS = {
     "miniature": Look("#222222", "o"),
@@ -179,9 +180,12 @@ def patch_figure(
     footer: str = "",
 ) -> Figure:
     """`patch_words` as a figure with a title and a line below it, pixel for pixel."""
+    return _pixel_figure(patch_words(image, grid, words, marked), title, footer)
+
+
+def _pixel_figure(drawn: Image, title: str, footer: str) -> Figure:
     from matplotlib import pyplot as plt
 
-    drawn = patch_words(image, grid, words, marked)
     head, foot = 46, 26 if footer else 4
     height = drawn.height + head + foot
     figure = plt.figure(figsize=(drawn.width / 100, height / 100), dpi=100, layout="none")
@@ -194,11 +198,33 @@ def patch_figure(
     return figure
 
 
+def group_figure(
+    image: Image,
+    grid: PatchGrid,
+    groups: Mapping[str, Bool[np.ndarray, " n"] | Bool[Tensor, " n"]],
+    words: Sequence[str],
+    title: str,
+    footer: str = "",
+) -> Figure:
+    """A picture whose patches are outlined by group, with the group's letter in a corner and a word at the foot.
+
+    Args:
+        groups: name in GROUPS → patches, as `TokenGroups.named` gives them. A group without a patch is left out.
+        words: one per patch.
+        footer: what kind of result it is, on which model; the legend stands beside it.
+    """
+    present = {name: np.asarray(mask) for name, mask in groups.items() if bool(np.asarray(mask).any())}
+    legend = ", ".join(f"{INITIALS[name]} = {name}" for name in present)
+    drawn = patch_words(image, grid, words, groups=present)
+    return _pixel_figure(drawn, title, f"{legend} | {footer}" if footer else legend)
+
+
 def patch_words(
     image: Image,
     grid: PatchGrid,
     words: Sequence[str],
     marked: Bool[np.ndarray, " n"] | Bool[Tensor, " n"] | None = None,
+    groups: Mapping[str, Bool[np.ndarray, " n"]] | None = None,
 ) -> Image:
     """The picture as the model sees it, magnified: patches outlined, one word at the foot of each, bars hatched.
 
@@ -207,6 +233,7 @@ def patch_words(
         grid: which patch of the picture each visual token is.
         words: one per patch.
         marked: patches to outline thickly in green.
+        groups: name in GROUPS → patches to outline in the group's colour, with its letter.
     """
     from PIL import Image, ImageDraw
 
@@ -245,6 +272,18 @@ def patch_words(
         a, b = corners[index]
         draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=OUTLINE, width=4 * line + 2)
         draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=MARKED, width=4 * line)
+    for name, patches in (groups or {}).items():
+        for index in np.flatnonzero(patches):
+            a, b = corners[index]
+            draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=GROUPS[name].colour, width=2 * line + 1)
+            draw.text(
+                (a[0] + 3 * line + 1, a[1] + 2 * line + 1),
+                INITIALS[name],
+                font=_font(max(8, (b[1] - a[1]) // 6)),
+                fill=GROUPS[name].colour,
+                stroke_width=2,
+                stroke_fill=HALO,
+            )
     for word, (a, b), bar in zip(words, corners, padded, strict=True):
         _write(draw, word, a, b, BAR_INK if bar else INK)
     return plane

@@ -1,0 +1,507 @@
+"""Sink, dead and alive visual tokens: how a model's groups are found, and which token belongs to which.
+
+Nothing here is a constant of one model. `discover` looks at some pictures and writes down what tells the groups apart
+in *this* model; `token_groups` applies it. What stands out is judged by one rule throughout: Tukey's outer fence on a
+log scale, three interquartile ranges above the third quartile. Where nothing stands out, the group is empty, and
+`Reference.notes` says so.
+
+    ViT sinks   norm at the vision tower's last layer beyond the fence (Section 4.1 of the paper)
+    LLM sinks   phi beyond a threshold in dimensions that the first token of the sequence excites (Section 4.2)
+    dead        the reference word of the largest text-distant cluster (Section 5.1)
+    alive       the others
+
+For LLaVA-1.5-7B the paper found norm 75, phi 20 in dimensions 1415 and 2533, and the reference ids 1141 (ViT sinks),
+26673 (LLM sinks) and 30296 (dead).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from embedlens.clusters import anchor_clusters, centroids
+from embedlens.errors import EmbedLensError
+from embedlens.lenses import EmbedLens
+from embedlens.samples import Sample, load
+
+if TYPE_CHECKING:
+    from embedlens.vlm import Prompt, VisionLanguageModel
+else:
+    Prompt = VisionLanguageModel = object
+
+QUESTION = "What is in the picture?"  # visual tokens stand before it and cannot see it
+#: Order of precedence where a token meets several definitions.
+NAMES = ("LLM sink", "ViT sink", "dead", "alive")
+MEMBERSHIPS = ("top3", "centroid", "cluster")
+SINKS = ("measured", "top3")
+RARE = 0.001  # a share of tokens below this is no group
+CALIBRATION = 64  # pictures, where none are given
+WORDS = 3  # nearest words that count in the released code's membership
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What tells the groups of one model apart, as `discover` found it."""
+
+    model: str
+    width: int
+    n_words: int
+    """Width of the residual stream and size of the vocabulary, to refuse another model's."""
+    n_pictures: int
+    threshold: float
+    """Cosine of the anchor clusters."""
+    vit_norm: float | None
+    """A patch with a larger L2 norm at the tower's last layer is a ViT sink; None: no norm stands out."""
+    sink_dims: tuple[int, ...]
+    """Dimensions of the residual stream that the first token excites; empty: none."""
+    sink_layer: int | None
+    """Index into `model.hidden_states` from which on it does."""
+    phi_threshold: float | None
+    dead_id: int | None
+    """Nearest word of the centroid of the largest text-distant cluster, in most pictures."""
+    vit_sink_id: int | None
+    llm_sink_id: int | None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Group → how it was found, or why there is none."""
+
+    def write(self, file: Path | str) -> None:
+        """As JSON."""
+        Path(file).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path | str) -> Reference:
+        """What `write` wrote."""
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise EmbedLensError(
+                f"no reference at {file}: write one with discover(model, samples).write(file)"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise EmbedLensError(f"{file} is no JSON ({error}): write the reference again") from None
+        if not isinstance(content, dict) or set(content) != {entry.name for entry in fields(cls)}:
+            raise EmbedLensError(f"{file} is not a reference of this version: write it again")
+        return cls(**{**content, "sink_dims": tuple(content["sink_dims"])})
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroups:
+    """Every visual token of one picture in exactly one group."""
+
+    vit_sink: Bool[Tensor, " n"]
+    llm_sink: Bool[Tensor, " n"]
+    dead: Bool[Tensor, " n"]
+    alive: Bool[Tensor, " n"]
+    met: Mapping[str, Bool[Tensor, " n"]] = field(repr=False)
+    """Group → tokens that meet its definition, before precedence decides; these may overlap."""
+
+    def __post_init__(self) -> None:
+        if not bool((torch.stack(list(self.named.values())).sum(0) == 1).all()):
+            raise EmbedLensError("the groups overlap or leave tokens out: build them with token_groups")
+
+    @property
+    def named(self) -> dict[str, Bool[Tensor, " n"]]:
+        """Group names of the book's palette → masks."""
+        return {"alive": self.alive, "dead": self.dead, "ViT sink": self.vit_sink, "LLM sink": self.llm_sink}
+
+    @property
+    def sink(self) -> Bool[Tensor, " n"]:
+        """Sinks of either kind."""
+        return self.vit_sink | self.llm_sink
+
+    @property
+    def names(self) -> list[str]:
+        """The group of each token."""
+        named = self.named
+        return [next(name for name, mask in named.items() if mask[i]) for i in range(len(self.alive))]
+
+
+def fence(values: Shaped[np.ndarray, " n"]) -> float:
+    """Tukey's outer fence on a log scale: what lies beyond it stands out from the bulk.
+
+    Source: Tukey, Exploratory Data Analysis (1977), section 2D. Of log-normal values one in 400,000 lies beyond.
+
+    Raises:
+        EmbedLensError: no values.
+
+    >>> round(fence(np.exp(np.array([0.0, 1.0, 2.0, 3.0]))) / np.e**6.75, 6)
+    1.0
+    """
+    if not len(values):
+        raise EmbedLensError("no values: pass at least one")
+    logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), 1e-12))
+    first, third = np.quantile(logs, [0.25, 0.75])
+    return float(np.exp(third + 3 * (third - first)))
+
+
+def ratios(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """|x_i| over the root mean square of x: how far each dimension stands out within its own vector, at most √d."""
+    h = h.float()
+    scale = h.pow(2).mean(-1, keepdim=True).sqrt()
+    return h.abs() / torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def phi(h: Float[Tensor, "*batch d"], dims: Sequence[int]) -> Float[Tensor, "*batch"]:
+    """How strongly a vector excites the sink dimensions: the largest |x_i| / RMS(x) among them.
+
+    Section 4.2 of the paper, whose printed formula has its bars misplaced. Zero where there are no such dimensions.
+
+    >>> phi(torch.tensor([[3.0, 4.0, 0.0, 0.0]]), [1]).tolist()
+    [1.600000023841858]
+    """
+    if not len(dims):
+        return h.new_zeros(h.shape[:-1], dtype=torch.float32)
+    if not all(0 <= index < h.shape[-1] for index in dims):
+        raise EmbedLensError(f"sink dimensions {tuple(dims)} of vectors of width {h.shape[-1]}: pass 0 to width - 1")
+    return ratios(h)[..., list(dims)].amax(-1)
+
+
+def text_centroid(model: VisionLanguageModel) -> Float[Tensor, " d"]:
+    """Where words lie: the mean direction of all input embeddings, length one."""
+    return _direction(model.input_embeddings)
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def discover(
+    model: VisionLanguageModel,
+    samples: Iterable[Sample] | None = None,
+    threshold: float = 0.9,
+    batch_size: int = 8,
+) -> Reference:
+    """Find what tells this model's sink, dead and alive tokens apart.
+
+    1. ViT sinks: L2 norms at the tower's last layer, pooled over pictures; the threshold is their `fence`.
+    2. LLM sinks: at each layer, the `fence` of every other token's largest |x|/RMS. A dimension is a sink dimension if
+       the *first* token of the sequence lies beyond it there in at least half of the layers from the first to the last
+       but one. The threshold of phi is halfway, on a log scale, between the median token and the first one.
+    3. Dead: in every picture, the largest anchor cluster whose centroid lies further from the words' centroid than
+       the picture's other tokens do; its nearest word. The reference word is the one of most pictures; if no word is
+       found in half of them, there is none.
+
+    A group of fewer than one token in a thousand counts as absent.
+
+    Args:
+        model: from `embedlens.load`.
+        samples: pictures to look at; default: 64 training pictures of the miniature world.
+        threshold: cosine of the anchor clusters.
+        batch_size: pictures at a time.
+
+    Raises:
+        EmbedLensError: fewer than two pictures.
+    """
+    samples = list(_calibration(model) if samples is None else samples)
+    if len(samples) < 2:
+        raise EmbedLensError(f"{len(samples)} pictures: what tells groups apart needs at least two, better 50")
+    lens, words = EmbedLens.from_model(model), text_centroid(model)
+    norms: list[Float[np.ndarray, " n"]] = []
+    largest: list[Float[np.ndarray, "layers m"]] = []
+    first = np.zeros(0)
+    distant: list[tuple[int, int] | None] = []
+    for prompts in _prompts(model, samples, batch_size):
+        norms += list(model.tower_states(prompts)[:, -1].float().norm(dim=-1).cpu().numpy())
+        for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
+            ratio = ratios(states).cpu()
+            first = ratio[:, 0].numpy()  # the same for every picture: nothing stands before it
+            largest.append(_some(ratio[:, 1:].amax(-1).numpy()))
+            distant.append(_distant(prompt.embeds[prompt.visual].float(), lens, words, threshold))
+    notes: dict[str, str] = {}
+    vit_norm, notes["ViT sink"] = _vit_norm(np.stack(norms))
+    dims, layer, phi_threshold, notes["LLM sink"] = _sink_dims(first, np.stack(largest))
+    dead_id, notes["dead"] = _dead_id(distant, model.tokens)
+    measured = Reference(
+        model=model.name,
+        width=model.width,
+        n_words=len(model.tokens),
+        n_pictures=len(samples),
+        threshold=threshold,
+        vit_norm=vit_norm,
+        sink_dims=dims,
+        sink_layer=layer,
+        phi_threshold=phi_threshold,
+        dead_id=dead_id,
+        vit_sink_id=None,
+        llm_sink_id=None,
+        notes=notes,
+    )
+    return _with_words(measured, model, samples, lens, batch_size)
+
+
+def _with_words(
+    measured: Reference, model: VisionLanguageModel, samples: Sequence[Sample], lens: EmbedLens, batch_size: int
+) -> Reference:
+    """The nearest words of the sinks' mean directions, which a second look at the pictures gives."""
+    if measured.vit_norm is None and not measured.sink_dims:
+        return measured
+    sums = torch.zeros(2, model.width)
+    counts, tokens = [0, 0], 0
+    for prompts in _prompts(model, samples, batch_size):
+        for kind, masks in enumerate(_sinks(model, prompts, measured, lens, "measured", batch_size)):
+            for prompt, mask in zip(prompts, masks, strict=True):
+                rows = prompt.embeds[prompt.visual][mask.to(prompt.embeds.device)].float().cpu()
+                sums[kind] += torch.nn.functional.normalize(rows, dim=-1).sum(0)
+                counts[kind] += len(rows)
+        tokens += sum(len(prompt.grid) for prompt in prompts)
+    nearest = [int(lens.topk(total[None], 1)[1]) if n else None for total, n in zip(sums, counts, strict=True)]
+    notes = dict(measured.notes)
+    if measured.sink_dims:
+        notes["LLM sink"] += f" {counts[1] / tokens:.1%} of the visual tokens exceed it."
+    return replace(measured, vit_sink_id=nearest[0], llm_sink_id=nearest[1], notes=notes)
+
+
+def _prompts(model: VisionLanguageModel, samples: Sequence[Sample], batch_size: int) -> Iterator[list[Prompt]]:
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        yield model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
+
+
+def _some(values: Float[np.ndarray, "layers s"], most: int = 64) -> Float[np.ndarray, "layers m"]:
+    """Evenly spread positions, as many in every prompt, so that prompts of different lengths stack."""
+    at = np.linspace(0, values.shape[1] - 1, most).round().astype(int)
+    return values[:, at]
+
+
+def _calibration(model: VisionLanguageModel) -> Iterable[Sample]:
+    side = max(model.prompt(_blank(), QUESTION).pixel_values.shape[-2:])
+    return load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, side / 112))
+
+
+def _blank():
+    from PIL import Image
+
+    return Image.new("RGB", (32, 32))
+
+
+def _vit_norm(norms: Float[np.ndarray, "pictures n"]) -> tuple[float | None, str]:
+    border = fence(norms.ravel())
+    share = float((norms > border).mean())
+    if share < RARE:
+        return None, (
+            f"No norm stands out at the tower's last layer: {share:.2%} of the patches lie beyond the outer fence of "
+            f"{border:.1f} (largest {norms.max():.1f}, median {np.median(norms):.1f})."
+        )
+    pictures = float((norms > border).any(-1).mean())
+    return border, (
+        f"Norm at the tower's last layer beyond the outer fence of {border:.1f} (median {np.median(norms):.1f}): "
+        f"{share:.2%} of the patches, in {pictures:.0%} of the pictures."
+    )
+
+
+def _sink_dims(
+    of_first: Float[np.ndarray, "layers d"], largest: Float[np.ndarray, "pictures layers m"]
+) -> tuple[tuple[int, ...], int | None, float | None, str]:
+    """(dimensions, first layer, threshold of phi, how)."""
+    n = len(of_first)
+    fences = np.array([fence(largest[:, layer].ravel()) for layer in range(n)])
+    middle = slice(1, max(2, n - 1))
+    beyond = of_first > fences[:, None]
+    dims = np.flatnonzero(beyond[middle].mean(0) >= 0.5)
+    top = int(of_first[middle].max(0).argmax())
+    if not len(dims):
+        at = int(of_first[middle, top].argmax()) + 1
+        return (
+            (),
+            None,
+            None,
+            f"The first token excites no dimension beyond what other tokens do: its largest |x|/RMS between the "
+            f"layers is {of_first[at, top]:.1f} (dimension {top}, layer {at}), the outer fence of other tokens there "
+            f"{fences[at]:.1f}.",
+        )
+    dims = dims[np.argsort(-of_first[middle][:, dims].mean(0), kind="stable")][:4]
+    layer = int(np.flatnonzero(beyond[:, dims].any(1) & (np.arange(n) > 0))[0])
+    of_bos = float(of_first[layer:, dims].max(1)[: max(1, n - 1 - layer)].mean())
+    usual = float(np.median(largest[:, layer : max(layer + 1, n - 1)]))
+    threshold = float(np.sqrt(of_bos * usual))
+    found = tuple(int(index) for index in dims)
+    return (
+        found,
+        layer,
+        threshold,
+        f"The first token excites dimension{'s' if len(found) > 1 else ''} {', '.join(map(str, found))} from layer "
+        f"{layer} on (phi {of_bos:.1f}; the median token's largest |x|/RMS is {usual:.1f}): threshold {threshold:.1f}.",
+    )
+
+
+def text_distant_cluster(
+    tokens: Float[Tensor, "n d"], words: Float[Tensor, " d"], threshold: float = 0.9
+) -> Bool[Tensor, " n"]:
+    """The largest anchor cluster of a picture that lies further from words than its other tokens do; may be empty.
+
+    Args:
+        tokens: visual tokens of one picture as they enter layer 0.
+        words: `text_centroid` of the model.
+        threshold: cosine of the anchor clusters; a cluster has at least two tokens.
+    """
+    labels = anchor_clusters(tokens.float(), threshold)
+    to_words = torch.nn.functional.normalize(tokens.float(), dim=-1) @ words.to(tokens.device)
+    for cluster in range(int(labels.max()) + 1):  # largest first
+        inside = labels == cluster
+        if int(inside.sum()) < 2:
+            break
+        if bool(inside.all()) or to_words[inside].mean() < to_words[~inside].mean():
+            return inside
+    return torch.zeros_like(labels, dtype=torch.bool)
+
+
+def _distant(
+    tokens: Float[Tensor, "n d"], lens: EmbedLens, words: Float[Tensor, " d"], threshold: float
+) -> tuple[int, int] | None:
+    """(nearest word of its centroid, size) of the largest text-distant cluster."""
+    inside = text_distant_cluster(tokens, words, threshold)
+    if not bool(inside.any()):
+        return None
+    return int(lens.topk(_direction(tokens[inside])[None], 1)[1]), int(inside.sum())
+
+
+def _direction(tokens: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    mean = torch.nn.functional.normalize(tokens.float(), dim=-1).mean(0)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
+def _dead_id(distant: Sequence[tuple[int, int] | None], tokens: Sequence[str]) -> tuple[int | None, str]:
+    votes = Counter(found[0] for found in distant if found is not None)
+    if not votes:
+        return None, "No picture has a cluster that lies further from words than its other tokens do."
+    (word, count), *_ = sorted(votes.items(), key=lambda item: (-item[1], item[0]))
+    share = count / len(distant)
+    sizes = [found[1] for found in distant if found is not None]
+    said = (
+        f"The largest text-distant cluster (median {np.median(sizes):.0f} tokens) is nearest to {tokens[word]!r} "
+        f"(id {word}) in {share:.0%} of {len(distant)} pictures"
+    )
+    if share < 0.5:
+        return None, f"{said}, fewer than half: the pictures have no reference word in common."
+    return word, f"{said}."
+
+
+# --- belonging -------------------------------------------------------------------------------------------------------
+
+_REFERENCES: WeakKeyDictionary[VisionLanguageModel, Reference] = WeakKeyDictionary()
+
+
+def reference_of(model: VisionLanguageModel) -> Reference:
+    """`discover` with its defaults, once per model."""
+    if model not in _REFERENCES:
+        _REFERENCES[model] = discover(model)
+    return _REFERENCES[model]
+
+
+def token_groups(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    reference: Reference | None = None,
+    membership: str = "top3",
+    sinks: str = "measured",
+) -> TokenGroups:
+    """Which visual token of a picture is sink, dead or alive.
+
+    Args:
+        model: from `embedlens.load`.
+        prompt: from `model.prompt`.
+        reference: from `discover`; default: `reference_of(model)`.
+        membership: a token is dead if the reference word is among its three nearest words ("top3", as in the released
+            code), if it lies in a cluster whose centroid is nearest to that word ("centroid", as the paper says), or
+            if it lies in the picture's largest cluster, whatever its word and wherever it lies ("cluster": the stand-in
+            to look at in a model that has no reference word).
+        sinks: by norm and phi ("measured"), or by the reference words of the sinks among the three nearest ("top3",
+            as in the released code).
+
+    Raises:
+        EmbedLensError: unknown membership, or the reference of another model.
+    """
+    return token_groups_of(model, [prompt], reference, membership, sinks)[0]
+
+
+def token_groups_of(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    reference: Reference | None = None,
+    membership: str = "top3",
+    sinks: str = "measured",
+    batch_size: int = 8,
+) -> list[TokenGroups]:
+    """`token_groups` of several prompts, run together."""
+    reference = reference_of(model) if reference is None else reference
+    if membership not in MEMBERSHIPS:
+        raise EmbedLensError(f"unknown membership {membership!r}: use one of {', '.join(MEMBERSHIPS)}")
+    if sinks not in SINKS:
+        raise EmbedLensError(f"unknown way to tell sinks {sinks!r}: use one of {', '.join(SINKS)}")
+    if (reference.width, reference.n_words) != (model.width, len(model.tokens)):
+        raise EmbedLensError(
+            f"the reference is of {reference.model} (width {reference.width}, {reference.n_words} words), the model is "
+            f"{model.name} (width {model.width}, {len(model.tokens)} words): run discover on this model"
+        )
+    lens = EmbedLens.from_model(model)
+    found = []
+    for _, batch in model.batches(prompts, batch_size):
+        vit, llm = _sinks(model, batch, reference, lens, sinks, batch_size)
+        for prompt, of_tower, of_model in zip(batch, vit, llm, strict=True):
+            tokens = prompt.embeds[prompt.visual]
+            if membership == "cluster":
+                dead = (anchor_clusters(tokens.float(), reference.threshold) == 0).cpu()
+            else:
+                dead = _dead(tokens, reference, lens, membership).cpu()
+            met = {"LLM sink": of_model.cpu(), "ViT sink": of_tower.cpu(), "dead": dead}
+            left = torch.ones_like(dead)
+            taken = {}
+            for name in NAMES[:-1]:
+                taken[name] = met[name] & left
+                left = left & ~met[name]
+            found.append(TokenGroups(taken["ViT sink"], taken["LLM sink"], taken["dead"], left, met))
+    return found
+
+
+def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None, k: int = WORDS) -> Bool[Tensor, " n"]:
+    """Tokens that have a word among their k nearest; none if there is no word."""
+    if word is None:
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    ids: Int[Tensor, "n k"] = lens.topk(tokens, k)[1]
+    return (ids == word).any(-1)
+
+
+def _sinks(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    reference: Reference,
+    lens: EmbedLens,
+    sinks: str,
+    batch_size: int,
+) -> tuple[list[Bool[Tensor, " n"]], list[Bool[Tensor, " n"]]]:
+    tokens = [prompt.embeds[prompt.visual] for prompt in prompts]
+    if sinks == "top3":
+        by_word = [[near_word(rows, lens, word) for rows in tokens] for word in _sink_words(reference)]
+        return by_word[0], by_word[1]
+    none = [torch.zeros(len(rows), dtype=torch.bool) for rows in tokens]
+    vit, llm = none, none
+    if reference.vit_norm is not None:
+        vit = list(model.tower_states(prompts)[:, -1].float().norm(dim=-1) > reference.vit_norm)
+    if reference.sink_dims and reference.sink_layer is not None and reference.phi_threshold is not None:
+        streams = model.hidden_states_of(prompts, batch_size)
+        llm = [
+            phi(stream[reference.sink_layer, prompt.visual], reference.sink_dims) >= reference.phi_threshold
+            for stream, prompt in zip(streams, prompts, strict=True)
+        ]
+    return vit, llm
+
+
+def _sink_words(reference: Reference) -> tuple[int | None, int | None]:
+    return reference.vit_sink_id, reference.llm_sink_id
+
+
+def _dead(tokens: Float[Tensor, "n d"], reference: Reference, lens: EmbedLens, membership: str) -> Bool[Tensor, " n"]:
+    if membership == "top3" or reference.dead_id is None:
+        return near_word(tokens, lens, reference.dead_id)
+    labels = anchor_clusters(tokens.float(), reference.threshold)
+    nearest = lens.topk(centroids(tokens, labels), 1)[1][:, 0]
+    return torch.isin(labels, (nearest == reference.dead_id).nonzero()[:, 0].to(labels.device))

@@ -1,0 +1,196 @@
+"""The groups are a partition, found by a written procedure in any model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedlens import samples
+from embedlens.errors import EmbedLensError
+from embedlens.groups import (
+    MEMBERSHIPS,
+    Reference,
+    TokenGroups,
+    _dead_id,
+    _sink_dims,
+    _vit_norm,
+    discover,
+    fence,
+    near_word,
+    phi,
+    reference_of,
+    text_distant_cluster,
+    token_groups,
+    token_groups_of,
+)
+from embedlens.lenses import EmbedLens
+
+
+@pytest.fixture(scope="module")
+def reference(tiny) -> Reference:
+    return discover(tiny, samples.load("miniworld", n=4, split="train"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    pictures = samples.load("miniworld", n=3)
+    return tiny.prompts([picture.image for picture in pictures], ["What?", "What is it?", "And here?"])
+
+
+def with_every_group(tiny, prompts, reference) -> Reference:
+    """A reference under which each group has some tokens, so that the partition is put to the test."""
+    lens = EmbedLens.from_model(tiny)
+    tokens = torch.cat([prompt.embeds[prompt.visual] for prompt in prompts])
+    norms = tiny.tower_states(prompts)[:, -1].norm(dim=-1)
+    stream = tiny.hidden_states(prompts[0])[1]
+    return replace(
+        reference,
+        vit_norm=float(norms.median()),
+        sink_dims=(3, 7),
+        sink_layer=1,
+        phi_threshold=float(phi(stream[prompts[0].visual], (3, 7)).median()),
+        dead_id=int(lens.topk(tokens, 1)[1][0, 0]),
+        vit_sink_id=int(lens.topk(tokens, 1)[1][1, 0]),
+        llm_sink_id=int(lens.topk(tokens, 1)[1][2, 0]),
+    )
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_phi_is_the_definition_computed_element_by_element(seed):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(3, 12, generator=generator)
+    dims = sorted(torch.randperm(12, generator=generator)[:3].tolist())
+    for row, found in zip(h.tolist(), phi(h, dims).tolist(), strict=True):
+        rms = (sum(x * x for x in row) / len(row)) ** 0.5
+        assert found == pytest.approx(max(abs(row[d]) / rms for d in dims), rel=1e-5)
+
+
+def test_phi_of_no_dimensions_or_a_zero_vector_is_zero_and_foreign_dimensions_are_refused():
+    assert phi(torch.ones(2, 4), ()).tolist() == [0, 0]
+    assert phi(torch.zeros(1, 4), (1,)).tolist() == [0]
+    with pytest.raises(EmbedLensError, match="pass 0 to width - 1"):
+        phi(torch.ones(2, 4), (4,))
+
+
+def test_the_fence_lets_ordinary_values_pass_and_planted_outliers_not():
+    ordinary = np.exp(np.random.default_rng(0).normal(0, 0.3, 20_000))
+    assert (ordinary > fence(ordinary)).mean() < 1e-3
+    assert fence(np.concatenate([ordinary, np.full(200, 50.0)])) < 50
+    with pytest.raises(EmbedLensError, match="at least one"):
+        fence(np.zeros(0))
+
+
+def test_norms_that_stand_out_are_found_and_only_they():
+    norms = np.exp(np.random.default_rng(0).normal(3, 0.1, (20, 64)))
+    border, said = _vit_norm(norms)
+    assert border is None and "No norm stands out" in said
+    norms[:, 5] = 200
+    border, said = _vit_norm(norms)
+    assert border is not None and norms[:, :5].max() < border < 200 and "100% of the pictures" in said
+
+
+def test_planted_sink_dimensions_are_found_with_their_layer():
+    generator = np.random.default_rng(0)
+    largest = np.exp(generator.normal(1, 0.1, (10, 9, 64)))
+    first = np.abs(generator.normal(0, 1, (9, 256)))
+    assert _sink_dims(first, largest)[0] == ()
+    first[2:, 41], first[3:, 7] = 15.0, 12.0
+    dims, layer, threshold, said = _sink_dims(first, largest)
+    assert dims == (41, 7) and layer == 2 and np.median(largest) < threshold < 15 and "41, 7" in said
+
+
+def test_a_reference_word_needs_half_of_the_pictures():
+    words = ["a", "b", "c"]
+    assert _dead_id([(1, 9), (1, 8), (2, 9), None], words)[0] == 1
+    assert _dead_id([(1, 9), (0, 8), (2, 9), (1, 3), None], words)[0] is None
+    assert _dead_id([None, None], words)[0] is None
+
+
+def test_the_text_distant_cluster_is_the_largest_that_lies_away_from_words():
+    words = torch.nn.functional.normalize(torch.ones(8), dim=0)
+    near = words + 0.01 * torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    far = -words + 0.01 * torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    found = text_distant_cluster(torch.cat([near, far]), words)
+    assert found.tolist() == [False] * 6 + [True] * 4
+    assert not text_distant_cluster(torch.eye(8), words).any()  # no cluster of two
+
+
+@pytest.mark.parametrize("membership", MEMBERSHIPS)
+@pytest.mark.parametrize("sinks", ["measured", "top3"])
+def test_the_groups_are_a_partition(tiny, prompts, reference, membership, sinks):
+    several = with_every_group(tiny, prompts, reference)
+    found = token_groups_of(tiny, prompts, several, membership, sinks)
+    for groups, prompt in zip(found, prompts, strict=True):
+        masks = torch.stack(list(groups.named.values()))
+        assert masks.shape == (4, len(prompt.grid)) and bool((masks.sum(0) == 1).all())
+        assert [name for name, mask in groups.named.items() if mask[0]] == groups.names[:1]
+        for name, met in groups.met.items():
+            assert not (groups.named[name] & ~met).any()
+    total = torch.stack([torch.stack(list(groups.named.values())).sum(1) for groups in found]).sum(0)
+    assert bool((total > 0).sum() >= 3), "the test needs several groups with tokens"
+
+
+def test_membership_equals_its_definition(tiny, prompts, reference):
+    several = with_every_group(tiny, prompts, reference)
+    tokens = prompts[0].embeds[prompts[0].visual]
+    rows = torch.nn.functional.normalize(tiny.input_embeddings, dim=-1)
+    cosines = torch.nn.functional.normalize(tokens, dim=-1) @ rows.T
+    expected = [several.dead_id in row.topk(3).indices.tolist() for row in cosines]
+    groups = token_groups(tiny, prompts[0], several)
+    assert groups.met["dead"].tolist() == expected and any(expected)
+    norms = tiny.tower_states(prompts[:1])[0, -1].norm(dim=-1)
+    assert groups.met["ViT sink"].tolist() == (norms > several.vit_norm).tolist()
+    assert not near_word(tokens, EmbedLens.from_model(tiny), None).any()
+
+
+def test_one_by_one_equals_together(tiny, prompts, reference):
+    several = with_every_group(tiny, prompts, reference)
+    together = token_groups_of(tiny, prompts, several, batch_size=2)
+    for groups, prompt in zip(together, prompts, strict=True):
+        assert groups.names == token_groups(tiny, prompt, several).names
+
+
+def test_a_model_without_groups_has_all_tokens_alive(tiny, prompts, reference):
+    none = replace(reference, vit_norm=None, sink_dims=(), sink_layer=None, phi_threshold=None, dead_id=None)
+    for membership in ("top3", "centroid"):
+        assert bool(token_groups(tiny, prompts[0], none, membership).alive.all())
+
+
+def test_a_reference_survives_the_disk_and_another_models_is_refused(tiny, prompts, reference, tmp_path):
+    file = tmp_path / "reference.json"
+    reference.write(file)
+    assert Reference.read(file) == reference
+    file.write_text("{}")
+    with pytest.raises(EmbedLensError, match="write it again"):
+        Reference.read(file)
+    file.write_text("{")
+    with pytest.raises(EmbedLensError, match="no JSON"):
+        Reference.read(file)
+    with pytest.raises(EmbedLensError, match="no reference at"):
+        Reference.read(tmp_path / "absent.json")
+    with pytest.raises(EmbedLensError, match="run discover on this model"):
+        token_groups(tiny, prompts[0], replace(reference, width=4096))
+
+
+def test_unknown_choices_and_too_few_pictures_are_refused(tiny, prompts, reference):
+    with pytest.raises(EmbedLensError, match="unknown membership"):
+        token_groups(tiny, prompts[0], reference, "nearest")
+    with pytest.raises(EmbedLensError, match="unknown way to tell sinks"):
+        token_groups(tiny, prompts[0], reference, sinks="norm")
+    with pytest.raises(EmbedLensError, match="at least two"):
+        discover(tiny, samples.load("miniworld", n=1))
+    with pytest.raises(EmbedLensError, match="overlap or leave tokens out"):
+        some = torch.ones(4, dtype=torch.bool)
+        TokenGroups(some, some, some, some, {})
+
+
+def test_every_group_says_how_it_was_found(miniature):
+    reference = reference_of(miniature)
+    assert set(reference.notes) == {"ViT sink", "LLM sink", "dead"}
+    assert reference_of(miniature) is reference
