@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training import talk, tower
+from training import data, talk, tower
 from training.data import Encoder, conversations
 from training.recipe import CPU, QUICK, RECIPES, Stage
-from training.ship import ship
+from training.ship import continued, ship
+from training.shipped import shipped
 
 SHORT = Stage(steps=20, batch=2, lr=1e-3, warmup=2)
 TINY = replace(
@@ -131,10 +132,37 @@ def test_what_training_asks_is_what_the_processor_writes(tokenizer, trained, tmp
 
 
 def test_recipes_are_named_and_the_shipped_model_is_one_of_them(miniature):
-    assert set(RECIPES) == {"cpu", "quick", "gpu"}
+    assert set(RECIPES) == {"cpu", "quick", "onward", "gpu"}
     assert miniature.hf.config.text_config.hidden_size in {CPU.text_width, RECIPES["gpu"].text_width}
 
 
 def test_a_missing_stage_says_which_command_makes_it(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="--stage tower"):
         talk.assembled(TINY, tokenizer, tmp_path)
+
+
+def test_an_onward_training_begins_at_what_ships_and_sees_other_pictures(miniature):
+    onward = RECIPES["onward"]
+    tower.Captioner(onward, len(miniature.tokenizer)).vision.load_state_dict(shipped().model.vision_tower.state_dict())
+    indices = [data.seeded(recipe, "tower", "train", 0).random() for recipe in (CPU, onward)]
+    assert indices[0] != indices[1]
+    heldout = [data.seeded(recipe, "tower", "heldout", 0).random() for recipe in (CPU, onward)]
+    assert heldout[0] == heldout[1]  # measured on the same pictures, so that the curves go on
+    early, late = (data.options(onward, progress, "tower") for progress in (0.0, 0.9))
+    assert early["writing"] > 1 and early["lengths"][0] > 0.9 and "writing" not in late
+
+
+def test_the_log_of_an_onward_training_continues_the_one_before():
+    def log(name, steps):
+        entries = [
+            {"step": step, "samples": 2 * step, "seconds": 0.5 * step, "loss": 1.0} for step in range(1, steps + 1)
+        ]
+        stage = {"steps": steps, "seconds": steps // 2, "log": entries}
+        history = [{"stage": "tower", "step": 1, "change": "shortened"}]
+        return {"recipe": {"name": name}, "stages": {"tower": stage}, "history": history}
+
+    both = continued(log("cpu", 4), log("onward", 6))
+    assert [entry["step"] for entry in both["stages"]["tower"]["log"]] == list(range(1, 11))
+    assert both["stages"]["tower"]["log"][-1]["samples"] == 20 and both["stages"]["tower"]["steps"] == 10
+    assert [entry["step"] for entry in both["history"]] == [1, 4, 5]
+    assert both["recipe"]["name"] == "onward"

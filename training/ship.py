@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
@@ -67,10 +70,8 @@ def written(
     processor_of(recipe, tokenizer).save_pretrained(home)
 
 
-def logs(recipe: Recipe, folder: Path) -> dict[str, object]:
+def logs(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Settings, every stage's curve with its held-out measurements, and what was changed on the way."""
-    import dataclasses
-
     stages = {}
     for stage in ("tower", "language", "alignment", "tuning"):
         state = torch.load(folder / f"{stage}.pt", weights_only=True, map_location="cpu")
@@ -84,11 +85,42 @@ def logs(recipe: Recipe, folder: Path) -> dict[str, object]:
     }
 
 
+def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The log of an onward training behind the log of what it went on from: one curve per stage."""
+    stages: dict[str, Any] = {}
+    history = list(before["history"])
+    for stage, run in now["stages"].items():
+        past = before["stages"][stage]
+        already = {"step": past["steps"], "samples": past["log"][-1]["samples"], "seconds": past["seconds"]}
+        log = [{**entry, **{key: entry[key] + more for key, more in already.items()}} for entry in run["log"]]
+        stages[stage] = {
+            "steps": past["steps"] + run["steps"],
+            "seconds": past["seconds"] + run["seconds"],
+            "log": past["log"] + log,
+        }
+        history.append(
+            {
+                "stage": stage,
+                "step": past["steps"],
+                "change": f"a further training (recipe {now['recipe']['name']}) of {run['steps']:,} steps from the weights "
+                "that shipped until then, with a fresh optimiser and new pictures",
+            }
+        )
+        history += [{**e, "step": e["step"] + past["steps"]} for e in now["history"] if e["stage"] == stage]
+    return {**now, "stages": stages, "history": history}
+
+
 def ship(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, home: Path = HOME) -> None:
     model = assembled(recipe, tokenizer, folder)
     model.set_attn_implementation("sdpa")
+    log = logs(recipe, folder)
+    if recipe.onward:
+        kept = folder / "before.json"  # of what this training began at, in case it is shipped twice
+        if not kept.exists():
+            shutil.copy(HOME / "training.json", kept)
+        log = continued(json.loads(kept.read_text()), log)
     written(model, recipe, tokenizer, home)
-    (home / "training.json").write_text(json.dumps(logs(recipe, folder), separators=(",", ":")) + "\n")
+    (home / "training.json").write_text(json.dumps(log, separators=(",", ":")) + "\n")
     (home / "model.safetensors").chmod(0o644)
     size = sum(file.stat().st_size for file in home.iterdir()) / 1e6
     print(f"shipped {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {size:.1f} MB")
