@@ -102,8 +102,8 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             {
                 "stage": stage,
                 "step": past["steps"],
-                "change": f"a further training (recipe {now['recipe']['name']}) of {run['steps']:,} steps from the weights "
-                "that shipped until then, with a fresh optimiser and new pictures",
+                "change": f"a further training (recipe {now['recipe']['name']}) of {run['steps']:,} steps from the "
+                "weights that shipped until then, with a fresh optimiser and new pictures",
             }
         )
         history += [{**e, "step": e["step"] + past["steps"]} for e in now["history"] if e["stage"] == stage]
