@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from embedlens.clusters import anchor_clusters, centroids
+from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
 from embedlens.samples import Sample, load
@@ -164,11 +164,6 @@ def phi(h: Float[Tensor, "*batch d"], dims: Sequence[int]) -> Float[Tensor, "*ba
     if not all(0 <= index < h.shape[-1] for index in dims):
         raise EmbedLensError(f"sink dimensions {tuple(dims)} of vectors of width {h.shape[-1]}: pass 0 to width - 1")
     return ratios(h)[..., list(dims)].amax(-1)
-
-
-def text_centroid(model: VisionLanguageModel) -> Float[Tensor, " d"]:
-    """Where words lie: the mean direction of all input embeddings, length one."""
-    return _direction(model.input_embeddings)
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -340,7 +335,7 @@ def text_distant_cluster(
 
     Args:
         tokens: visual tokens of one picture as they enter layer 0.
-        words: `text_centroid` of the model.
+        words: `clusters.text_centroid` of the model.
         threshold: cosine of the anchor clusters; a cluster has at least two tokens.
     """
     labels = anchor_clusters(tokens.float(), threshold)
