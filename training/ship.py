@@ -102,6 +102,7 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             {
                 "stage": stage,
                 "step": past["steps"],
+                "further": True,
                 "change": f"a further training (recipe {now['recipe']['name']}) of {run['steps']:,} steps from the "
                 "weights that shipped until then, with a fresh optimiser and new pictures",
             }
