@@ -14,8 +14,8 @@ import embedlens
 MODULES = ["errors", "pictures", "patches", "families", "vlm", "words", "lenses", "probe", "__main__"]
 # Lowest floor first; a module imports only from floors below its own.
 FLOORS = {"errors": -1, "intervals": 0, "pictures": -0.5, "patches": 0, "words": 0, "samples": 0}
-FLOORS |= {"families": 1, "vlm": 1.5, "lenses": 2, "tracing": 2}
-FLOORS |= {"clusters": 3, "hubs": 3, "labels": 3, "tasks": 3, "claims": 4, "figures": 5, "probe": 6}
+FLOORS |= {"families": 1, "vlm": 1.5, "lenses": 2, "tracing": 2, "interventions": 2}
+FLOORS |= {"clusters": 3, "hubs": 3, "labels": 3, "tasks": 3, "claims": 4, "figures": 5, "probe": 6, "card": 6}
 FLOORS |= {"study": 4}
 FLOORS |= {"groups": 3.5}
 

@@ -21,6 +21,13 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.groups import TokenGroups as TokenGroups
     from embedlens.groups import discover as discover
     from embedlens.groups import token_groups as token_groups
+    from embedlens.interventions import EnterAt as EnterAt
+    from embedlens.interventions import Prune as Prune
+    from embedlens.interventions import ReleasedLayer0 as ReleasedLayer0
+    from embedlens.interventions import Rescale as Rescale
+    from embedlens.interventions import Silence as Silence
+    from embedlens.interventions import SkipSublayers as SkipSublayers
+    from embedlens.interventions import intervene as intervene
     from embedlens.lenses import EmbedLens as EmbedLens
     from embedlens.lenses import Lens as Lens
     from embedlens.lenses import LogitLens as LogitLens
@@ -60,6 +67,13 @@ _HOME = {
     "TokenGroups": "groups",
     "discover": "groups",
     "token_groups": "groups",
+    "intervene": "interventions",
+    "Prune": "interventions",
+    "SkipSublayers": "interventions",
+    "Silence": "interventions",
+    "EnterAt": "interventions",
+    "Rescale": "interventions",
+    "ReleasedLayer0": "interventions",
     "run": "study",
 }
 

@@ -83,35 +83,40 @@ def traces(
 ) -> Iterator[Trace]:
     """`trace` of several prompts, run together and padded on the right; one trace after the other, in order.
 
-    Only `batch_size` traces are held at a time. Masks of all prompts need the same names.
+    Only `batch_size` traces are held at a time. Masks of all prompts need the same names. Under `embedlens.Prune` a
+    trace has the remaining rows only; masks are still given for the whole prompt.
     """
     if masks is not None and len(masks) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
     for start, batch in model.batches(prompts, batch_size):
-        embeds, padding = model.padded(batch)
         named = [] if masks is None else list(masks[start : start + len(batch)])
-        indicators = _indicators(named, batch, embeds)
         middle: list[Tensor] = []
         mass: list[Tensor] = []
-        weighing = nullcontext() if indicators is None else _weighing(model, indicators, mass)
-        with model.recording(middle) as seen, weighing, torch.no_grad():
-            model.decoder(inputs_embeds=embeds, attention_mask=padding, use_cache=False)
+        with model.running(batch, start, len(prompts)) as entered:
+            embeds, padding = model.padded(entered)
+            indicators = _indicators(named, batch, entered, embeds)
+            weighing = nullcontext() if indicators is None else _weighing(model, indicators, mass)
+            with model.recording(middle) as seen, weighing, torch.no_grad():
+                model.decoder(inputs_embeds=embeds, attention_mask=padding, use_cache=False)
         stream, mid = (torch.stack([h.to(embeds.device) for h in part], dim=1) for part in (seen, middle))
         names = list(named[0]) if named else []
-        for row, prompt in enumerate(batch):
+        for row, prompt in enumerate(entered):
             attention = {name: torch.stack([m[row, : len(prompt), g] for m in mass]) for g, name in enumerate(names)}
             yield Trace(stream[row, :, : len(prompt)], mid[row, :, : len(prompt)], attention)
 
 
 def _indicators(
-    masks: Sequence[Mapping[str, Bool[Tensor, " _"]]], prompts: Sequence[Prompt], embeds: Float[Tensor, "b s d"]
+    masks: Sequence[Mapping[str, Bool[Tensor, " _"]]],
+    prompts: Sequence[Prompt],
+    entered: Sequence[Prompt],
+    embeds: Float[Tensor, "b s d"],
 ) -> Float[Tensor, "b s g"] | None:
     """1 where a key belongs to a set, one column per name; None if nothing is asked."""
     if not masks or not masks[0]:
         return None
     names = list(masks[0])
     columns = embeds.new_zeros(*embeds.shape[:2], len(names))
-    for row, (named, prompt) in enumerate(zip(masks, prompts, strict=True)):
+    for row, (named, prompt, short) in enumerate(zip(masks, prompts, entered, strict=True)):
         if list(named) != names:
             raise EmbedLensError(f"the masks of one prompt are {list(named)}, of another {names}: use the same names")
         for column, (name, mask) in enumerate(named.items()):
@@ -120,7 +125,10 @@ def _indicators(
                     f"the mask {name!r} has shape {tuple(mask.shape)}, the prompt {len(prompt)} positions: "
                     "a mask covers the whole prompt, text included"
                 )
-            columns[row, : len(prompt), column] = mask.to(columns.device, columns.dtype)
+            kept = mask.to(columns.device)
+            if short.rows is not None and len(short) < len(prompt):  # an intervention took rows out
+                kept = kept[short.rows]
+            columns[row, : len(short), column] = kept.to(columns.dtype)
     return columns
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -54,6 +54,8 @@ class Prompt:
     grid: PatchGrid
     pixel_values: Float[Tensor, "1 3 height width"] = field(repr=False)
     """What entered the vision tower."""
+    rows: Int[Tensor, " s"] | None = field(default=None, repr=False)
+    """Which rows of the prompt as written these are; None: all. `grid` still describes the whole picture."""
 
     def __post_init__(self) -> None:
         length = len(self.ids)
@@ -75,8 +77,15 @@ class Prompt:
         """The same prompt with its projected visual tokens multiplied by `factor`."""
         return replace(self, embeds=torch.where(self.visual[:, None], self.embeds * factor, self.embeds))
 
+    def without(self, mask: Bool[Tensor, " n"]) -> Prompt:
+        """The same prompt, physically shorter by the masked visual tokens. Run as it is, its positions count anew."""
+        kept = (~self.spread(mask)).nonzero()[:, 0]
+        return replace(self, ids=self.ids[kept], embeds=self.embeds[kept], visual=self.visual[kept], rows=kept)
+
     def spread(self, mask: Bool[Tensor, " n"]) -> Bool[Tensor, " s"]:
         """A mask over visual tokens as a mask over all positions."""
+        if self.rows is not None:
+            raise EmbedLensError("this prompt has lost visual tokens already: spread the mask on the whole prompt")
         if mask.shape != (len(self.grid),):
             raise EmbedLensError(
                 f"the mask has shape {tuple(mask.shape)}, the picture {len(self.grid)} visual tokens: pass one "
@@ -120,6 +129,7 @@ class VisionLanguageModel:
         input_embeddings: Float[V, d], the embedding rows of the tokenizer's vocabulary; never padded rows.
         unembed: final norm and head, `unembed(h) → logits`.
         tied: whether embedding and head are one matrix.
+        intervention: set by `embedlens.intervene` for the time of its block; `running` tells it the prompts.
     """
 
     def __init__(self, hf: PreTrainedModel, processor: Any, name: str, preprocessing: str = "letterbox") -> None:
@@ -141,6 +151,7 @@ class VisionLanguageModel:
         self._n_rows = _real_rows(processor.tokenizer, self.family.image_token_id(hf), len(self._embedding), name)
         self.unembed = Unembed(self._module("final_norm"), head, self._n_rows)
         self.tied = head.weight.data_ptr() == self._embedding.data_ptr()
+        self.intervention: Callable[..., AbstractContextManager[Sequence[Prompt]]] | None = None
         self._check()
 
     def __repr__(self) -> str:
@@ -301,7 +312,8 @@ class VisionLanguageModel:
     @torch.no_grad()
     def logits(self, prompt: Prompt) -> Float[Tensor, "s V"]:
         """Next-token logits at every position, real rows only."""
-        output = self.hf(inputs_embeds=prompt.embeds[None], use_cache=False)
+        with self.running([prompt]) as (entered,):
+            output = self.hf(inputs_embeds=entered.embeds[None], use_cache=False)
         return output.logits[0, :, : self._n_rows]
 
     def hidden_states(self, prompt: Prompt) -> Float[Tensor, "layers s d"]:
@@ -315,13 +327,13 @@ class VisionLanguageModel:
     def hidden_states_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> list[Float[Tensor, "layers s d"]]:
         """`hidden_states` of several prompts, run together and padded on the right."""
         streams: list[Tensor] = []
-        for _, batch in self.batches(prompts, batch_size):
-            embeds, mask = self.padded(batch)
-            with self.recording() as layers, torch.no_grad():
+        for start, batch in self.batches(prompts, batch_size):
+            with self.running(batch, start, len(prompts)) as entered, self.recording() as layers, torch.no_grad():
+                embeds, mask = self.padded(entered)
                 self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
             # one device for all layers: with device_map the blocks may live on several
             stacked = torch.stack([layer.to(embeds.device) for layer in layers], dim=1)
-            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, batch, strict=True)]
+            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, entered, strict=True)]
         return streams
 
     @staticmethod
@@ -331,6 +343,31 @@ class VisionLanguageModel:
             raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
         for start in range(0, len(prompts), batch_size):
             yield start, prompts[start : start + batch_size]
+
+    @contextmanager
+    def running(
+        self,
+        prompts: Sequence[Prompt],
+        start: int = 0,
+        total: int | None = None,
+        side: Literal["left", "right"] = "right",
+    ) -> Iterator[Sequence[Prompt]]:
+        """The prompts that the forward in the block runs, as they enter layer 0.
+
+        Without an intervention they are the ones given. An active one learns here which positions are visual, and may
+        hand back others: rescaled, or shorter.
+
+        Args:
+            prompts: one batch.
+            start: index of its first prompt among all that the caller was given.
+            total: how many those are; by default the batch is all.
+            side: on which side the batch is padded.
+        """
+        if self.intervention is None:
+            yield prompts
+            return
+        with self.intervention(prompts, start, len(prompts) if total is None else total, side) as entered:
+            yield entered
 
     @staticmethod
     def padded(
@@ -401,11 +438,12 @@ class VisionLanguageModel:
             pad_token_id=pad,
         )
         texts: list[str] = []
-        for _, batch in self.batches(prompts, batch_size):
-            embeds, mask = self.padded(batch, side="left")
-            if mask is None:
-                mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=greedy)
+        for start, batch in self.batches(prompts, batch_size):
+            with self.running(batch, start, len(prompts), side="left") as entered:
+                embeds, mask = self.padded(entered, side="left")
+                if mask is None:
+                    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+                new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=greedy)
             texts += [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
         return texts
 

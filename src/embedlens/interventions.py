@@ -1,0 +1,478 @@
+"""What a model answers when visual tokens are pruned, frozen, silenced, entered late or rescaled.
+
+An intervention is a small frozen value. `intervene` applies one or several to the stock Hugging Face modules with
+hooks, in prefill and while decoding, and takes the hooks away at the end of its block:
+
+    with el.intervene(model, el.Prune(mask)) as run:
+        model.answer(prompt)
+
+The prompts reach the engine through `model.running`, which `model.answer(s)`, `model.logits`, `model.hidden_states`,
+`model.hidden_states_of` and `el.trace(s)` call. A forward that is not announced there is refused, as nobody could say
+which of its positions are visual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from embedlens.errors import EmbedLensError
+
+if TYPE_CHECKING:
+    from embedlens.vlm import Prompt, VisionLanguageModel
+
+Masks: TypeAlias = Tensor | Sequence[Tensor]
+"""Bool[n_visual] for one prompt, or one such mask per prompt, in the order in which the model is given the prompts."""
+
+# --- the values ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Prune:
+    """Take visual tokens out of the sequence before layer 0, as if the picture had never had them.
+
+    What remains runs as a physically shorter sequence: hidden states, logits and traces have only the remaining rows,
+    those of `prompt.without(mask)`, and the cache is shorter at every layer. The vision tower has still seen all.
+
+    `positions="keep"` leaves gaps in the rotary positions, as the released code does (Section 5 of the paper), and
+    decoding goes on at the length of the whole prompt; `"renumber"` closes the gaps.
+
+    >>> Prune(torch.tensor([True, True]))
+    Traceback (most recent call last):
+        ...
+    embedlens.errors.EmbedLensError: Prune removes all 2 visual tokens of a picture; keep at least one (mask has no
+    False)
+    """
+
+    mask: Masks
+    """True = removed. In a sequence single masks may be empty, but not all."""
+    positions: Literal["keep", "renumber"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("keep", "renumber"):
+            raise EmbedLensError(f"positions is {self.positions!r}: pass 'keep' or 'renumber'")
+        for mask in _checked_masks(self):
+            if bool(mask.all()):
+                raise EmbedLensError(
+                    f"Prune removes all {len(mask)} visual tokens of a picture; keep at least one (mask has no False)"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class SkipSublayers:
+    """Zero what some sublayers add to masked visual tokens: their rows pass through unchanged.
+
+    The rows still serve keys and values, from their own un-updated state, so others keep reading them. With masks of
+    sink tokens these are the paper's sublayer-skipping arms (Section 5.1): MLP-2 there, which counts from 1, is 1.5.
+    """
+
+    mask: Masks
+    """True = not updated. In a sequence single masks may be empty, but not all."""
+    at: Sequence[float]
+    """n: the attention of layer n; n + 0.5: its MLP; 0-based."""
+
+    def __post_init__(self) -> None:
+        _checked_masks(self)
+        if not len(self.at):
+            raise EmbedLensError(
+                "SkipSublayers skips nothing: name sublayers, for example at=[1.5] for the MLP of layer 1"
+            )
+        for place in self.at:
+            if place < 0 or 2 * place != int(2 * place):
+                raise EmbedLensError(
+                    f"there is no sublayer {place}: pass n for the attention of layer n, n + 0.5 for its MLP"
+                )
+        object.__setattr__(self, "at", tuple(float(place) for place in self.at))
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Zero what one kind of sublayer adds to all visual positions (the paper's -vMHA and -vFFN, Section 7.2).
+
+    Visual positions still serve keys and values, so text keeps reading them. The released code does something else at
+    the attention of layer 0; `ReleasedLayer0` adds that.
+    """
+
+    sublayer: Literal["attention", "mlp"]
+    layers: Sequence[int] | None = None
+    """0-based; None: all."""
+
+    def __post_init__(self) -> None:
+        if self.sublayer not in ("attention", "mlp"):
+            raise EmbedLensError(f"there is no sublayer {self.sublayer!r}: pass 'attention' or 'mlp'")
+        if self.layers is not None:
+            if not len(self.layers):
+                raise EmbedLensError("Silence silences nothing: name layers, or leave layers out for all of them")
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+
+@dataclass(frozen=True)
+class EnterAt:
+    """Let visual tokens join the sequence at a later layer (the paper's L_in, Section 7.2).
+
+    Blocks below `layer` run the text alone, at its original positions; at `layer` the projected visual tokens stand
+    there as they left the projector. In traces they wait unchanged below it. EnterAt(0) is the plain run.
+    """
+
+    layer: int
+    """The first block that sees visual tokens, 0-based."""
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.factor):
+            raise EmbedLensError(f"the factor is {self.factor}: pass a finite number")
+
+
+@dataclass(frozen=True)
+class ReleasedLayer0:
+    """What the released code also does when it skips the attention of layer 0, whichever tokens are skipped.
+
+    In that layer visual queries lose all visual keys, and their weights are not normalised anew; every later query
+    moves its whole attention on visual tokens to the first of them. The paper does not mention it. It acts in prefill
+    only, as released, and leaves updates in place: `intervene(model, Silence("attention"), ReleasedLayer0())` is the
+    released -vMHA, `Silence("attention")` alone the described one. Attention masses in a trace are those before the
+    rewriting.
+    """
+
+
+Intervention: TypeAlias = Prune | SkipSublayers | Silence | EnterAt | Rescale | ReleasedLayer0
+
+
+def _checked_masks(value: Prune | SkipSublayers) -> tuple[Tensor, ...]:
+    name = type(value).__name__
+    masks = (value.mask,) if isinstance(value.mask, Tensor) else tuple(value.mask)
+    for mask in masks:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise EmbedLensError(f"the mask of {name} is {kind}: pass a torch.bool tensor, True where it acts")
+        if mask.ndim != 1:
+            raise EmbedLensError(
+                f"the mask of {name} has shape {tuple(mask.shape)}: pass one True or False per visual token, and a "
+                "list of such masks for several prompts"
+            )
+    if not any(bool(mask.any()) for mask in masks):
+        raise EmbedLensError(
+            f"the mask of {name} is empty: mark at least one visual token, or run without the intervention"
+        )
+    return masks
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Prompts about to run, in the layout in which they are padded."""
+
+    entered: Sequence[Prompt]
+    visual: Bool[Tensor, "b s"]
+    frozen: dict[int, Bool[Tensor, "b s"]]
+    """Index of an intervention → rows whose updates it zeroes; left out where there are none."""
+    positions: Int[Tensor, "b s"] | None
+    """Rotary positions, if they are not the stock ones."""
+    next_position: Int[Tensor, " b"]
+    pruned: bool
+
+
+class Run:
+    """What an `intervene` block hands out: how often its interventions acted.
+
+    Attributes:
+        counts: per intervention, in the order given, the number of module calls that it changed. Prune, Rescale and
+            EnterAt(0) count forwards of prompts, the others sublayers or blocks.
+    """
+
+    def __init__(self, model: VisionLanguageModel, interventions: tuple[Intervention, ...]) -> None:
+        self.model = model
+        self.interventions = interventions
+        self.counts = [0] * len(interventions)
+        self._sublayers = {
+            index: _sublayers(value, model.n_layers, model.name) for index, value in enumerate(interventions)
+        }
+        self._batch: _Batch | None = None
+        self._prefill = False
+        self._cached = 0
+        self._masks: dict[int, Tensor] = {}
+
+    @property
+    def fired(self) -> int:
+        """How often all of them together acted."""
+        return sum(self.counts)
+
+    def _of(self, kind: type) -> list[tuple[int, Any]]:
+        return [(index, value) for index, value in enumerate(self.interventions) if isinstance(value, kind)]
+
+    # Before a forward: which prompts, and which of their rows -------------------------------------------------------
+
+    @contextmanager
+    def _admit(
+        self, prompts: Sequence[Prompt], start: int, total: int, side: Literal["left", "right"]
+    ) -> Iterator[Sequence[Prompt]]:
+        """Called by `model.running`: the prompts as they enter layer 0."""
+        self._batch = self._prepare(prompts, start, total, side)
+        try:
+            yield self._batch.entered
+        finally:
+            self._batch = None
+            self._masks.clear()
+
+    def _prepare(self, prompts: Sequence[Prompt], start: int, total: int, side: Literal["left", "right"]) -> _Batch:
+        masks = {
+            index: _masks_of(value, prompts, start, total)
+            for kind in (Prune, SkipSublayers)
+            for index, value in self._of(kind)
+        }
+        entered, keep = list(prompts), False
+        for _, rescale in self._of(Rescale):
+            entered = [prompt.rescaled(rescale.factor) for prompt in entered]
+        for index, prune in self._of(Prune):
+            entered = [prompt.without(mask) for prompt, mask in zip(entered, masks[index], strict=True)]
+            keep = prune.positions == "keep"
+        rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
+
+        def laid_out(parts: Sequence[Tensor]) -> Tensor:
+            longest = max(map(len, parts))
+            whole = parts[0].new_zeros(len(parts), longest)
+            for row, part in enumerate(parts):
+                begin = longest - len(part) if side == "left" else 0
+                whole[row, begin : begin + len(part)] = part
+            return whole
+
+        visual = laid_out([prompt.visual for prompt in entered])
+        frozen = {}
+        for index, value in enumerate(self.interventions):
+            if isinstance(value, SkipSublayers):
+                whole = [prompt.spread(mask) for prompt, mask in zip(prompts, masks[index], strict=True)]
+                frozen[index] = laid_out([mask[kept] for mask, kept in zip(whole, rows, strict=True)])
+            elif isinstance(value, (Silence, EnterAt)):
+                frozen[index] = visual
+        return _Batch(
+            entered,
+            visual,
+            {index: mask for index, mask in frozen.items() if bool(mask.any())},
+            laid_out(rows) if keep else None,
+            torch.tensor([len(prompt) for prompt in prompts], device=visual.device),
+            any(bool(mask.any()) for index, _ in self._of(Prune) for mask in masks[index]),
+        )
+
+    # While it runs ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """Everything that is changed on the model, for the time of the block."""
+        model = self.model
+        if model.intervention is not None:
+            raise EmbedLensError("an intervention is active already: pass all of them to one intervene(model, a, b)")
+        with ExitStack() as stack:
+            model.intervention = self._admit
+            stack.callback(setattr, model, "intervention", None)
+
+            def hooked(hook: Any) -> None:
+                stack.callback(hook.remove)
+
+            hooked(model.decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
+            acting: dict[tuple[int, str], list[int]] = {}
+            for index, places in self._sublayers.items():
+                for place in places:
+                    acting.setdefault(place, []).append(index)
+            for (layer, role), indices in acting.items():
+                hooked(model.part(layer, role).register_forward_hook(self._freezing(indices)))
+            for index, entry in self._of(EnterAt):
+                for block in model.blocks[: entry.layer]:
+                    hooked(block.register_forward_pre_hook(self._hiding(index), with_kwargs=True))
+            for index, _ in self._of(ReleasedLayer0):
+                stack.enter_context(self._rewriting(index))
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Before the decoder: is this what was announced, and at which positions does it stand?"""
+        batch = self._batch
+        if batch is None:
+            raise EmbedLensError(
+                "an intervention is active, but this forward was not announced: call model.answer, model.logits, "
+                "model.hidden_states or el.trace, or wrap the call in `with model.running([prompt])`"
+            )
+        embeds, past = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        self._cached = 0 if past is None else past.get_seq_length()
+        self._prefill = self._cached == 0
+        self._masks.clear()
+        if self._prefill and embeds.shape[:2] != batch.visual.shape:
+            raise EmbedLensError(
+                f"the forward runs embeddings of shape {tuple(embeds.shape[:2])}, announced were "
+                f"{tuple(batch.visual.shape)}: run what model.running returned, and generate with a cache"
+            )
+        if self._prefill:
+            for index, value in enumerate(self.interventions):
+                whole = isinstance(value, Rescale) or (isinstance(value, EnterAt) and value.layer == 0)
+                self.counts[index] += whole or (isinstance(value, Prune) and batch.pruned)
+        if batch.positions is None:
+            return None
+        kwargs = dict(kwargs)
+        if self._prefill:
+            kwargs["position_ids"] = batch.positions.to(embeds.device)
+            if kwargs.get("attention_mask") is None:
+                # Without a mask transformers takes a gap in the positions for the start of another sequence.
+                kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        else:
+            new = self._cached - batch.visual.shape[1] + torch.arange(embeds.shape[1], device=embeds.device)
+            kwargs["position_ids"] = batch.next_position.to(embeds.device)[:, None] + new
+        return args, kwargs
+
+    def _freezing(self, indices: Sequence[int]) -> Callable[..., Any]:
+        """After a sublayer: its update is zero in the rows of these interventions. New tokens are never among them."""
+
+        def freeze(module: nn.Module, args: tuple, output: Any) -> Any:
+            batch = cast(_Batch, self._batch)
+            acting = [index for index in indices if index in batch.frozen] if self._prefill else []
+            if not acting:
+                return None
+            update = output[0] if isinstance(output, tuple) else output
+            rows = torch.stack([batch.frozen[index] for index in acting]).any(0).to(update.device)
+            for index in acting:
+                self.counts[index] += 1
+            update = update.masked_fill(rows[..., None], 0)
+            return (update, *output[1:]) if isinstance(output, tuple) else update
+
+        return freeze
+
+    def _hiding(self, index: int) -> Callable[..., Any]:
+        """Before a block below the entry: no text query sees a visual key, in prefill or from the cache."""
+
+        def hide(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            stock = kwargs.get("attention_mask")
+            key = id(stock)  # alive as long as the forward; most models pass one mask to all blocks
+            if key not in self._masks:
+                self._masks[key] = self._text_only(stock, hidden)
+            self.counts[index] += 1
+            return args, {**kwargs, "attention_mask": self._masks[key].to(hidden.device)}
+
+        return hide
+
+    def _text_only(self, stock: Tensor | None, hidden: Tensor) -> Tensor:
+        """The stock mask Bool or Float[b, 1, q, k], where text queries do not see visual keys."""
+        queries, device = hidden.shape[1], hidden.device
+        keys = self._cached + queries if stock is None else stock.shape[-1]
+        visual = cast(_Batch, self._batch).visual.to(device)
+        hidden_keys = nn.functional.pad(visual, (0, keys - visual.shape[1]))[:, None, None, :]
+        # Visual queries keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
+        text_queries = ~visual[:, None, :, None] if self._prefill else torch.ones((), dtype=torch.bool, device=device)
+        seen = ~(hidden_keys & text_queries)
+        kernel = self.model.decoder.config._attn_implementation
+        if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
+            raise EmbedLensError(
+                f"visual tokens cannot be hidden from {kernel!r} attention: call "
+                "model.hf.set_attn_implementation('sdpa') first"
+            )
+        if stock is None:
+            stock = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+            if kernel == "eager":
+                stock = torch.zeros_like(stock, dtype=hidden.dtype).masked_fill(~stock, torch.finfo(hidden.dtype).min)
+        if stock.dtype == torch.bool:
+            return stock & seen
+        return stock.masked_fill(~seen, torch.finfo(stock.dtype).min)
+
+    @contextmanager
+    def _rewriting(self, index: int) -> Iterator[None]:
+        """The released weights of layer 0, by other values: a weight moved to a key is a value moved to the weight."""
+        if self.model.decoder.config._attn_implementation != "sdpa":
+            raise EmbedLensError("ReleasedLayer0 needs SDPA attention: call model.hf.set_attn_implementation('sdpa')")
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        owner = self.model.part(0, "attention")
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        ) -> Any:
+            if module is not owner or not self._prefill:
+                return stock(module, query, key, value, mask, **options)
+            visual = cast(_Batch, self._batch).visual.to(value.device)
+            first = value[torch.arange(len(value), device=value.device), :, visual.int().argmax(1)]
+            keys = visual[:, None, :, None]
+            moved = torch.where(keys, first[:, :, None], value)
+            later, weights = stock(module, query, key, moved, mask, **options)
+            bare, _ = stock(module, query, key, value.masked_fill(keys, 0), mask, **options)
+            self.counts[index] += 1
+            return torch.where(visual[:, :, None, None], bare, later), weights
+
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+
+
+@contextmanager
+def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Iterator[Run]:
+    """Apply interventions to everything the model runs in the block.
+
+    They compose in any order; two Prune or two EnterAt are refused. Masks always cover all visual tokens of the prompt
+    as written, also beside Prune.
+
+    Raises:
+        EmbedLensError: an intervention that does not fit the model or the prompts, one that never acted by the end of
+            the block, a forward that was not announced by `model.running`, a block inside another.
+    """
+    if not interventions:
+        raise EmbedLensError("no intervention: pass at least one, for example el.Prune(mask)")
+    for kind in (Prune, EnterAt):
+        if sum(isinstance(value, kind) for value in interventions) > 1:
+            raise EmbedLensError(f"several {kind.__name__}: pass one")
+    run = Run(model, interventions)
+    with run._hooked():
+        yield run
+    for value, count in zip(interventions, run.counts, strict=True):
+        if not count:
+            raise EmbedLensError(
+                f"{type(value).__name__} never acted: run a prompt that it changes in the block, with model.answer, "
+                "model.logits, model.hidden_states or el.trace"
+            )
+
+
+def _sublayers(value: Intervention, n_layers: int, name: str) -> list[tuple[int, str]]:
+    """(layer, role) of the sublayers whose update an intervention zeroes."""
+    if isinstance(value, SkipSublayers):
+        wanted = [(int(place), "attention" if place == int(place) else "mlp") for place in sorted(set(value.at))]
+    elif isinstance(value, Silence):
+        layers = range(n_layers) if value.layers is None else value.layers
+        wanted = [(layer, str(value.sublayer)) for layer in dict.fromkeys(layers)]
+    elif isinstance(value, EnterAt):
+        if not 0 <= value.layer < n_layers:
+            raise EmbedLensError(f"there is no layer {value.layer} in {name}: pass 0 to {n_layers - 1}")
+        wanted = [(layer, role) for layer in range(value.layer) for role in ("attention", "mlp")]
+    elif isinstance(value, (Prune, Rescale, ReleasedLayer0)):
+        wanted = []
+    else:
+        raise EmbedLensError(
+            f"{type(value).__name__} is no intervention: pass Prune, SkipSublayers, Silence, EnterAt, Rescale or "
+            "ReleasedLayer0"
+        )
+    for layer, _ in wanted:
+        if not 0 <= layer < n_layers:
+            raise EmbedLensError(f"there is no layer {layer} in {name}: pass 0 to {n_layers - 1}")
+    return wanted
+
+
+def _masks_of(value: Prune | SkipSublayers, prompts: Sequence[Prompt], start: int, total: int) -> Sequence[Tensor]:
+    """The masks of this batch."""
+    masks = (value.mask,) if isinstance(value.mask, Tensor) else value.mask
+    if len(masks) != total:
+        raise EmbedLensError(
+            f"{type(value).__name__} has {len(masks)} masks for {total} prompts: pass a list with one mask per prompt, "
+            "in their order"
+        )
+    return masks[start : start + len(prompts)]
