@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import embedlens as el
-from embedlens import Prune, SkipSublayers, intervene
+from embedlens import EmbedLensError, EnterAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, intervene
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # same sums in another order, or by another kernel
 
@@ -30,6 +33,267 @@ def random_mask(prompt, seed: int = 0, share: float = 0.4) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def prompt(tiny):
     return prompts_of(tiny, 1)[0]
+
+
+def per_prompt(prompts, share: float = 0.4) -> list[torch.Tensor]:
+    return [random_mask(prompt, seed, share) for seed, prompt in enumerate(prompts)]
+
+
+#: Arms by name; each is built from one mask per prompt. All but the last act the same with and without a cache.
+ARMS = {
+    "prune, keep": lambda masks: [Prune(masks)],
+    "prune, renumber": lambda masks: [Prune(masks, positions="renumber")],
+    "skip": lambda masks: [SkipSublayers(masks, at=[0.5, 1])],
+    "silence attention": lambda masks: [Silence("attention")],
+    "silence an mlp": lambda masks: [Silence("mlp", layers=(1,))],
+    "enter at 1": lambda masks: [EnterAt(1)],
+    "enter at 2": lambda masks: [EnterAt(2)],
+    "rescale": lambda masks: [Rescale(0.3)],
+    "several": lambda masks: [
+        Rescale(2.0),
+        EnterAt(1),
+        Prune(masks),
+        Silence("mlp", layers=[2]),
+        SkipSublayers([~mask for mask in masks], at=[1]),
+    ],
+    "released": lambda masks: [Silence("attention"), ReleasedLayer0()],
+}
+CACHED = [name for name in ARMS if name != "released"]
+
+
+@torch.no_grad()
+def stock_logits(model, embeds, positions):
+    """Stock logits of a sequence at given rotary positions. The mask keeps gaps from being read as a new sequence."""
+    mask = torch.ones(1, len(embeds), dtype=torch.long)
+    output = model.hf(inputs_embeds=embeds[None], position_ids=positions[None], attention_mask=mask, use_cache=False)
+    return output.logits[0, :, : len(model.input_embeddings)]
+
+
+def greedy(model, next_logits, steps: int = 8) -> str:
+    """Greedy text without a cache: `next_logits` gives the logits after a list of new ids."""
+    new: list[int] = []
+    while len(new) < steps:
+        new.append(int(next_logits(new).argmax()))
+        if new[-1] == model.tokenizer.eos_token_id:
+            break
+    return model.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def extended(model, prompt, new: list[int]):
+    """The prompt with new tokens at its end."""
+    ids = torch.tensor(new, dtype=prompt.ids.dtype)
+    embeds = torch.cat([prompt.embeds, model.input_embeddings[ids]])
+    visual = torch.cat([prompt.visual, torch.zeros(len(new), dtype=torch.bool)])
+    return replace(prompt, ids=torch.cat([prompt.ids, ids]), embeds=embeds, visual=visual)
+
+
+# --- nothing else is changed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nothing", [Rescale(1.0), EnterAt(0)], ids=repr)
+def test_a_no_op_changes_nothing_bit_for_bit(tiny, nothing):
+    prompts = prompts_of(tiny)
+    plain = [tiny.logits(prompts[0]), *tiny.hidden_states_of(prompts)]
+    texts = tiny.answers(prompts)
+    with intervene(tiny, nothing) as run:
+        seen = [tiny.logits(prompts[0]), *tiny.hidden_states_of(prompts)]
+        assert tiny.answers(prompts) == texts
+    assert run.fired == 3  # one forward of prompts each
+    assert all(map(torch.equal, seen, plain))
+    with intervene(tiny, Rescale(1.01)):
+        assert not torch.equal(tiny.logits(prompts[0]), plain[0])
+
+
+def state(model):
+    """Everything that an intervention may touch on the model, to be compared."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.hf.modules()]
+    return hooks, model.intervention, ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_everything_is_as_before_after_the_block_and_after_an_exception(tiny, prompt, arm):
+    before, logits = state(tiny), tiny.logits(prompt)
+    interventions = ARMS[arm]([random_mask(prompt)])
+    with intervene(tiny, *interventions):
+        assert not torch.equal(tiny.logits(prompt)[-1], logits[-1])
+        assert state(tiny) != before
+    assert state(tiny) == before
+
+    calls = []
+
+    def broken(*_):
+        calls.append(1)
+        if len(calls) == 3:  # in the second step of decoding
+            raise ZeroDivisionError
+
+    hook = tiny.blocks[1].register_forward_hook(broken)
+    with pytest.raises(ZeroDivisionError), intervene(tiny, *interventions):
+        tiny.answer(prompt)
+    hook.remove()
+    assert state(tiny) == before
+    assert torch.equal(tiny.logits(prompt), logits)
+
+
+def test_an_exception_before_anything_fired_is_not_hidden(tiny, prompt):
+    with pytest.raises(ZeroDivisionError), intervene(tiny, Prune(random_mask(prompt))):
+        raise ZeroDivisionError
+
+
+# --- pruning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_pruning_equals_running_the_shorter_sequence(tiny, prompt, positions, seed):
+    mask = random_mask(prompt, seed)
+    kept = ~prompt.spread(mask)
+    rows = kept.nonzero()[:, 0]
+    places = rows if positions == "keep" else torch.arange(len(rows))
+    following = len(prompt) if positions == "keep" else len(rows)
+
+    def shorter(new):
+        embeds = torch.cat([prompt.embeds[kept], tiny.input_embeddings[torch.tensor(new, dtype=torch.long)]])
+        return stock_logits(tiny, embeds, torch.cat([places, following + torch.arange(len(new))]))
+
+    with intervene(tiny, Prune(mask, positions=positions)) as run:
+        pruned, text = tiny.logits(prompt), tiny.answer(prompt, max_new_tokens=8)
+        layers = tiny.hidden_states(prompt)
+    assert run.fired == 3
+    assert pruned.shape == (int(kept.sum()), len(tiny.input_embeddings))
+    assert layers.shape[1] == len(pruned)
+    assert_close(pruned, shorter([]), **CLOSE)
+    assert text == greedy(tiny, lambda new: shorter(new)[-1])
+    assert not torch.allclose(pruned, tiny.logits(prompt)[kept], atol=1e-2)  # it did prune something
+    other = torch.arange(len(rows)) if positions == "keep" else rows
+    assert not torch.allclose(pruned, stock_logits(tiny, prompt.embeds[kept], other), atol=1e-2)
+
+
+def test_a_trace_of_a_pruned_prompt_has_the_remaining_rows_and_takes_whole_masks(tiny, prompt):
+    mask = random_mask(prompt)
+    kept = ~prompt.spread(mask)
+    masks = {"text": prompt.text, "visual": prompt.visual, "gone": prompt.spread(mask)}
+    with intervene(tiny, Prune(mask)):
+        seen = el.trace(tiny, prompt, masks)
+        alone = el.trace(tiny, prompt)
+    assert seen.stream.shape[1] == int(kept.sum())
+    assert torch.equal(seen.sublayers, alone.sublayers)
+    assert_close(seen.attention["text"] + seen.attention["visual"], torch.ones(tiny.n_layers, int(kept.sum())))
+    assert not seen.attention["gone"].any()
+    assert el.trace(tiny, prompt, masks).attention["gone"].any()
+
+
+# --- decoding and batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arm", CACHED)
+def test_decoding_with_a_cache_equals_running_the_whole_sequence_anew(tiny, prompt, arm):
+    """Step by step logits of stock generate against a fresh forward of the prompt with the new tokens."""
+    interventions = ARMS[arm]([random_mask(prompt)])
+    with intervene(tiny, *interventions):
+        with tiny.running([prompt], side="left") as (entered,), torch.no_grad():
+            out = tiny.hf.generate(
+                inputs_embeds=entered.embeds[None],
+                attention_mask=torch.ones(1, len(entered), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=6,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        new = out.sequences[0].tolist()
+        assert len(new) > 2
+        for step in range(len(new)):
+            anew = tiny.logits(extended(tiny, prompt, new[:step]))[-1]
+            assert_close(out.logits[step][0, : len(anew)], anew, **CLOSE)
+    plain = tiny.logits(extended(tiny, prompt, new[:-1]))[-1]
+    assert not torch.allclose(anew, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_batch_of_unequal_lengths_equals_one_by_one(tiny, arm):
+    prompts = prompts_of(tiny, 3)
+    assert len({len(prompt) for prompt in prompts}) == 3
+    masks = per_prompt(prompts)
+    named = [{"some": torch.arange(len(prompt)) % 3 == 0, "visual": prompt.visual} for prompt in prompts]
+    with intervene(tiny, *ARMS[arm](masks)):
+        texts = tiny.answers(prompts, max_new_tokens=8, batch_size=2)
+        streams = tiny.hidden_states_of(prompts, batch_size=2)
+        seen = list(el.traces(tiny, prompts, named, batch_size=2))
+    for index, prompt in enumerate(prompts):
+        with intervene(tiny, *ARMS[arm]([masks[index]])):
+            assert texts[index] == tiny.answer(prompt, max_new_tokens=8)
+            assert_close(streams[index], tiny.hidden_states(prompt), **CLOSE)
+            alone = el.trace(tiny, prompt, named[index])
+        assert_close(seen[index].sublayers, alone.sublayers, **CLOSE)
+        for name in alone.attention:
+            assert_close(seen[index].attention[name], alone.attention[name], **CLOSE)
+        plain = tiny.hidden_states(prompt)[-1, -1]
+        assert not torch.allclose(streams[index][-1, -1], plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("arm", CACHED)
+def test_eager_attention_gives_what_sdpa_gives(tiny, arm):
+    prompts = prompts_of(tiny, 3)
+    with intervene(tiny, *ARMS[arm](per_prompt(prompts))):
+        streams, texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
+        tiny.hf.set_attn_implementation("eager")
+        try:
+            eager, eager_texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
+        finally:
+            tiny.hf.set_attn_implementation("sdpa")
+    assert texts == eager_texts
+    for one, other in zip(eager, streams, strict=True):
+        assert_close(one, other, **CLOSE)
+
+
+def test_a_prompt_with_an_empty_mask_runs_beside_others_as_it_is(tiny):
+    prompts = prompts_of(tiny, 2)
+    masks = [torch.zeros(len(prompts[0].grid), dtype=torch.bool), random_mask(prompts[1])]
+    with intervene(tiny, Prune(masks)):
+        streams = tiny.hidden_states_of(prompts)
+    assert_close(streams[0], tiny.hidden_states(prompts[0]), **CLOSE)
+    assert len(streams[1][0]) < len(prompts[1])
+
+
+# --- entering late ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_entering_late_equals_two_phases_by_hand(tiny, prompt, layer):
+    """Below the entry a physically shorter sequence of text, from there on all rows: the stock blocks, by hand."""
+    places = torch.arange(len(prompt))
+    mask = None
+
+    @torch.no_grad()
+    def by_hand(whole):
+        text, order = ~whole.visual, torch.arange(len(whole))
+        h, streams = whole.embeds[None, text], []
+        for index, block in enumerate(tiny.blocks):
+            if index == layer:
+                joined = whole.embeds[None].clone()
+                joined[:, text] = h
+                h = joined
+            now = order[text] if index < layer else order
+            streams.append(h[0])
+            rotary = tiny.decoder.rotary_emb(h, now[None])
+            h = block(h, attention_mask=mask, position_embeddings=rotary)
+        return [*streams, h[0]]
+
+    with intervene(tiny, EnterAt(layer)):
+        seen = el.trace(tiny, prompt, {"visual": prompt.visual})
+        answer = tiny.answer(prompt, max_new_tokens=8)
+    expected = by_hand(prompt)
+    for index, stream in enumerate(seen.stream):
+        assert_close(stream[prompt.text] if index < layer else stream, expected[index], **CLOSE)
+        if index <= layer:
+            assert torch.equal(stream[prompt.visual], prompt.embeds[prompt.visual])
+    for index in range(layer):
+        assert torch.equal(seen.resid_mid[index][prompt.visual], prompt.embeds[prompt.visual])
+        assert not seen.attention["visual"][index, prompt.text].any()
+    assert seen.attention["visual"][layer, places[-1]] > 0
+    assert answer == greedy(tiny, lambda new: tiny.unembed(by_hand(extended(tiny, prompt, new))[-1][-1]))
+    assert not torch.allclose(expected[-1][-1], tiny.hidden_states(prompt)[-1, -1], atol=1e-2)
 
 
 # --- skipping and silencing ------------------------------------------------------------------------------------------
@@ -73,3 +337,187 @@ def test_skipped_rows_still_serve_keys_and_values(tiny, prompt):
     with intervene(tiny, SkipSublayers(mask, at=[0, 1.5]), Prune(random_mask(prompt, 4))):
         pruned = tiny.hidden_states(prompt)[-1]
     assert not torch.allclose(pruned[-1], h[0, -1], **CLOSE)
+
+
+def test_silencing_all_updates_leaves_visual_rows_unchanged_through_all_layers(tiny, prompt):
+    with intervene(tiny, Silence("attention"), Silence("mlp")) as run:
+        seen = el.trace(tiny, prompt, {"visual": prompt.visual})
+    assert run.counts == [tiny.n_layers, tiny.n_layers]
+    plain = el.trace(tiny, prompt)
+    for stream, stock in zip(seen.sublayers[1:], plain.sublayers[1:], strict=True):
+        assert torch.equal(stream[prompt.visual], prompt.embeds[prompt.visual])
+        assert not torch.isclose(stock[prompt.visual], prompt.embeds[prompt.visual]).all(-1).any()
+        assert (stream != seen.sublayers[0]).any(-1)[prompt.text].all()
+    assert (seen.attention["visual"][:, -1] > 0).all()  # text keeps reading them
+
+
+@pytest.mark.parametrize("sublayer", ["attention", "mlp"])
+def test_silencing_is_skipping_for_all_visual_tokens(tiny, prompt, sublayer):
+    every = torch.ones(len(prompt.grid), dtype=torch.bool)
+    at = [layer + (sublayer == "mlp") * 0.5 for layer in range(tiny.n_layers)]
+    for layers, places in ((None, at), ((2, 0), [at[0], at[2]])):
+        with intervene(tiny, Silence(sublayer, layers)):
+            silenced = tiny.logits(prompt)
+        with intervene(tiny, SkipSublayers(every, places)):
+            assert torch.equal(tiny.logits(prompt), silenced)
+        assert not torch.equal(tiny.logits(prompt), silenced)
+
+
+def test_rescaling_is_running_the_rescaled_prompt(tiny, prompt):
+    with intervene(tiny, Rescale(0.01)):
+        seen, text = tiny.logits(prompt), tiny.answer(prompt)
+    assert torch.equal(seen, tiny.logits(prompt.rescaled(0.01)))
+    assert text == tiny.answer(prompt.rescaled(0.01))
+    assert not torch.equal(seen, tiny.logits(prompt))
+
+
+# --- the released layer 0 --------------------------------------------------------------------------------------------
+
+
+def test_the_released_layer_0_moves_attention_as_the_released_code_does(tiny, prompt):
+    """The full weights of layer 0, rewritten as facts about the release say, times the values."""
+    tiny.hf.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            stock = tiny.decoder(inputs_embeds=prompt.embeds[None], output_attentions=True, use_cache=False)
+    finally:
+        tiny.hf.set_attn_implementation("sdpa")
+    weights = stock.attentions[0][0].clone()  # [heads, queries, keys]
+    places = prompt.visual.nonzero()[:, 0]
+    first, after = int(places[0]), int(places[-1]) + 1
+    mass = weights[:, after:, prompt.visual].sum(-1)
+    weights[:, first:, prompt.visual] = 0
+    weights[:, after:, first] = mass
+    attention = tiny.part(0, "attention")
+    with torch.no_grad():
+        values = attention.v_proj(tiny.blocks[0].input_layernorm(prompt.embeds))
+        values = values.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        values = values.repeat_interleave(attention.num_key_value_groups, 0)
+        expected = prompt.embeds + attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
+    with intervene(tiny, ReleasedLayer0()) as run:
+        seen = el.trace(tiny, prompt)
+        assert run.fired == 1
+        tiny.answer(prompt)
+        assert run.fired == 2  # in prefill only
+    assert_close(seen.resid_mid[0], expected, **CLOSE)
+    plain = el.trace(tiny, prompt)
+    assert torch.equal(seen.resid_mid[0][:first], plain.resid_mid[0][:first])
+    assert not torch.isclose(seen.resid_mid[0], plain.resid_mid[0], atol=1e-3).all(-1)[first:].any()
+
+
+def test_what_the_released_layer_0_adds_to_silenced_attention_can_be_measured(tiny, prompt):
+    with intervene(tiny, Silence("attention")):
+        described = el.trace(tiny, prompt)
+    with intervene(tiny, Silence("attention"), ReleasedLayer0()):
+        released = el.trace(tiny, prompt)
+    assert torch.equal(released.resid_mid[0][prompt.visual], prompt.embeds[prompt.visual])
+    assert torch.equal(released.resid_mid[0][prompt.visual], described.resid_mid[0][prompt.visual])
+    after = int(prompt.visual.nonzero()[-1]) + 1
+    assert not torch.isclose(released.resid_mid[0], described.resid_mid[0], atol=1e-3).all(-1)[after:].any()
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def ones(n: int = 16) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Prune(torch.ones(16)), "the mask of Prune is torch.float32: pass a torch.bool tensor"),
+        (
+            lambda: SkipSublayers([torch.ones(16).int()], [1]),
+            "the mask of SkipSublayers is torch.int32: pass a torch.bo",
+        ),
+        (lambda: Prune(torch.eye(2).bool()), "shape \\(2, 2\\): pass one True or False per visual token, and a list"),
+        (lambda: Prune(~ones()), "the mask of Prune is empty: mark at least one visual token, or run without"),
+        (lambda: Prune([]), "the mask of Prune is empty"),
+        (lambda: SkipSublayers([~ones(), ~ones()], at=[1]), "the mask of SkipSublayers is empty"),
+        (lambda: Prune(ones()), "removes all 16 visual tokens of a picture; keep at least one"),
+        (lambda: Prune(torch.arange(16) > 3, positions="shift"), "pass 'keep' or 'renumber'"),
+        (lambda: SkipSublayers(ones(), at=[]), "skips nothing: name sublayers, for example at="),
+        (lambda: SkipSublayers(ones(), at=[1.25]), "no sublayer 1.25: pass n for the attention of layer n, n \\+ 0.5"),
+        (lambda: SkipSublayers(ones(), at=[-1]), "no sublayer -1"),
+        (lambda: Silence("ffn"), "no sublayer 'ffn': pass 'attention' or 'mlp'"),
+        (lambda: Silence("mlp", layers=[]), "silences nothing: name layers, or leave layers out"),
+        (lambda: Rescale(float("nan")), "the factor is nan: pass a finite number"),
+    ],
+)
+def test_a_broken_value_is_refused_with_the_fix(build, message):
+    with pytest.raises(EmbedLensError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("interventions", "message"),
+    [
+        ([], "pass at least one"),
+        ([EnterAt(3)], "no layer 3 in .*: pass 0 to 2"),
+        ([EnterAt(-1)], "no layer -1 in .*: pass 0 to 2"),
+        ([Silence("mlp", layers=[0, 3])], "no layer 3 in .*: pass 0 to 2"),
+        ([Silence("mlp", layers=[-1])], "no layer -1 in"),
+        ([SkipSublayers(ones(), at=[3.5])], "no layer 3 in .*: pass 0 to 2"),
+        ([Prune(torch.arange(16) > 3)] * 2, "several Prune: pass one"),
+        ([EnterAt(1), EnterAt(2)], "several EnterAt: pass one"),
+        ([Prune(torch.arange(15) > 3)], "shape \\(15,\\), the picture 16 visual tokens: pass one True or False"),
+        ([SkipSublayers(ones(17), at=[1])], "shape \\(17,\\), the picture 16 visual tokens"),
+        ([Prune([torch.arange(16) > 3] * 2)], "Prune has 2 masks for 1 prompts: pass a list with one mask per prompt"),
+        ([Prune(torch.arange(16) > 3), SkipSublayers(torch.arange(16) > 3, at=[1])], "SkipSublayers never acted"),
+    ],
+    ids=repr,
+)
+def test_what_does_not_fit_model_or_prompt_is_refused_with_the_fix(tiny, prompt, interventions, message):
+    before = state(tiny)
+    with pytest.raises(EmbedLensError, match=message), intervene(tiny, *interventions):
+        tiny.answer(prompt)
+    assert state(tiny) == before
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_intervention_that_never_acts_is_an_error(tiny, prompt, arm):
+    interventions = ARMS[arm]([random_mask(prompt)])
+    with pytest.raises(EmbedLensError, match=f"{type(interventions[0]).__name__} never acted: run a prompt"):
+        with intervene(tiny, *interventions) as run:
+            assert run.fired == 0
+
+
+def test_one_mask_is_for_one_prompt(tiny):
+    prompts = prompts_of(tiny, 2)
+    with pytest.raises(EmbedLensError, match="1 masks for 2 prompts"), intervene(tiny, Prune(random_mask(prompts[0]))):
+        tiny.answers(prompts, batch_size=1)
+    with intervene(tiny, Prune(per_prompt(prompts))) as run:
+        tiny.answers(prompts, batch_size=1)
+    assert run.fired == 2
+
+
+def test_blocks_do_not_nest_and_unannounced_forwards_are_refused(tiny, prompt):
+    before = state(tiny)
+    with pytest.raises(EmbedLensError, match="pass all of them to one intervene"):
+        with intervene(tiny, Rescale(2.0)), intervene(tiny, EnterAt(1)):
+            tiny.answer(prompt)
+    for announced, message in (
+        (nullcontext(), "this forward was not announced: call model.answer"),
+        (tiny.running([prompt]), "run what model.running returned"),
+    ):
+        with pytest.raises(EmbedLensError, match=message), intervene(tiny, Prune(random_mask(prompt))), torch.no_grad():
+            announced = tiny.running([prompt]) if message.startswith("run") else announced
+            with announced:
+                tiny.hf(inputs_embeds=prompt.embeds[None], use_cache=False)
+    assert state(tiny) == before
+
+
+def test_kernels_that_cannot_be_changed_are_refused(tiny, prompt, monkeypatch):
+    monkeypatch.setattr(tiny.decoder.config, "_attn_implementation_internal", "flash_attention_2")
+    for value in (EnterAt(1), ReleasedLayer0()):
+        with pytest.raises(EmbedLensError, match="set_attn_implementation"), intervene(tiny, value):
+            tiny.logits(prompt)
+
+
+def test_a_prompt_without_some_tokens_takes_no_mask(tiny, prompt):
+    mask = random_mask(prompt)
+    assert torch.equal(prompt.without(mask).embeds, prompt.embeds[~prompt.spread(mask)])
+    assert int(prompt.without(mask).visual.sum()) == int((~mask).sum())
+    with pytest.raises(EmbedLensError, match="spread the mask on the whole prompt"):
+        prompt.without(mask).spread(mask)

@@ -53,7 +53,8 @@ class Prune:
 
     mask: Masks
     """True = removed. In a sequence single masks may be empty, but not all."""
-    positions: Literal["keep", "renumber"] = "keep"
+    positions: str = "keep"
+    """Either "keep" or "renumber"."""
 
     def __post_init__(self) -> None:
         if self.positions not in ("keep", "renumber"):
@@ -100,7 +101,8 @@ class Silence:
     the attention of layer 0; `ReleasedLayer0` adds that.
     """
 
-    sublayer: Literal["attention", "mlp"]
+    sublayer: str
+    """Either "attention" or "mlp"."""
     layers: Sequence[int] | None = None
     """0-based; None: all."""
 
@@ -312,7 +314,7 @@ class Run:
         if self._prefill and embeds.shape[:2] != batch.visual.shape:
             raise EmbedLensError(
                 f"the forward runs embeddings of shape {tuple(embeds.shape[:2])}, announced were "
-                f"{tuple(batch.visual.shape)}: run what model.running returned, and generate with a cache"
+                f"{tuple(batch.visual.shape)}: run what model.running returned"
             )
         if self._prefill:
             for index, value in enumerate(self.interventions):
@@ -449,7 +451,7 @@ def _sublayers(value: Intervention, n_layers: int, name: str) -> list[tuple[int,
         wanted = [(int(place), "attention" if place == int(place) else "mlp") for place in sorted(set(value.at))]
     elif isinstance(value, Silence):
         layers = range(n_layers) if value.layers is None else value.layers
-        wanted = [(layer, str(value.sublayer)) for layer in dict.fromkeys(layers)]
+        wanted = [(layer, value.sublayer) for layer in dict.fromkeys(layers)]
     elif isinstance(value, EnterAt):
         if not 0 <= value.layer < n_layers:
             raise EmbedLensError(f"there is no layer {value.layer} in {name}: pass 0 to {n_layers - 1}")
