@@ -235,9 +235,7 @@ def test_a_file_may_end_anywhere(tmp_path, batched, tail):
     whole = run(study, stand_in(), samples, tmp_path / "whole", batch_size)
     content = next((tmp_path / "whole").iterdir()).read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
-    cuts = sorted({*ends, *(end - 1 for end in ends), *range(0, len(content), 1 if not tail else 199)})
-    if not tail:
-        cuts = [cut for cut in cuts if cut in ends or cut % 23 == 0]
+    cuts = sorted({*ends, *(end - 1 for end in ends), *range(0, len(content), 199 if tail else 23)})
     for cut in cuts:
         folder = tmp_path / str(cut)
         folder.mkdir()
@@ -266,6 +264,16 @@ def test_a_batch_that_a_longer_run_fills_is_measured_again(tmp_path):
     table = run(of_batch, stand_in(), pictures(8), tmp_path, batch_size=4)
     assert CALLS == [104, 105, 106, 107]
     same(table, expected_of_batches(pictures(8), 4))
+    same(run(of_batch, stand_in(), pictures(5), tmp_path, batch_size=4), expected_of_batches(pictures(5), 4))
+
+
+def on_disk(model, sample, folder):
+    return {"lines": sum(path.read_bytes().count(b"\n") for path in folder.iterdir())}
+
+
+def test_every_row_is_written_before_the_next_is_measured(tmp_path):
+    table = run(partial(on_disk, folder=tmp_path), stand_in(), pictures(4), tmp_path)
+    assert table["lines"].tolist() == [0, 2, 3, 4]  # the header comes with the first row
 
 
 def version(n):
@@ -338,6 +346,15 @@ def test_a_bad_picture_is_recorded_and_the_others_are_measured(tmp_path, batch_s
     mended = run(study, stand_in(), pictures(8), tmp_path, batch_size)  # no warning now
     same(mended, expected(pictures(8), partial(one_row, scale=2.0)))
     assert mended.attrs["failed"] == []
+
+
+def test_the_latest_call_counts_also_after_nine(tmp_path):
+    bad = {101: OSError("gone")}
+    for call in range(1, 11):
+        with pytest.warns(UserWarning, match="1 of 2 samples"):
+            run(one_row, stand_in(), pictures(2, bad), tmp_path)
+        assert (tmp_path / f"run-{call}.process-0.jsonl").is_file()
+    same(run(one_row, stand_in(), pictures(2), tmp_path), expected(pictures(2)))
 
 
 def test_a_run_in_which_nothing_could_be_measured_is_an_error():
