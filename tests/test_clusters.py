@@ -243,7 +243,15 @@ def test_a_study_is_what_its_parts_give_picture_by_picture(tiny, pictures):
         assert not np.allclose(null, raw, equal_nan=True) or (study.sizes[:, 0] == study.tokens).all()
         shares = study.dominance
         assert shares[:, 0] == pytest.approx(study.sizes[:, 0] / study.tokens)
-        assert (shares[:, 1] >= shares[:, 0] - 1e-12).all()
+        assert shares[:, 1] == pytest.approx(study.sizes[:, 0] / study.sizes[:, :5].sum(1))
+        several = [counts[counts > 1] for counts in (t[1].bincount() for t in whole)]
+        assert shares[:, 2] == pytest.approx([int(counts[0]) / int(counts.sum()) for counts in several])
+
+
+def test_single_tokens_are_no_cluster_of_two_or_more(tiny, pictures):
+    study = cluster_study(tiny, pictures[:2], thresholds=(1.0,))[1.0, "greedy"]
+    assert (study.singletons == study.tokens).all() and (study.dominance[:, 2] == 0).all()
+    assert study.dominance[:, 0] == pytest.approx(1 / study.tokens)
 
 
 def test_batches_do_not_matter_and_the_null_is_seeded(tiny, pictures):

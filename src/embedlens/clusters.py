@@ -214,12 +214,12 @@ class ClusterStudy:
         """Share of the largest cluster in three totals: all tokens; ranks 0 to 4; all clusters of two or more.
 
         "Larger than the remaining clusters combined" is a share above one half; which clusters are meant is open.
-        A cluster of one token beside none is nan in the last column.
+        Where all clusters are single tokens the last is 0: the largest is no cluster of two or more.
         """
         first = self.sizes[:, 0].astype(np.float64)
-        several = (self.tokens - self.singletons).astype(np.float64)
-        several[several == 0] = np.nan  # only single tokens
-        return np.stack([first / self.tokens, first / self.sizes[:, :5].sum(1), first / several], 1)
+        several = self.tokens - self.singletons
+        of_several = np.where(several > 0, first / np.maximum(several, 1), 0.0)
+        return np.stack([first / self.tokens, first / self.sizes[:, :5].sum(1), of_several], 1)
 
     def similarity(
         self, pairs: Int[np.ndarray, "pairs 2"], mean_removed: bool = False, null: bool = False
