@@ -16,7 +16,7 @@ from torch import Tensor
 from embedlens.errors import EmbedLensError
 from embedlens.vlm import Unembed, VisionLanguageModel
 
-SLICE_BYTES = 64 * 2**20  # of scores held at a time
+SLICE_BYTES = 32 * 2**20  # of scores held at a time
 
 
 class Lens(ABC):
@@ -163,9 +163,10 @@ def _topk_lowest_id(scores: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor,
     >>> _topk_lowest_id(torch.tensor([[1.0, 2.0, 2.0, 1.0]]), 3)[1].tolist()
     [[1, 2, 0]]
     """
-    values, ids = scores.topk(k, dim=-1)
-    # Equal scores at the border of the k: topk may have taken any of them. Such rows are sorted in full.
-    crowded = ((scores >= values[:, -1:]).sum(-1) > k).nonzero().squeeze(-1)
+    values, ids = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
+    # The next best equals the last of the k: topk may have taken any of the equals. Such rows are sorted in full.
+    crowded = (values[:, k:] == values[:, k - 1 : k]).any(-1).nonzero().squeeze(-1)
+    values, ids = values[:, :k].clone(), ids[:, :k].clone()
     if len(crowded):
         in_full = scores[crowded].sort(dim=-1, descending=True, stable=True)
         values[crowded], ids[crowded] = in_full.values[:, :k], in_full.indices[:, :k]
