@@ -119,7 +119,7 @@ ONWARD = replace(
     onward=1,
     tower_words=0.6,
     heads=Stage(steps=250, batch=48, lr=2e-3, muon_lr=4e-3, warmup=20),
-    tower=replace(CPU.tower, steps=8500, lr=1e-3, muon_lr=2.5e-3, warmup=200),
+    tower=replace(CPU.tower, steps=10000, lr=1e-3, muon_lr=2.5e-3, warmup=200),
     language=replace(CPU.language, steps=2200, lr=1e-3, muon_lr=2e-3),
     alignment=replace(CPU.alignment, steps=250),
     tuning=replace(CPU.tuning, steps=1700, muon_lr=1.2e-3),
