@@ -65,6 +65,8 @@ def test_every_way_to_name_a_folder_finds_it(written, folder, monkeypatch):
         read = samples.load(name, n=6)
         assert [sample.id for sample in read] == images and read[0].image.mode == "RGB"
         assert read[0].captions  # of the same split
+    monkeypatch.chdir("val2017")
+    assert [sample.id for sample in samples.load("coco:.", n=6)] == images
 
 
 def test_the_seed_draws_the_pictures_and_fewer_are_the_first_of_more(folder):

@@ -59,7 +59,8 @@ def run(
     """Run a study on every sample; one row per record it gives.
 
     Where `accelerate launch` or torchrun started several processes, the batches are dealt out to them; each writes its
-    own files and all return the same table. Load the model on `accelerate.PartialState().device` then.
+    own files and all return the same table. Load the model on `accelerate.PartialState().device` then; without a GPU
+    use torchrun, because `accelerate launch --cpu` starts one process only.
 
     A sample that raises EmbedLensError or OSError (a damaged picture) is recorded with the reason and left out of
     the table; one warning at the end says how many, `table.attrs["failed"]` which. Calling again tries them again.
