@@ -1,6 +1,7 @@
 # make book        run every chapter, check it, render it to _build/html
 # make test        lint, types, unit tests, documentation examples, notebooks against their committed outputs
 # make notebooks   run the committed notebooks again, in place (only=02 for one)
+# make bench       measure speed and memory, print the table, record it in benchmarks/results.json
 # make train       train the miniature with the recipe for this machine
 # make clean       remove what the commands above built; .venv stays
 #
@@ -18,7 +19,7 @@ export PYTHONNOUSERSITE = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DELETE_ON_ERROR:
-.PHONY: book test lint types unit notebook-test notebooks train clean
+.PHONY: book test lint types unit notebook-test notebooks bench train clean
 
 book: $(VENV)/package.stamp
 	$(BIN)/embedlens book
@@ -41,6 +42,10 @@ notebook-test: $(VENV)/package.stamp
 
 notebooks: $(VENV)/package.stamp
 	$(BIN)/embedlens book --refresh $(only)
+
+# Times mean something only on a machine that has nothing else to do.
+bench: $(VENV)/package.stamp
+	$(BIN)/python -m benchmarks
 
 # glibc gives every large tensor back to the system; where tcmalloc is installed, training is faster with it.
 train: $(VENV)/package.stamp

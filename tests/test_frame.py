@@ -58,11 +58,11 @@ def test_the_lock_can_build_the_package_without_the_network():
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("src", ("book",)), ("training", ("book", "train")), ("tests", ("test", "book", "train"))],
+    [("src", ("book",)), ("benchmarks", ()), ("training", ("book", "train")), ("tests", ("test", "book", "train"))],
 )
 def test_every_import_is_a_declared_dependency(folder, extras):
     known = {IMPORTED_AS.get(r.name, r.name.replace("-", "_")) for r in requirements(*extras)}
-    known |= set(sys.stdlib_module_names) | {"embedlens", "training", "packaging", "IPython", "myst_nb"}
+    known |= set(sys.stdlib_module_names) | {"embedlens", "training", "benchmarks", "packaging", "IPython", "myst_nb"}
     known |= {path.stem for path in (ROOT / "tests").glob("*.py")}
     unknown = {}
     for path in (ROOT / folder).rglob("*.py"):

@@ -23,7 +23,7 @@ from typing import Any
 
 from embedlens.errors import EmbedLensError
 
-SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results")
+SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
 CELL_TIMEOUT = 3600  # seconds for one cell; papermill's own default is to wait for ever
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 NOTEBOOK_METADATA = {"kernelspec", "language_info", "mystnb"}

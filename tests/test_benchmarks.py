@@ -1,0 +1,90 @@
+"""The benchmarks run, on sizes that say nothing about speed; what they report has the shape that the book reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import clustering, measure, retrieval, trace
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """A fresh process for each measurement takes seconds to start; one test below starts one."""
+    here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
+    for module in (retrieval, trace, clustering):
+        monkeypatch.setattr(module, "in_fresh_process", here)
+
+
+def complete(ways):
+    for way in ways.values():
+        for quantity in ("seconds", "ratio"):
+            found = way[quantity]
+            assert 0 < found["low"] <= found["median"] <= found["high"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_retrieval_is_measured(dtype):
+    found = retrieval.retrieval(1, tokens=4, vocabulary=50, width=8, dtype=dtype, repeats=2)
+    complete(found["ways"])
+    assert found["ways"]["bare product"]["ratio"]["median"] == 1
+    assert found["similarity_matrix_bytes"] == 4 * 50 * (4 if dtype == "float32" else 2)
+    assert len(retrieval.lines(found)) == 3
+
+
+def test_the_ways_of_retrieval_find_the_same_words():
+    ways = retrieval._ways(tokens=6, vocabulary=60, width=16, dtype="float32", k=3)
+    ours, released = ways["EmbedLens.topk"](6)[1], ways["as released"](6)
+    assert torch.equal(ours, released)
+
+
+def test_tracing_is_measured():
+    found = trace.trace(1, prompts=2, repeats=2)
+    complete(found["ways"])
+    assert len(trace.lines(found)) == 3
+
+
+def test_clustering_is_measured():
+    found = clustering.clustering(1, few=2, many=4, repeats=1)
+    complete(found["ways"])
+    assert found["ways"]["many"]["pictures"] == 4
+    assert len(clustering.lines(found)) == 2
+
+
+def test_every_way_is_timed_equally_often_and_ratios_are_within_rounds():
+    calls = []
+    times = measure.timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=4)
+    assert calls.count("a") == calls.count("b") == 5 and len(times["a"]) == len(times["b"]) == 4
+    found = measure.compared({"a": [1.0, 10.0], "b": [2.0, 20.0]}, to="a")
+    assert found["b"]["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0, "repeats": 2}
+
+
+def test_peak_memory_sees_what_is_freed_before_the_end_and_not_what_was_there_before():
+    kept = torch.ones(3_000_000)  # 12 MB, before
+
+    def run():
+        torch.ones(20_000_000).sum()  # 80 MB, gone when the call ends
+        torch.ones(5_000_000).sum()
+
+    peak = measure.peak_extra_bytes(run)
+    if peak is None:
+        pytest.skip("only Linux lets a process set its high-water mark back")
+    assert 75e6 < peak < 100e6
+    assert measure.peak_extra_bytes(lambda: kept.sum()) < 10e6
+
+
+def test_a_fresh_process_has_the_threads_it_was_given():
+    assert measure.in_fresh_process(torch.get_num_threads, threads=1) == 1
+
+
+def test_the_committed_results_are_what_the_book_reads():
+    content = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert {"machine", "instructions", "threads", "load_before", "versions"} <= set(content)
+    lines = [line for found in content["retrieval"] for line in retrieval.lines(found)]
+    lines += [line for found in content["trace"] for line in trace.lines(found)]
+    assert len(lines + clustering.lines(content["clustering"])) == 14
