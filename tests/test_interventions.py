@@ -339,6 +339,27 @@ def test_skipped_rows_still_serve_keys_and_values(tiny, prompt):
     assert not torch.allclose(pruned[-1], h[0, -1], **CLOSE)
 
 
+def test_masks_of_several_interventions_at_one_sublayer_add_up(tiny, prompt):
+    one, other = random_mask(prompt, 1), random_mask(prompt, 2)
+    with intervene(tiny, SkipSublayers(one, at=[0, 1]), SkipSublayers(other, at=[1])) as run:
+        seen = el.trace(tiny, prompt)
+    assert run.counts == [2, 1]
+    for layer, mask in ((0, one), (1, one | other)):
+        updated = (seen.resid_mid[layer] != seen.resid_pre[layer]).any(-1)
+        assert torch.equal(~updated, prompt.spread(mask))
+
+
+def test_masks_beside_pruning_still_mean_the_tokens_of_the_whole_picture(tiny, prompt):
+    gone, skipped = random_mask(prompt, 1), random_mask(prompt, 2)
+    kept = ~prompt.spread(gone)
+    for order in (1, -1):
+        with intervene(tiny, *[Prune(gone), SkipSublayers(skipped, at=[0.5])][::order]):
+            seen = el.trace(tiny, prompt)
+        updated = (seen.resid_post[0] != seen.resid_mid[0]).any(-1)
+        assert torch.equal(~updated, prompt.spread(skipped)[kept])
+    assert (skipped & gone).any() and (skipped & ~gone).any()
+
+
 def test_silencing_all_updates_leaves_visual_rows_unchanged_through_all_layers(tiny, prompt):
     with intervene(tiny, Silence("attention"), Silence("mlp")) as run:
         seen = el.trace(tiny, prompt, {"visual": prompt.visual})
