@@ -63,7 +63,7 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
         )
     if not bool(tokens.isfinite().all()):
         raise EmbedLensError("some tokens are not finite: load the model in float32 or bfloat16")
-    units = _units(tokens).double()
+    units = _units(_units(tokens).double())  # at length one to the last bit, which float32 is not
     near = ((units @ units.T) >= threshold - ROUNDING).cpu().numpy()
     np.fill_diagonal(near, True)  # zero vectors too
     labels = np.full(len(near), -1)
@@ -354,12 +354,13 @@ def _means(tokens: Float[Tensor, "n d"], labels: Int[Tensor, " m"], most: int | 
     if not bool((counts > 0).all()):
         raise EmbedLensError("some cluster has no token: number the clusters without gaps, from 0")
     sums = torch.zeros(len(counts), tokens.shape[1], dtype=torch.float32, device=tokens.device)
-    sums.index_add_(0, labels, _units(tokens))
+    sums.index_add_(0, labels, _units(tokens).float())
     return (sums / counts[:, None])[:most]
 
 
 def _units(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """Vectors at length one in float32; zero vectors stay zero."""
-    vectors = vectors.detach().float()
+    """Vectors at length one, in float32 or as precise as they are; zero vectors stay zero."""
+    vectors = vectors.detach()
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     norms = vectors.norm(dim=-1, keepdim=True)
     return vectors / torch.where(norms > 0, norms, torch.ones_like(norms))
