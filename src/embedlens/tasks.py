@@ -1,4 +1,11 @@
-"""Question sets on held-out pictures, scoring of answers, and the controls beside them.
+"""Question sets on held-out pictures, the paper's four families of them, scoring of answers, and the controls.
+
+The families have the formats of the benchmarks behind the paper's tables, on the miniature's world:
+
+    general         existence, colour, count, relation, multiple choice (there: GQA, MME, MMStar, MMBench)
+    ocr             read one character, a word, a word that training never shows (there: TextVQA, OCRBench, DocVQA)
+    grounding       a referring expression → its box, right from an IoU of 0.5 on (there: three splits of RefCOCO(+))
+    hallucination   POPE: present, or absent at random, popular, adversarial; F1 (there also HallusionBench)
 
 >>> items = questions("count", n=8, seed=0)
 >>> sorted(item.question.answer for item in items)
@@ -12,11 +19,13 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from embedlens.errors import EmbedLensError
+from embedlens.patches import Box, Frame
 from embedlens.samples import Question, Sample
 from embedlens.samples.miniworld import first_index, language, of_scene, sprites
 from embedlens.samples.miniworld import scene as scenes
@@ -28,6 +37,9 @@ if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
 
 ANSWER_TOKENS = 12  # the longest answer, a box, has ten
+POPULAR = 10  # so many most frequent categories are asked for in POPE's "popular"
+CENSUS = 1000  # training pictures in which they are counted
+FRAMES = ("padded", "original")
 
 
 class Item(NamedTuple):
@@ -57,6 +69,42 @@ def _heldout_word(scene: Scene, rng: random.Random) -> Question | None:
     return question if question and scenes.is_heldout_word(question.answer) else None
 
 
+def _trained_word(scene: Scene, rng: random.Random) -> Question | None:
+    question = language.ask_text(scene, rng)
+    known = question and question.kind == "word" and not scenes.is_heldout_word(question.answer)
+    return question if known else None
+
+
+@cache
+def popular_categories() -> tuple[str, ...]:
+    """The categories that most training pictures show, most frequent first."""
+    seen: Counter[str] = Counter()
+    for index in range(CENSUS):
+        seen.update({thing.name for thing in scenes.scene(scenes.rng_of("train", index), "train").objects})
+    return tuple(sorted(seen, key=lambda name: (-seen[name], name))[:POPULAR])
+
+
+def _pope(scene: Scene, rng: random.Random, absent: str) -> Question | None:
+    """POPE asks for what is there and for what is not: any category, a frequent one, or one that keeps company with
+    what is there (here: of the same group, as pictures are composed). None where no such category is absent."""
+    present = sorted({thing.name for thing in scene.objects})
+    if rng.random() < 0.5:
+        name, answer = rng.choice(present), "yes"
+    else:
+        groups = {category.group for category in sprites.CATEGORIES if category.name in present}
+        pools = {
+            "random": NAMES,
+            "popular": popular_categories(),
+            "adversarial": [category.name for category in sprites.CATEGORIES if category.group in groups],
+        }
+        pool = [name for name in pools[absent] if name not in present]
+        if not pool:
+            return None
+        name, answer = rng.choice(pool), "no"
+    text = f"Is there {language.article(name)} in the picture?"
+    return Question(text, answer, "hallucination", "existence", ("yes", "no"))
+
+
 NAMES = tuple(category.name for category in sprites.CATEGORIES)
 KINDS: dict[str, Kind] = {
     "object": Kind(language.ask_object, NAMES),
@@ -70,6 +118,34 @@ KINDS: dict[str, Kind] = {
     "character": Kind(_character, tuple(sprites.LETTERS + sprites.DIGITS), words=1.0),
     "word": Kind(_heldout_word, words=1.0),
     "one_patch": Kind(language.ask_object, NAMES, alone=True),
+    # a kind's place decides its pictures: new ones go to the end
+    "presence": Kind(partial(language.ask_existence, family="general"), ("yes", "no")),
+    "choice": Kind(language.ask_choice, tuple("ABCD")),
+    "trained_word": Kind(_trained_word, words=1.0),
+    "pope_random": Kind(partial(_pope, absent="random"), ("yes", "no")),
+    "pope_popular": Kind(partial(_pope, absent="popular"), ("yes", "no")),
+    "pope_adversarial": Kind(partial(_pope, absent="adversarial"), ("yes", "no")),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a family: the share of right answers to some kinds, or their F1; questions are pooled."""
+
+    name: str
+    kinds: tuple[str, ...]
+    f1: bool = False
+
+
+def _accuracies(*kinds: str) -> tuple[Metric, ...]:
+    return tuple(Metric(kind, (kind,)) for kind in kinds)
+
+
+FAMILIES: Mapping[str, tuple[Metric, ...]] = {
+    "general": _accuracies("presence", "colour", "count", "relation", "choice"),
+    "ocr": _accuracies("character", "trained_word", "word"),
+    "grounding": _accuracies("box"),
+    "hallucination": (Metric("POPE F1", ("pope_random", "pope_popular", "pope_adversarial"), f1=True),),
 }
 
 
@@ -84,7 +160,7 @@ def alone_in_a_patch(rng: random.Random) -> Scene:
     return Scene(scenes.LONG_SIDE, scenes.LONG_SIDE, scenes.background(rng), (Thing(category, colour, (x, y, w, h)),))
 
 
-def questions(kind: str, n: int = 200, seed: int = 0) -> list[Item]:
+def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     """`n` held-out questions of one kind, one a picture, every possible answer equally often.
 
     Args:
@@ -92,6 +168,7 @@ def questions(kind: str, n: int = 200, seed: int = 0) -> list[Item]:
             object within one cell of the patch grid, "existence" is asked as in POPE (half random, half adversarial).
         n: how many questions.
         seed: of the pictures; no seed gives pictures that training has seen or measured itself on.
+        scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
 
     Raises:
         EmbedLensError: unknown kind, or `n` below 1.
@@ -112,9 +189,32 @@ def questions(kind: str, n: int = 200, seed: int = 0) -> list[Item]:
         question = asked.ask(drawn, rng)
         if question and (not asked.answers or given[question.answer] < quota):
             given[question.answer] += 1
-            items.append(Item(of_scene(drawn, index - first_index(0)), question))
+            items.append(Item(of_scene(drawn, index - first_index(0), scale), question))
         index += 1
     return items
+
+
+def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
+    """`n` held-out questions of one family, spread evenly over its kinds; `question.kind` is the key of KINDS.
+
+    One question a picture, so that no picture weighs more than another in an interval over pictures.
+
+    Raises:
+        EmbedLensError: unknown family, or fewer questions than the family has kinds.
+
+    >>> [item.question.kind for item in family_questions("ocr", n=4)]
+    ['character', 'character', 'trained_word', 'word']
+    """
+    if family not in FAMILIES:
+        raise EmbedLensError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
+    kinds = [kind for metric in FAMILIES[family] for kind in metric.kinds]
+    if n < len(kinds):
+        raise EmbedLensError(f"n is {n}: {family} has {len(kinds)} kinds of questions, ask at least one of each")
+    return [
+        Item(sample, replace(question, kind=kind, family=cast(language.Family, family)))
+        for place, kind in enumerate(kinds)
+        for sample, question in questions(kind, n // len(kinds) + (place < n % len(kinds)), seed, scale)
+    ]
 
 
 def box_of(text: str) -> tuple[float, float, float, float] | None:
@@ -141,6 +241,51 @@ def iou(a: tuple[float, float, float, float], b: tuple[float, float, float, floa
     both = max(0.0, width) * max(0.0, height)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
     return both / union if union > 0 else 0.0
+
+
+def in_original(box: Box, width: int, height: int) -> Box:
+    """A box in fractions of the letterboxed square as fractions of the picture; reaches beyond it over the bars.
+
+    >>> in_original((0.0, 0.125, 1.0, 0.875), 640, 480)
+    (0.0, 0.0, 1.0, 1.0)
+    """
+    left, top, right, bottom = Frame.letterbox(width, height).box
+    x0, x1 = (((left + x * (right - left)) / width) for x in (box[0], box[2]))
+    y0, y1 = (((top + y * (bottom - top)) / height) for y in (box[1], box[3]))
+    return x0, y0, x1, y1
+
+
+def box_score(item: Item, prediction: str, frame: str = "padded") -> float:
+    """Acc@0.5 of one referring expression: 1 where the numbers that the model wrote overlap the box by an IoU of 0.5.
+
+    LLaVA-1.5 writes fractions of the letterboxed square ("padded"), and the miniature does. The harness behind the
+    paper's CV-centric column reads them as fractions of the original picture ("original"), in which a perfect answer
+    can be wrong: an intervention that pulls boxes towards the unpadded frame looks like an improvement there.
+
+    Raises:
+        EmbedLensError: unknown frame, or a question that asks for no box.
+
+    >>> sample = replace(questions("box", n=1)[0].sample, width=640, height=480)
+    >>> item = Item(sample, Question("Give the box of the dog.", "[0.10, 0.20, 0.20, 0.30]", "grounding", "box"))
+    >>> box_score(item, item.question.answer), box_score(item, item.question.answer, frame="original")
+    (1.0, 0.0)
+    """
+    if frame not in FRAMES:
+        raise EmbedLensError(f"unknown frame {frame!r}: use one of {', '.join(FRAMES)}")
+    wanted, predicted = box_of(item.question.answer), box_of(prediction)
+    if wanted is None:
+        raise EmbedLensError(f"{item.question.text!r} asks for no box: score its answer with tasks.score")
+    if frame == "original":
+        wanted = in_original(wanted, item.sample.width, item.sample.height)
+    return float(predicted is not None and iou(predicted, wanted) >= 0.5)
+
+
+def perfect_in_original(items: Sequence[Item]) -> float:
+    """What an answerer of perfect padded boxes gets if they are read in the frame of the original picture."""
+    asked = [item for item in items if item.question.kind == "box"]
+    if not asked:
+        raise EmbedLensError("no question asks for a box: pass items of the grounding family")
+    return sum(box_score(item, item.question.answer, "original") for item in asked) / len(asked)
 
 
 def score(question: Question, prediction: str) -> float:
@@ -191,6 +336,75 @@ def evaluate(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def said_yes(prediction: str) -> bool:
+    """Whether an answer is POPE's positive class.
+
+    >>> said_yes(" Yes.")
+    True
+    """
+    return prediction.strip().rstrip(".").lower() == "yes"
+
+
+def metric_scores(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Family → metric → score from 0 to 1, of the families that are there.
+
+    Args:
+        table: one row per question, with columns family, kind, answer, prediction and correct; one arm.
+
+    Raises:
+        EmbedLensError: several answers to one question, or a family of which a metric was not asked.
+    """
+    if "item" in table and table["item"].duplicated().any():
+        raise EmbedLensError("the table holds several answers to a question: choose the rows of one arm and seed")
+    found: dict[str, dict[str, float]] = {}
+    for family in [family for family in FAMILIES if (table["family"] == family).any()]:
+        found[family] = {}
+        for metric in FAMILIES[family]:
+            rows = rows_of(table, family, metric)
+            hits, asked = metric_parts(rows, metric)
+            found[family][metric.name] = sum(hits) / sum(asked) if sum(asked) else 0.0
+    return found
+
+
+def rows_of(table: pd.DataFrame, family: str, metric: Metric) -> pd.DataFrame:
+    """The answers that a metric counts.
+
+    Raises:
+        EmbedLensError: there are none.
+    """
+    rows = table[(table["family"] == family) & table["kind"].isin(metric.kinds)]
+    if rows.empty:
+        raise EmbedLensError(
+            f"no answer of {family} is to {' or '.join(metric.kinds)}: ask family_questions({family!r})"
+        )
+    return rows
+
+
+def metric_parts(rows: pd.DataFrame, metric: Metric, correct: str = "correct") -> tuple[list[float], list[float]]:
+    """Per answer what it adds to numerator and denominator of the metric, which is the ratio of their sums."""
+    if not metric.f1:
+        return [float(value) for value in rows[correct]], [1.0] * len(rows)
+    yes, said = [answer == "yes" for answer in rows["answer"]], [said_yes(text) for text in rows["prediction"]]
+    return (
+        [2.0 * (a and b) for a, b in zip(yes, said, strict=True)],
+        [float(a) + float(b) for a, b in zip(yes, said, strict=True)],
+    )
+
+
+def family_scores(table: pd.DataFrame) -> dict[str, float]:
+    """Family → unweighted mean of its metrics; "Avg" → mean of the four families, where all are there (Appendix A).
+
+    The paper's Avg is the mean of the four family means, not of its twelve scores.
+
+    >>> import pandas as pd
+    >>> rows = [("box", "[0.1, 0.1, 0.2, 0.2]", 1.0), ("box", "none", 0.0)]
+    >>> family_scores(pd.DataFrame(rows, columns=["kind", "prediction", "correct"]).assign(family="grounding"))
+    {'grounding': 0.5}
+    """
+    found = {family: sum(parts.values()) / len(parts) for family, parts in metric_scores(table).items()}
+    return found | ({"Avg": sum(found.values()) / len(found)} if len(found) == len(FAMILIES) else {})
 
 
 def f1(answers: Sequence[str], predictions: Sequence[str]) -> float:
