@@ -205,6 +205,7 @@ def group_figure(
     words: Sequence[str],
     title: str,
     footer: str = "",
+    called: Mapping[str, str] | None = None,
 ) -> Figure:
     """A picture whose patches are outlined by group, with the group's letter in a corner and a word at the foot.
 
@@ -212,9 +213,10 @@ def group_figure(
         groups: name in GROUPS → patches, as `TokenGroups.named` gives them. A group without a patch is left out.
         words: one per patch.
         footer: what kind of result it is, on which model; the legend stands beside it.
+        called: what the legend calls a group, where its patches only stand in for it; default: the group's name.
     """
     present = {name: np.asarray(mask) for name, mask in groups.items() if bool(np.asarray(mask).any())}
-    legend = ", ".join(f"{INITIALS[name]} = {name}" for name in present)
+    legend = ", ".join(f"{INITIALS[name]} = {(called or {}).get(name, name)}" for name in present)
     drawn = patch_words(image, grid, words, groups=present)
     return _pixel_figure(drawn, title, f"{legend} | {footer}" if footer else legend)
 
