@@ -1,0 +1,179 @@
+"""The linear probe reads what was planted, is not fooled by noise, and never sees a test picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from embedlens import samples
+from embedlens.errors import EmbedLensError
+from embedlens.groups import QUESTION, discover
+from embedlens.patches import Frame, PatchGrid
+from embedlens.readout import (
+    COLOURS,
+    QUESTIONS,
+    linear_readout,
+    patch_colours,
+    patch_objects,
+    projected,
+    projector_of,
+    random_projector,
+    token_table,
+)
+
+NAMES = list(COLOURS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_colour_of_a_patch_is_that_of_its_pixels(seed):
+    rng = np.random.default_rng(seed)
+    width, height = (int(side) for side in rng.integers(20, 60, 2))
+    pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+    pixels[: height // 2] //= 4
+    grid = PatchGrid(4, 4, Frame.letterbox(width, height))
+    found = patch_colours(Image.fromarray(pixels), grid)
+    for index in range(16):
+        x0, y0, x1, y1 = grid.box(index)
+        inside = [
+            pixels[row, col].astype(float)
+            for row in range(height)
+            for col in range(width)
+            if x0 <= col + 0.5 < x1 and y0 <= row + 0.5 < y1
+        ]
+        if bool(grid.padded[index]) or not inside:
+            assert found[index] == -1
+            continue
+        mean = np.mean(inside, 0)
+        distances = [float(((mean - np.array(colour)) ** 2).sum()) for colour in COLOURS.values()]
+        assert distances[found[index]] == pytest.approx(min(distances))
+
+
+def test_colours_get_their_own_names():
+    for name, colour in COLOURS.items():
+        picture = Image.new("RGB", (8, 8), colour)
+        assert {NAMES[i] for i in patch_colours(picture, PatchGrid(2, 2, Frame.stretch(8, 8)))} == {name}
+
+
+def test_objects_inside_and_beside_against_a_loop():
+    for sample in samples.load("miniworld", n=6):
+        grid = PatchGrid(8, 8, Frame.letterbox(sample.width, sample.height))
+        inside, beside = patch_objects(sample, grid)
+        assert not ((inside >= 0) & (beside >= 0)).any()
+        for index, (x, y) in enumerate(grid.centres.tolist()):
+            if bool(grid.padded[index]):
+                assert inside[index] == beside[index] == -1
+                continue
+            distances = {}
+            for entry in sample.annotations:
+                x0, y0, w, h = entry["bbox"]
+                across, down = max(x0 - x, 0, x - x0 - w), max(y0 - y, 0, y - y0 - h)
+                key = (across**2 + down**2) ** 0.5
+                distances.setdefault(key, set()).add(entry["category_id"])
+            holding = [
+                (e["bbox"][2] * e["bbox"][3], e["category_id"])
+                for e in sample.annotations
+                if e["bbox"][0] <= x < e["bbox"][0] + e["bbox"][2] and e["bbox"][1] <= y < e["bbox"][1] + e["bbox"][3]
+            ]
+            if holding:
+                assert inside[index] == min(holding)[1]
+            else:
+                assert inside[index] == -1 and beside[index] in distances[min(distances)]
+    empty = samples.Sample(0, 8, 8, (), (), (), {}, lambda: Image.new("RGB", (8, 8)))
+    assert (np.stack(patch_objects(empty, PatchGrid(2, 2, Frame.stretch(8, 8)))) == -1).all()
+
+
+def planted(seed=0, pictures=40, each=12, strength=1.0):
+    rng = np.random.default_rng(seed)
+    picture = np.repeat(np.arange(pictures), each)
+    answers = rng.integers(0, 3, len(picture))
+    vectors = rng.normal(0, 0.05, (len(picture), 16))
+    vectors[np.arange(len(picture)), answers] += 0.2 * strength
+    vectors[:, 15] += 100  # a direction that all share: every cosine is near one
+    return vectors.astype(np.float32), answers, picture
+
+
+def test_content_behind_a_shared_direction_is_read():
+    vectors, answers, picture = planted()
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert (units @ units.T).min() > 0.9999
+    found = linear_readout([vectors], answers, picture)
+    assert found.accuracy().low > 0.95 and found.baseline().high < 0.6 and found.gain().low > 0.3
+
+
+def test_noise_is_not_read_and_the_majority_is_what_it_is_held_against():
+    vectors, answers, picture = planted(strength=0)
+    found = linear_readout([vectors], answers, picture)
+    assert found.gain().low < 0.05
+    lopsided = np.where(np.arange(len(answers)) % 10 == 0, answers, 1)
+    often = linear_readout([vectors], lopsided, picture)
+    assert float(often.baseline().value) > 0.85 and abs(float(often.gain().value)) < 0.05
+
+
+def test_pictures_are_on_one_side_only():
+    """Each picture has its own random answer and its own mark: a probe that saw the picture would be right."""
+    rng = np.random.default_rng(0)
+    picture = np.repeat(np.arange(60), 10)
+    answers = rng.integers(0, 2, 60)[picture]
+    vectors = np.eye(60, dtype=np.float32)[picture] + rng.normal(0, 0.01, (600, 60)).astype(np.float32)
+    found = linear_readout([vectors], answers, picture)
+    assert len(found.asked) == 20 and float(found.accuracy().value) < 0.75
+    shuffled = rng.permutation(600)  # tokens, not pictures, apart: the same probe reads the marks
+    leaking = linear_readout([vectors], answers, np.arange(600)[shuffled] // 10)
+    assert float(leaking.accuracy().value) > 0.95
+
+
+def test_several_forms_are_averaged_and_too_little_is_none():
+    vectors, answers, picture = planted()
+    noise = np.random.default_rng(1).normal(0, 1, vectors.shape).astype(np.float32)
+    one, other = (linear_readout([form], answers, picture) for form in (vectors, noise))
+    both = linear_readout([vectors, noise], answers, picture)
+    assert both.hits == pytest.approx((one.hits + other.hits) / 2)
+    assert both.gain(one).value == pytest.approx(float(both.accuracy().value - one.accuracy().value))
+    assert linear_readout([vectors], np.full(len(answers), -1), picture) is None
+    assert linear_readout([vectors], np.zeros_like(answers), picture) is None
+    assert linear_readout([vectors], answers, picture // 10) is None  # four pictures
+    fewer = np.where(np.arange(len(answers)) % 2, -1, answers)
+    with pytest.raises(EmbedLensError, match="different tokens"):
+        one.gain(linear_readout([vectors], fewer, picture))
+
+
+def test_the_projector_gives_the_visual_tokens_and_a_random_one_does_not(tiny):
+    pictures = samples.load("miniworld", n=3)
+    prompts = tiny.prompts([sample.image for sample in pictures], [QUESTION] * 3)
+    before = tiny.tower_states(prompts)[:, tiny.feature_layer].flatten(0, 1)
+    tokens = torch.cat([prompt.embeds[prompt.visual] for prompt in prompts]).numpy()
+    own = projector_of(tiny)
+    assert projected(own, before) == pytest.approx(tokens, abs=1e-5)
+    drawn = projected(random_projector(own, 0), before)
+    assert drawn.shape == tokens.shape and not np.allclose(drawn, tokens, atol=1e-2)
+    assert np.array_equal(drawn, projected(random_projector(own, 0), before))
+    assert not np.allclose(drawn, projected(random_projector(own, 1), before), atol=1e-2)
+    state = torch.random.get_rng_state()
+    random_projector(own, 2)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+    with pytest.raises(EmbedLensError, match="no reset_parameters"):
+        random_projector(nn.Sequential(Scale()), 0)
+
+
+def test_the_token_table_holds_as_many_of_each_kind_as_asked_for(tiny):
+    pictures = samples.load("miniworld", n=4)
+    reference = discover(tiny, pictures[:2])
+    table = token_table(tiny, pictures, reference, "cluster", per_picture=3, batch_size=3)
+    assert table.n_pictures == 4 and tuple(table.answers) == QUESTIONS
+    assert not (table.dead & table.alive).any() and (table.dead | table.alive).all()
+    for mask in (table.dead, table.alive):
+        assert np.bincount(table.picture[mask], minlength=4).max() <= 3
+    again = token_table(tiny, pictures, reference, "cluster", per_picture=3, batch_size=1)
+    torch.testing.assert_close(table.before, again.before, atol=1e-4, rtol=1e-4)
+    assert all(np.array_equal(table.answers[name], again.answers[name]) for name in QUESTIONS)
+    with pytest.raises(EmbedLensError, match="no samples"):
+        token_table(tiny, [], reference)
