@@ -1,0 +1,195 @@
+"""An arm is compared with the baseline question by question, and no verdict says more than the questions can."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binomtest
+
+from embedlens import EmbedLensError, paired, tasks
+from embedlens.paired import compare, compare_answers, comparisons, mcnemar
+
+
+def answers(n: int, right: float, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).random(n) < right).astype(float)
+
+
+def flipped(baseline: np.ndarray, lost: int, gained: int) -> np.ndarray:
+    arm = baseline.copy()
+    arm[np.flatnonzero(baseline == 1)[:lost]] = 0
+    arm[np.flatnonzero(baseline == 0)[:gained]] = 1
+    return arm
+
+
+def sweep_table(n: int = 24, arms=(("baseline", 0), ("arm", 0)), seed: int = 0) -> pd.DataFrame:
+    """Answers to made-up questions of all families, half of them right, at random in every arm."""
+    rng = np.random.default_rng(seed)
+    kinds = [(family, kind) for family, metrics in tasks.FAMILIES.items() for m in metrics for kind in m.kinds]
+    asked = [(*kinds[i % len(kinds)], "yes" if rng.random() < 0.5 else "no", i // 2) for i in range(n)]
+    rows = [
+        (item, picture, family, kind, answer, arm, repeat, True, said, float(said == answer))
+        for arm, repeat in arms
+        for item, (family, kind, answer, picture) in enumerate(asked)
+        for said in [str(rng.choice(["yes", "no"]))]
+    ]
+    names = ["item", "id", "family", "kind", "answer", "arm", "seed", "acted", "prediction", "correct"]
+    return pd.DataFrame(rows, columns=names)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "n", "verdict"),
+    [
+        (40, 2, 400, "degradation"),
+        (2, 40, 400, "improvement"),
+        (5, 5, 2000, "no degradation shown"),
+        (12, 10, 200, "undecided"),
+        (3, 0, 200, "undecided"),  # below zero, but McNemar: p = 0.25
+    ],
+)
+def test_the_verdict_is_what_the_answers_that_changed_allow(lost, gained, n, verdict):
+    baseline = answers(n, 0.6)
+    found = compare_answers(baseline, flipped(baseline, lost, gained))
+    assert found.verdict == verdict
+    assert (found.lost, found.gained) == (lost, gained)
+    assert found.difference == pytest.approx((gained - lost) / n)
+    assert found.low < found.narrow_low <= found.difference <= found.narrow_high < found.high
+
+
+def test_two_hundred_equal_answers_do_not_show_equivalence_and_four_hundred_do():
+    """Of n pictures of which none differs one cannot exclude that about 3 in n would (rule of three)."""
+    for n, verdict in ((200, "undecided"), (400, "no degradation shown")):
+        same = answers(n, 0.6)
+        found = compare_answers(same, same)
+        assert (found.difference, found.p, found.verdict) == (0, 1, verdict)
+        assert 2.5 / n < found.narrow_high < 3 / n
+
+
+def test_an_arm_that_never_acted_shows_nothing():
+    table = sweep_table(n=2000)
+    table.loc[table.arm == "arm", "correct"] = table[table.arm == "baseline"].correct.to_numpy()
+    assert compare(table, "arm").verdict == "no degradation shown"
+    table.loc[table.arm == "arm", "acted"] = False
+    found = compare(table, "arm")
+    assert (found.verdict, found.acted, found.equivalent) == ("undecided", 0, True)
+
+
+def test_pairing_narrows_the_interval_and_shuffled_answers_widen_it():
+    baseline = answers(400, 0.5)
+    arm = flipped(baseline, lost=20, gained=2)
+    shuffled = np.random.default_rng(0).permutation(arm)
+    close, loose = compare_answers(baseline, arm), compare_answers(baseline, shuffled)
+    assert close.difference == loose.difference
+    assert 2 * (close.high - close.low) < loose.high - loose.low
+    assert close.verdict == "degradation" and loose.verdict == "undecided"
+
+
+def test_questions_on_one_picture_are_no_independent_observations():
+    baseline = np.ones(400)
+    arm = np.ones(400)
+    arm[:80] = 0
+    alone = compare_answers(baseline, arm)
+    together = compare_answers(baseline, arm, pictures=np.arange(400) // 40)
+    assert (together.pictures, together.questions, alone.pictures) == (10, 400, 400)
+    assert together.difference == alone.difference
+    assert together.high - together.low > 3 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_interval_agrees_with_the_normal_one_for_many_answers(seed):
+    baseline, arm = answers(2000, 0.6, seed), answers(2000, 0.55, seed + 100)
+    found = compare_answers(baseline, arm)
+    spread = 1.96 * (arm - baseline).std() / math.sqrt(2000)
+    assert found.low == pytest.approx(found.difference - spread, abs=0.2 * spread)
+    assert found.high == pytest.approx(found.difference + spread, abs=0.2 * spread)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_mcnemar_is_the_binomial_test_by_hand(seed):
+    gained, lost = np.random.default_rng(seed).integers(0, 12, 2)
+    n = int(gained + lost)
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n
+    assert mcnemar(int(gained), int(lost)) == pytest.approx(min(1, 2 * tail))
+    if n:
+        assert mcnemar(int(gained), int(lost)) == pytest.approx(binomtest(int(lost), n).pvalue)
+
+
+@pytest.mark.parametrize("of", ["accuracy", *tasks.FAMILIES, "Avg"])
+def test_scores_are_those_of_tasks(of):
+    table = sweep_table(n=120)
+    found = compare(table, "arm", of, resamples=50)
+    for value, arm in ((found.baseline, "baseline"), (found.score, "arm")):
+        rows = table[table.arm == arm]
+        wanted = rows.correct.mean() if of == "accuracy" else tasks.family_scores(rows)[of]
+        assert value == pytest.approx(wanted)
+    assert math.isnan(found.p) == (of in ("hallucination", "Avg"))
+    assert found.low < found.difference < found.high
+
+
+def test_a_bootstrap_of_a_family_equals_drawing_pictures_by_hand():
+    table = sweep_table(n=900)  # as many as chance needs to outweigh what a bootstrap cannot see
+    found = compare(table, "arm", "ocr", resamples=300, seed=3)
+    part = table[table.family == "ocr"]
+    ids = np.unique(part.id)
+    changes = []
+    for times in paired.draws(len(ids), 300, seed=3):
+        drawn = part.loc[part.index.repeat(times[np.searchsorted(ids, part.id)].astype(int))]
+        means = drawn.groupby(["arm", "kind"]).correct.mean().groupby("arm").mean()
+        changes.append(means["arm"] - means["baseline"])
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(changes, [0.025, 0.975])))
+
+
+def test_seeds_of_a_control_are_averaged_and_their_pictures_drawn_together():
+    arms = [("baseline", 0), ("control", 0), ("control", 1), ("control", 2)]
+    table = sweep_table(n=120, arms=arms)
+    found = compare(table, "control")
+    rows = table[table.arm == "control"]
+    each = [compare(table[(table.arm != "control") | (table.seed == seed)], "control") for seed in range(3)]
+    assert (found.seeds, found.questions, found.pictures) == (3, 120, 60)
+    assert found.score == pytest.approx(rows.correct.mean())
+    assert found.difference == pytest.approx(np.mean([one.difference for one in each]))
+    assert found.lost == pytest.approx(np.mean([one.lost for one in each]))
+    assert math.isnan(found.p) and not any(math.isnan(one.p) for one in each)
+    assert found.high - found.low < max(one.high - one.low for one in each)
+
+
+def test_the_order_of_rows_does_not_matter_and_the_same_seed_gives_the_same():
+    table = sweep_table(n=60)
+    mixed = table.sample(frac=1, random_state=0)
+    assert compare(table, "arm") == compare(mixed, "arm")
+    assert compare(table, "arm", seed=1) != compare(table, "arm")
+
+
+def test_every_arm_gets_a_row_for_every_score():
+    table = sweep_table(n=60, arms=[("baseline", 0), ("a", 0), ("b", 0), ("b", 1)])
+    found = comparisons(table, of=["accuracy", "general", "Avg"], resamples=20)
+    assert list(zip(found.arm, found.of, strict=True)) == [(a, o) for a in "ab" for o in ("accuracy", "general", "Avg")]
+    assert set(found.verdict) <= {"no degradation shown", "degradation", "improvement", "undecided"}
+
+
+def test_another_column_can_say_what_is_right():
+    table = sweep_table(n=60)
+    table["correct_original"] = 0.0
+    assert compare(table, "arm", correct="correct_original").score == 0 < compare(table, "arm").score
+
+
+def test_what_cannot_be_compared_is_refused():
+    table = sweep_table(n=24)
+    with pytest.raises(EmbedLensError, match="no arm 'x': it has 'baseline', 'arm'"):
+        compare(table, "x")
+    with pytest.raises(EmbedLensError, match="unknown score 'x'"):
+        compare(table, "arm", of="x")
+    with pytest.raises(EmbedLensError, match="answered other questions"):
+        compare(table.iloc[:-1], "arm")
+    with pytest.raises(EmbedLensError, match="answered a question twice"):
+        compare(pd.concat([table, table.tail(1)]), "arm")
+    with pytest.raises(EmbedLensError, match="no question of 'ocr'"):
+        compare(table[table.family != "ocr"], "arm", of="ocr")
+    with pytest.raises(EmbedLensError, match="2 seeds: compare with an arm that has one"):
+        compare(sweep_table(arms=[("baseline", 0), ("baseline", 1), ("arm", 0)]), "arm")
+    with pytest.raises(EmbedLensError, match="pass the same questions"):
+        compare_answers([1.0], [1.0, 0.0])
+    with pytest.raises(EmbedLensError, match="margin is 0"):
+        compare(table, "arm", margin=0)
