@@ -18,8 +18,9 @@ FLOORS |= {"families": 1, "vlm": 1.5, "lenses": 2, "tracing": 2, "interventions"
 FLOORS |= {"clusters": 3, "hubs": 3, "labels": 3, "tasks": 3, "claims": 4, "figures": 5, "probe": 6, "card": 6}
 FLOORS |= {"study": 4}
 FLOORS |= {"consistency": 3.7, "readout": 3.7}
-FLOORS |= {"groups": 3.5}
 FLOORS |= {"sinks": 3.7}
+FLOORS |= {"groups": 3.5}
+FLOORS |= {"norms": 3.7}
 
 
 def seconds(code: str) -> float:
