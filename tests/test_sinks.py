@@ -193,6 +193,26 @@ def test_the_cluster_that_is_alike_in_all_pictures_is_found_whatever_its_rank():
     assert most_alike_cluster(list(own), pairs).tolist() == where
 
 
+@seeds
+@few_examples
+def test_the_most_alike_cluster_is_the_best_match_in_every_partner_averaged(seed):
+    means = [torch.nn.functional.normalize(normal(seed + i, 2 + i, 3), dim=-1) for i in range(4)]
+    pairs = np.array([[0, 1], [0, 3], [1, 0], [2, 1], [3, 2], [3, 0]])
+    for picture, found in enumerate(most_alike_cluster(means, pairs)):
+        partners = [other for one, other in pairs if one == picture]
+        scores = [sum(max(float(c @ o) for o in means[other]) for other in partners) for c in means[picture]]
+        assert scores[found] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_the_first_token_is_no_text_and_queries_come_after_the_picture(tiny, prompts, without_sinks):
+    prompt = prompts[0]
+    masks = _masks(prompt, sink_groups(tiny, [prompt], without_sinks)[0])
+    assert sum(mask.int() for mask in masks.values()).eq(1).all()  # every position in one set
+    assert masks["first"].nonzero().tolist() == [[0]] and not masks["text"][0]
+    last = max(i for i, visual in enumerate(prompt.visual.tolist()) if visual)
+    assert queries_of(prompt).nonzero()[:, 0].tolist() == list(range(last + 1, len(prompt)))
+
+
 def test_an_absence_has_the_exact_upper_bound():
     value, low, high = share_interval(0, 200)
     assert (float(value), float(low)) == (0, 0) and float(high) == pytest.approx(1 - 0.025 ** (1 / 200))
