@@ -140,3 +140,14 @@ def test_the_verdict_follows_the_interval():
         "partly",
         "does not hold",
     ]
+
+
+def test_the_overview_has_every_claim_judged_or_not(tmp_path):
+    record(tmp_path)
+    record(tmp_path, chapter="03_other", model="org/other", claims={"E13": FOUND, "E14": FOUND})
+    table = claims.overview(tmp_path)
+    assert set(table.claim) == set(claims.claims())
+    judged = table[table.claim == "E13"]
+    assert judged.model.tolist() == ["miniature", "org/other"] and set(judged.here) == {"0.123 (0.100 to 0.200)"}
+    assert table[table.claim == "E15"].verdict.tolist() == [claims.UNMEASURED]
+    assert (claims.overview(tmp_path / "none").verdict == claims.UNMEASURED).all()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HOLDS, PARTLY, FAILS, UNTESTABLE = "holds", "partly", "does not hold", "not testable here"
 VERDICTS = (HOLDS, PARTLY, FAILS, UNTESTABLE)
+UNMEASURED = "not measured yet"
 MINIATURE = "miniature"
 PACKAGES = ("torch", "transformers", "numpy")  # whose versions a number may depend on
 DECIMALS = 4
@@ -238,6 +239,46 @@ def read(file: Path | str) -> Record:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EmbedLensError(f"{file} is no JSON ({error}): run the chapter again") from None
     return _checked(content, str(file))
+
+
+def overview(folder: Path | str) -> pd.DataFrame:
+    """Every claim of both papers with what the records in a folder say about it.
+
+    Args:
+        folder: the book's `results`: one folder per model, one record per chapter.
+
+    Returns:
+        one row for each time a chapter judged a claim on a model, and one for a claim that none has judged (verdict
+        "not measured yet"): columns claim, paper, section, statement, model, chapter, here, n, verdict.
+
+    Raises:
+        EmbedLensError: a record that cannot be read.
+    """
+    import pandas as pd
+
+    records = [read(file) for file in sorted(Path(folder).glob("*/*.json"))]
+    rows = []
+    for name, claim in claims().items():
+        about = {"claim": name, "paper": claim.paper, "section": claim.section, "statement": claim.statement}
+        judged_in = [record for record in records if name in record.claims]
+        rows += [
+            {
+                **about,
+                "model": record.model,
+                "chapter": record.chapter,
+                "here": _told(record.claims[name]),
+                "n": record.claims[name].n,
+                "verdict": record.claims[name].verdict,
+            }
+            for record in judged_in
+        ] or [{**about, "model": "–", "chapter": "–", "here": "–", "n": 0, "verdict": UNMEASURED}]
+    return pd.DataFrame(rows)
+
+
+def _told(found: Finding) -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return "–"
+    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _checked(content: Any, name: str) -> Record:

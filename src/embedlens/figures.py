@@ -52,6 +52,13 @@ ARMS = {
     "untrained": Look("#9A9A9A", "X"),
 }
 LENSES = {"EmbedLens": Look("#1B3A6B", "o", "-"), "LogitLens": Look("#B06A00", "s", "--")}
+#: Verdict → colour and hatch.
+VERDICTS = {
+    "holds": ("#009E73", ""),
+    "partly": ("#E69F00", "//"),
+    "does not hold": ("#D55E00", "xx"),
+    "not testable here": ("#BBBBBB", ".."),
+}
 CHANCE = "#767676"
 FACT = "#C0392B"  # a target or a printed value
 ORDER = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4D4D4D")  # for what has no meaning yet

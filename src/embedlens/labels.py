@@ -247,7 +247,7 @@ def named_patches(
     """
     named = torch.zeros(len(grid), dtype=torch.bool)
     covered = torch.zeros(len(grid), dtype=torch.bool)
-    for entry in sample.annotations:
+    for entry in (entry for entry in sample.annotations if not entry["iscrowd"]):
         x, y, w, h = entry["bbox"]
         inside = grid.inside((x, y, x + w, y + h))
         counted = label_ids(model.tokenizer, sample.category_names[entry["category_id"]], rule)
