@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.lenses import EmbedLens
+from embedlens.lenses import EmbedLens, unit_vectors
 from embedlens.samples import Sample
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
         )
     if not bool(tokens.isfinite().all()):
         raise EmbedLensError("some tokens are not finite: load the model in float32 or bfloat16")
-    units = _units(_units(tokens).double())  # at length one to the last bit, which float32 is not
+    units = unit_vectors(unit_vectors(tokens).double())  # at length one to the last bit, which float32 is not
     near = ((units @ units.T) >= threshold - ROUNDING).cpu().numpy()
     np.fill_diagonal(near, True)  # zero vectors too
     labels = np.full(len(near), -1)
@@ -100,7 +100,7 @@ def centroids(
     [[0.0, 1.0], [1.0, 0.0]]
     """
     means = _means(tokens, labels, most)
-    return _units(means if center is None else means - center)
+    return unit_vectors(means if center is None else means - center)
 
 
 def cross_image_similarity(a: Float[Tensor, "k d"], b: Float[Tensor, "m d"]) -> Float[Tensor, " k"]:
@@ -124,7 +124,7 @@ def cross_image_similarity(a: Float[Tensor, "k d"], b: Float[Tensor, "m d"]) -> 
             f"centroids of shapes {tuple(a.shape)} and {tuple(b.shape)}: pass at least one of each picture, all of one "
             "width"
         )
-    return (_units(a) @ _units(b).T).amax(1)
+    return (unit_vectors(a) @ unit_vectors(b).T).amax(1)
 
 
 def matched_null(labels: Int[Tensor, " n"], seed: int | Sequence[int]) -> Int[Tensor, " n"]:
@@ -231,7 +231,7 @@ class ClusterStudy:
             null: of the matched random token sets instead, averaged over repeats.
         """
         means = self.null_means if null else self.means[:, None]  # [pictures, repeats, k, d]
-        units = _units(means - self.center if mean_removed else means)
+        units = unit_vectors(means - self.center if mean_removed else means)
         there = torch.from_numpy(self.sizes > 0)
         parts = []
         for some in np.array_split(pairs, max(1, len(pairs) // 512)):
@@ -280,7 +280,7 @@ def cluster_study(
     while batch := list(islice(stream, batch_size)):
         for prompt in model.prompts([sample.image for sample in batch], [QUESTION] * len(batch)):
             tokens = prompt.embeds[prompt.visual].float()
-            total += _units(tokens).mean(0).double().cpu()
+            total += unit_vectors(tokens).mean(0).double().cpu()
             padded = prompt.grid.padded.numpy()
             for threshold in thresholds:
                 for order in orders:
@@ -297,8 +297,8 @@ def cluster_study(
 def text_centroid(model: VisionLanguageModel) -> Float[Tensor, " d"]:
     """Mean of the normalised rows of the input embedding, at length one: the middle of the vocabulary."""
     rows = model.input_embeddings
-    total = torch.stack([_units(part).sum(0) for part in rows.split(4096)]).sum(0)
-    return _units(total)
+    total = torch.stack([unit_vectors(part).sum(0) for part in rows.split(4096)]).sum(0)
+    return unit_vectors(total)
 
 
 def _kept(
@@ -312,7 +312,7 @@ def _kept(
 ) -> dict[str, object]:
     """What is kept of one picture."""
     means = _means(tokens, labels, most)
-    units, missing = _units(means), most - len(means)
+    units, missing = unit_vectors(means), most - len(means)
     of = labels.cpu().numpy()
     counts = np.bincount(of)
     bars = np.bincount(of, weights=padded) / counts
@@ -354,13 +354,5 @@ def _means(tokens: Float[Tensor, "n d"], labels: Int[Tensor, " m"], most: int | 
     if not bool((counts > 0).all()):
         raise EmbedLensError("some cluster has no token: number the clusters without gaps, from 0")
     sums = torch.zeros(len(counts), tokens.shape[1], dtype=torch.float32, device=tokens.device)
-    sums.index_add_(0, labels, _units(tokens).float())
+    sums.index_add_(0, labels, unit_vectors(tokens).float())
     return (sums / counts[:, None])[:most]
-
-
-def _units(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """Vectors at length one, in float32 or as precise as they are; zero vectors stay zero."""
-    vectors = vectors.detach()
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    norms = vectors.norm(dim=-1, keepdim=True)
-    return vectors / torch.where(norms > 0, norms, torch.ones_like(norms))

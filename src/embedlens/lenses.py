@@ -102,7 +102,7 @@ class EmbedLens(Lens):
             raise EmbedLensError(f"{len(embeddings)} embedding rows but {len(tokens)} tokens: pass one token per row")
         self.tokens = tokens
         self.width = embeddings.shape[1]
-        self._unit = _unit(embeddings)
+        self._unit = unit_vectors(embeddings)
         self._exclude = torch.as_tensor(list(exclude), dtype=torch.long, device=embeddings.device)
         self._repeats, self._originals = _repeated_rows(self._unit)
 
@@ -113,7 +113,7 @@ class EmbedLens(Lens):
 
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Cosine with every embedding row, in [-1, 1] up to rounding; 0 for a zero vector."""
-        cosines = _unit(h.detach().to(self._unit.device)) @ self._unit.T
+        cosines = unit_vectors(h.detach().to(self._unit.device)) @ self._unit.T
         if len(self._repeats):
             cosines[..., self._repeats] = cosines[..., self._originals]
         if len(self._exclude):
@@ -150,7 +150,7 @@ class LogitLens(Lens):
         return logits
 
 
-def _unit(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+def unit_vectors(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """Vectors at length one in float32; zero vectors stay zero."""
     vectors = vectors.detach().float()
     norms = vectors.norm(dim=-1, keepdim=True)
