@@ -151,8 +151,9 @@ class LogitLens(Lens):
 
 
 def unit_vectors(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-    """Vectors at length one in float32; zero vectors stay zero."""
-    vectors = vectors.detach().float()
+    """Vectors at length one, in float32 unless they are float64; zero vectors stay zero."""
+    vectors = vectors.detach()
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     norms = vectors.norm(dim=-1, keepdim=True)
     return vectors / torch.where(norms > 0, norms, torch.ones_like(norms))
 
