@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from embedlens import load
 from embedlens.errors import EmbedLensError
 from embedlens.tracing import sublayer_names, trace, traces
 
@@ -154,3 +155,51 @@ def test_rescaled_changes_visual_rows_only(tiny):
         prompt.spread(torch.ones(3, dtype=torch.bool))
     spread = prompt.spread(torch.arange(len(prompt.grid)) == 2)
     assert int(spread.nonzero()[0]) == int(prompt.visual.nonzero()[2])
+
+
+@pytest.fixture(scope="module")
+def without_cls(tiny_folder, tmp_path_factory):
+    """The random LLaVA with a SigLIP tower, which has no CLS token."""
+    from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "siglip"
+    processor = AutoProcessor.from_pretrained(tiny_folder, backend="pil")
+    config = LlavaConfig.from_pretrained(tiny_folder)
+    old = config.vision_config
+    config.vision_config = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=old.image_size,
+        patch_size=old.patch_size,
+        vision_use_head=False,
+    )
+    config.vision_feature_select_strategy = processor.vision_feature_select_strategy = "full"
+    processor.num_additional_image_tokens = 0
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_tower_without_cls_gives_every_patch(without_cls):
+    model = load(without_cls, device="cpu")
+    prompt = prompts_of(model, 1)[0]
+    states = model.tower_states([prompt])
+    assert states.shape[2] == len(prompt.grid) == int(prompt.visual.sum())
+    with torch.no_grad():
+        projected = model.hf.model.multi_modal_projector(states[0, model.feature_layer])
+    assert_close(prompt.embeds[prompt.visual], projected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_without_cls_whose_first_patch_would_be_dropped_is_refused(without_cls, tmp_path):
+    import json
+    import shutil
+
+    folder = shutil.copytree(without_cls, tmp_path / "dropped")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_feature_select_strategy"] = "default"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EmbedLensError, match="has no CLS token.*set it to 'full'"):
+        load(folder, device="cpu")

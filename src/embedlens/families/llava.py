@@ -108,14 +108,22 @@ def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, n
     """Refuse a checkpoint whose settings would break the one-token-per-patch order.
 
     Raises:
-        EmbedLensError: CLS is kept among the visual tokens, or the processor lacks its patch size.
+        EmbedLensError: CLS is kept among the visual tokens, a patch is dropped as if it were CLS, or the processor
+            lacks its patch size.
     """
     config: Any = hf.config  # its type says that vision_config may be None
     strategy = config.vision_feature_select_strategy
-    if strategy != "default":
+    with_cls = config.vision_config.model_type.startswith("clip")
+    if with_cls and strategy != "default":
         raise EmbedLensError(
             f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
             "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
+        )
+    if not with_cls and strategy != "full":
+        raise EmbedLensError(
+            f"the vision tower of {name} ({config.vision_config.model_type}) has no CLS token, yet "
+            f"vision_feature_select_strategy {strategy!r} drops the first row, which is a patch: set it to 'full' in "
+            "config.json and processor_config.json if the model was trained so"
         )
     missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
     if missing:
