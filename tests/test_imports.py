@@ -17,6 +17,7 @@ FLOORS = {"errors": -1, "intervals": 0, "pictures": -0.5, "patches": 0, "words":
 FLOORS |= {"families": 1, "vlm": 1.5, "lenses": 2, "tracing": 2, "interventions": 2}
 FLOORS |= {"clusters": 3, "hubs": 3, "labels": 3, "tasks": 3, "claims": 4, "figures": 5, "probe": 6, "card": 6}
 FLOORS |= {"study": 4}
+FLOORS |= {"printed": 0, "paired": 3.2, "sweep": 3.8}
 FLOORS |= {"consistency": 3.7, "readout": 3.7}
 FLOORS |= {"sinks": 3.7}
 FLOORS |= {"groups": 3.5}

@@ -1,0 +1,382 @@
+"""Many arms in one sweep give what each question alone gives; controls are matched, seeded and repeatable."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import embedlens as el
+from embedlens import (
+    EmbedLensError,
+    EnterAt,
+    Frame,
+    PatchGrid,
+    Prune,
+    Rescale,
+    Silence,
+    SkipSublayers,
+    TokenGroups,
+    paired,
+    printed,
+    sweep,
+    tasks,
+)
+from embedlens.sweep import BASELINE, Arm, dead_arms, everywhere, members, pruning, run_arms, sink_arms, skipping
+
+ALL_KINDS = ("alive", "dead", "ViT sink", "LLM sink")
+
+
+def partition(dead, vit, llm) -> TokenGroups:
+    return TokenGroups(vit, llm, dead, ~(dead | vit | llm), met={})
+
+
+def ranked(model, prompts, n_dead: int = 4, none_in: tuple[int, ...] = ()) -> list[TokenGroups]:
+    """Groups by rank of the norm: a stand-in that finds something in any model. None in pictures of these widths."""
+    found = []
+    for prompt in prompts:
+        ranks = prompt.embeds[prompt.visual].norm(dim=-1).argsort(descending=True).argsort().cpu()
+        count = 0 if prompt.grid.frame.width in none_in else 1
+        found.append(
+            partition(
+                (ranks >= 2) & (ranks < 2 + count * n_dead), (ranks == 0) & (count > 0), (ranks == 1) & (count > 0)
+            )
+        )
+    return found
+
+
+def few(n: int = 3) -> list[tasks.Item]:
+    """Questions of several kinds, with short and with long answers."""
+    return tasks.family_questions("general", 5)[:n] + tasks.family_questions("grounding", 3 + n)[3:]
+
+
+def several_on_a_picture() -> list[tasks.Item]:
+    """Questions of other kinds on pictures asked before, not one after the other."""
+    items = few()
+    again = [tasks.Item(item.sample, other.question) for item, other in zip(items, items[1:], strict=False)]
+    return items + again
+
+
+ARMS = [
+    BASELINE,
+    pruning("-dead", partial(members, names=("dead",))),
+    pruning("-random", partial(sweep.random_alive, matched=("dead",)), seed=3),
+    skipping("skip", partial(members, names=("dead", "LLM sink")), at=(0.5, 1)),
+    everywhere("silence", Silence("mlp")),
+    everywhere("late and small", EnterAt(1), Rescale(0.5)),
+]
+
+
+def alone(model, item, arm, groups) -> str:
+    """One question under one arm, as plainly as it can be written."""
+    prompt = model.prompt(item.sample.image, item.question.text)
+    of_picture = groups(model, [prompt])[0]
+    plan = arm.act(of_picture, prompt.grid, sweep.generator(item.sample.id, arm.name, arm.seed))
+    if not plan:
+        return model.answer(prompt, tasks.ANSWER_TOKENS)
+    with el.intervene(model, *plan):
+        return model.answer(prompt, tasks.ANSWER_TOKENS)
+
+
+# --- the sweep equals one question after the other -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "miniature"])
+def test_a_sweep_answers_what_each_question_alone_is_answered(name, request):
+    model = request.getfixturevalue(name)
+    items = several_on_a_picture()
+    groups = partial(ranked, none_in=(min(item.sample.width for item in items),))
+    table = run_arms(model, items, ARMS, groups, batch_size=3)
+    assert list(table.item) == [place for place in range(len(items)) for _ in ARMS]
+    assert list(table.arm[: len(ARMS)]) == [arm.name for arm in ARMS]
+    for row in table.itertuples():
+        item, arm = items[row.item], next(arm for arm in ARMS if arm.name == row.arm)
+        assert row.prediction == alone(model, item, arm, groups), (row.arm, row.question)
+        assert (row.question, row.answer, row.id) == (item.question.text, item.question.answer, item.sample.id)
+        assert row.correct == tasks.score(item.question, row.prediction)
+        if row.kind == "box":
+            assert row.correct_original == tasks.box_score(item, row.prediction, "original")
+        else:
+            assert row.correct_original == row.correct
+    texts = table.pivot(index="item", columns="arm", values="prediction")
+    assert any((texts[arm] != texts["baseline"]).any() for arm in ("-dead", "-random", "silence"))
+
+
+def test_each_picture_is_seen_and_grouped_once_whatever_the_questions_and_arms(tiny, monkeypatch):
+    seen, grouped = [], []
+    features = tiny._features
+    monkeypatch.setattr(tiny, "_features", lambda pixels: seen.append(len(pixels)) or features(pixels))
+
+    def groups(model, prompts):
+        grouped.extend(prompts)
+        return ranked(model, prompts)
+
+    items = several_on_a_picture()
+    pictures = {item.sample.id for item in items}
+    run_arms(tiny, items, ARMS, groups, batch_size=2)
+    assert len(items) > len(pictures) == sum(seen) == len(grouped)
+
+
+def test_arms_that_do_not_act_cost_one_baseline_answer(tiny, monkeypatch):
+    asked = []
+    answers = tiny.answers
+    monkeypatch.setattr(tiny, "answers", lambda prompts, *rest: asked.append(len(prompts)) or answers(prompts, *rest))
+    items = few()
+    table = run_arms(tiny, items, sink_arms(), lambda model, prompts: ranked(model, prompts, none_in=(112, 84, 75, 63)))
+    idle = table[table.arm != "others skip MLP-2"]
+    assert not idle.acted.any() and not idle.tokens.any()
+    assert idle.groupby("item").prediction.nunique().eq(1).all()
+    assert table[table.arm == "others skip MLP-2"].acted.all()
+    assert sum(asked) == 2 * len(items)
+
+
+def test_a_picture_without_the_group_runs_as_the_baseline_and_says_so(tiny):
+    items = tasks.family_questions("grounding", 8)
+    widths = [item.sample.width for item in items]
+    without = widths[0]
+    assert any(width != without for width in widths)
+    table = run_arms(tiny, items, ARMS[:2], partial(ranked, none_in=(without,)))
+    texts = table.pivot(index="item", columns="arm", values="prediction")
+    acted = table[table.arm == "-dead"].set_index("item").acted
+    for place, width in enumerate(widths):
+        assert acted[place] == (width != without)
+        if width == without:
+            assert texts["-dead"][place] == texts["baseline"][place]
+
+
+def test_an_exception_stops_the_sweep_and_leaves_the_model_as_it_was(tiny):
+    items, calls = few(), []
+
+    def breaks(groups, grid, rng):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+        return [Prune(groups.dead)]
+
+    with pytest.raises(ZeroDivisionError):
+        run_arms(tiny, items, [BASELINE, Arm("broken", breaks)], ranked)
+
+    broken = tiny.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_arms(tiny, items, ARMS[1:2], ranked)
+    broken.remove()
+    assert tiny.intervention is None
+    everything = pruning("-all", partial(members, names=ALL_KINDS))
+    with pytest.raises(EmbedLensError, match="removes all 16 visual tokens"):
+        run_arms(tiny, items, [everything], ranked)
+
+
+def test_tokens_says_how_many_an_arm_acted_on(tiny):
+    items = few()
+    several = Arm("several", lambda groups, grid, rng: [Prune(groups.dead), SkipSublayers(groups.sink, at=[0])])
+    table = run_arms(tiny, items, [*ARMS, several], ranked)
+    found = table.groupby("arm").tokens.agg(["min", "max"])
+    wanted = {"baseline": 0, "-dead": 4, "-random": 4, "skip": 5, "silence": 16, "late and small": 16, "several": 6}
+    for arm, count in wanted.items():
+        assert tuple(found.loc[arm]) == (count, count)
+
+
+# --- sharded, resumed, reordered -------------------------------------------------------------------------------------
+
+
+def rows(table):
+    names = ["id", "question", "arm", "seed"]
+    return table.drop(columns="item").sort_values(names).reset_index(drop=True)
+
+
+def test_a_sweep_in_other_order_or_shared_out_gives_the_same_table(tiny):
+    items = several_on_a_picture()
+    arms = dead_arms(seeds=2)
+    whole = rows(run_arms(tiny, items, arms, ranked))
+    turned = rows(run_arms(tiny, items[::-1], arms[::-1], ranked, batch_size=2))
+    one, two = (run_arms(tiny, items[half::2], arms, ranked) for half in (0, 1))
+    assert whole.equals(turned)
+    assert whole.equals(rows(pd.concat([one, two])))
+
+
+def test_a_resumed_study_of_arms_gives_the_table_of_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
+    items, arms = several_on_a_picture()[2:8], dead_arms(seeds=1)
+    samples = sweep.asked(items)
+    study = partial(sweep.answer_arms, arms=arms, groups=ranked)
+    whole = el.run(study, tiny, samples, batch_size=2)
+    calls = []
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return run_arms(*arguments, **options)
+
+    monkeypatch.setattr(sweep, "run_arms", killed)
+    with pytest.raises(KeyboardInterrupt):
+        el.run(study, tiny, samples, out=tmp_path / "rows", batch_size=2)
+    resumed = el.run(study, tiny, samples, out=tmp_path / "rows", batch_size=2)
+    assert len(calls) == 1 + -(-len(samples) // 2)  # the finished batch was not asked again
+    assert whole.equals(resumed)
+    plain = run_arms(tiny, items, arms, ranked)
+    assert rows(whole).equals(rows(plain))
+    assert paired.compare(whole, "-dead").difference == paired.compare(plain, "-dead").difference
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+def square_grid(rows: int = 6, cols: int = 7) -> PatchGrid:
+    return PatchGrid(rows, cols, Frame.stretch(100, 100))
+
+
+def random_groups(seed: int, n: int, share: float = 0.25) -> TokenGroups:
+    kind = torch.from_numpy(np.random.default_rng(seed).choice(4, n, p=[1 - share - 0.1, share, 0.05, 0.05]))
+    return partition(kind == 1, kind == 2, kind == 3)
+
+
+def blocks(mask: torch.Tensor, grid: PatchGrid) -> int:
+    """Number of connected parts, by merging labels until nothing changes."""
+    label = {int(place): int(place) for place in mask.nonzero()[:, 0]}
+    for _ in label:
+        for a in label:
+            for b in label:
+                (ra, ca), (rb, cb) = divmod(a, grid.cols), divmod(b, grid.cols)
+                if abs(ra - rb) + abs(ca - cb) == 1:
+                    label[a] = label[b] = min(label[a], label[b])
+    return len(set(label.values()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("control", ["random_alive", "block_alive"])
+@pytest.mark.parametrize("matched", [("dead",), ("dead", "ViT sink", "LLM sink")])
+def test_controls_are_of_the_matched_size_and_alive(seed, control, matched):
+    grid = square_grid()
+    groups = random_groups(seed, len(grid))
+    size = sum(int(groups.named[name].sum()) for name in matched)
+    mask = getattr(sweep, control)(groups, grid, sweep.generator(seed, "control", 0), matched=matched)
+    assert 0 < int(mask.sum()) == size < int(groups.alive.sum())
+    assert not (mask & ~groups.alive).any()
+
+
+@pytest.mark.parametrize("control", ["random_alive", "block_alive"])
+def test_a_control_takes_all_alive_tokens_where_there_are_too_few(control):
+    grid = square_grid()
+    groups = random_groups(0, len(grid), share=0.8)
+    mask = getattr(sweep, control)(groups, grid, sweep.generator(0, "control", 0), matched=("dead",))
+    assert torch.equal(mask, groups.alive)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_block_is_connected_where_the_pool_has_room_and_random_tokens_are_not(seed):
+    grid = square_grid()
+    rng = np.random.default_rng(seed)
+    whole = torch.ones(len(grid), dtype=torch.bool)
+    size = int(rng.integers(8, 20))
+    assert blocks(sweep.random_block(whole, size, grid, rng), grid) == 1
+    assert blocks(sweep.random_tokens(whole, size, rng), grid) > 1
+    pool = torch.from_numpy(rng.random(len(grid)) < 0.7)
+    parts = sorted(map(len, sweep._connected_parts(pool, grid)), reverse=True)
+    assert len(parts) == blocks(pool, grid) and sum(parts) == int(pool.sum())
+    mask = sweep.random_block(pool, parts[0], grid, rng)
+    assert blocks(mask, grid) == 1 and not (mask & ~pool).any()
+    if len(parts) > 1:  # no room in one part: as few blocks as possible
+        mask = sweep.random_block(pool, parts[0] + 1, grid, rng)
+        assert blocks(mask, grid) == 2 and int(mask.sum()) == parts[0] + 1
+
+
+def test_every_alive_token_is_as_likely_in_a_random_control():
+    pool = torch.tensor([True] * 8 + [False] * 4)
+    drawn = sum(sweep.random_tokens(pool, 2, sweep.generator(picture, "a", 0)).int() for picture in range(2000))
+    assert not drawn[8:].any()
+    assert torch.allclose(drawn[:8] / 2000, torch.full((8,), 0.25), atol=0.05)
+
+
+def test_chance_is_seeded_by_picture_arm_and_seed_and_by_nothing_else():
+    grid = square_grid()
+    groups = random_groups(0, len(grid))
+
+    def drawn(picture, arm, seed):
+        return sweep.random_alive(groups, grid, sweep.generator(picture, arm, seed), matched=("dead",)).tolist()
+
+    first = drawn(1, "a", 0)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert drawn(1, "a", 0) == first
+    assert all(drawn(*other) != first for other in [(2, "a", 0), (1, "b", 0), (1, "a", 1)])
+    assert sweep.generator(17, "-random", 4).integers(2**30) == 102723451  # on every machine and in every process
+
+
+# --- the paper's arms ------------------------------------------------------------------------------------------------
+
+
+def test_the_sink_arms_are_the_rows_of_table_1():
+    assert [arm.name for arm in sink_arms()][1:] == [row.name for row in printed.TABLE_1][1:]
+    assert sink_arms()[0] is BASELINE
+
+
+def test_the_sink_arms_do_what_their_names_say():
+    grid = square_grid()
+    groups = random_groups(1, len(grid))
+    done = {arm.name: arm.act(groups, grid, sweep.generator(0, arm.name, 0)) for arm in sink_arms()}
+    assert done.pop("baseline") is None
+    masks = {name: plan[0].mask for name, plan in done.items()}
+    assert torch.equal(masks["-LLM sinks"], groups.llm_sink) and torch.equal(masks["-ViT sinks"], groups.vit_sink)
+    assert torch.equal(masks["-all sinks"], groups.sink)
+    assert torch.equal(masks["others skip MLP-2"], ~groups.sink)
+    skipped = {name: plan[0].at for name, plan in done.items() if isinstance(plan[0], SkipSublayers)}
+    assert list(skipped.values()) == [(1.5,), (0.5, 1), (0.5, 1, 1.5), (1.5,)]
+    assert all(torch.equal(masks[name], groups.llm_sink) for name in list(skipped)[:3])
+    swapped = {arm.name: arm.act(groups, grid, np.random.default_rng(0)) for arm in sink_arms(llm=("dead",))}
+    assert torch.equal(swapped["-LLM sinks"][0].mask, groups.dead)
+
+
+def test_the_dead_arms_have_both_sizes_a_block_and_five_seeds():
+    names = [arm.name for arm in dead_arms()]
+    assert names[:3] == ["baseline", "-dead", "-dead and sinks"]
+    controls = {name: [arm.seed for arm in dead_arms() if arm.name == name] for name in names[3:]}
+    assert len(controls) == 3 and all(seeds == [0, 1, 2, 3, 4] for seeds in controls.values())
+    grid = square_grid()
+    groups = random_groups(2, len(grid))
+    rng = np.random.default_rng(0)
+    sizes = {arm.name: int(arm.act(groups, grid, rng)[0].mask.sum()) for arm in dead_arms()[1:]}
+    assert sizes["-random, as many as dead"] == sizes["-block, as many as dead"] == sizes["-dead"]
+    assert sizes["-random, as many as dead and sinks"] == sizes["-dead and sinks"] > sizes["-dead"]
+
+
+def test_a_sweep_goes_straight_into_paired_comparison(tiny):
+    items = [item for family in ("ocr", "grounding") for item in tasks.family_questions(family, 3)]
+    table = run_arms(tiny, items, dead_arms(seeds=2), ranked, max_new_tokens=2)
+    found = paired.comparisons(table, of=["accuracy", "ocr", "grounding"], resamples=50)
+    assert len(found) == 5 * 3
+    assert set(found.seeds) == {1, 2}
+    assert {"-dead"} < set(found.arm)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_swept_is_refused(tiny):
+    items = few()
+    with pytest.raises(EmbedLensError, match="0 questions and 1 arms"):
+        run_arms(tiny, [], [BASELINE])
+    with pytest.raises(EmbedLensError, match="questions and 0 arms"):
+        run_arms(tiny, items, [])
+    with pytest.raises(EmbedLensError, match="two arms are named 'baseline' with seed 0"):
+        run_arms(tiny, items, [BASELINE, BASELINE])
+    with pytest.raises(EmbedLensError, match="batch_size is 0"):
+        run_arms(tiny, items, [BASELINE], batch_size=0)
+    same_id = tasks.Item(replace(items[1].sample, id=items[0].sample.id), items[1].question)
+    with pytest.raises(EmbedLensError, match="two pictures have the id"):
+        run_arms(tiny, [items[0], same_id], [BASELINE], ranked)
+    with pytest.raises(EmbedLensError, match="gave Prune a list of masks"):
+        run_arms(tiny, items, [Arm("x", lambda groups, grid, rng: [Prune([groups.dead])])], ranked)
+    with pytest.raises(EmbedLensError, match="groups gave 0 results"):
+        run_arms(tiny, items, [BASELINE], lambda model, prompts: [])
+    with pytest.raises(EmbedLensError, match="no group sink: use alive"):
+        run_arms(tiny, items, [pruning("x", partial(members, names=["sink"]))], ranked)
+    with pytest.raises(EmbedLensError, match="arm 'x' does nothing"):
+        everywhere("x")
+    with pytest.raises(EmbedLensError, match="seeds is 0"):
+        sweep.repeated("x", members, seeds=0)
+    with pytest.raises(EmbedLensError, match="the pool has 3 tokens, the grid 42"):
+        sweep.random_block(torch.ones(3, dtype=torch.bool), 1, square_grid(), np.random.default_rng(0))
