@@ -198,10 +198,14 @@ def test_a_sweep_in_other_order_or_shared_out_gives_the_same_table(tiny):
     assert whole.equals(rows(pd.concat([one, two])))
 
 
+def arms_study(model, samples, arms):
+    return sweep.answer_arms(model, samples, arms, ranked)
+
+
 def test_a_resumed_study_of_arms_gives_the_table_of_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     items, arms = several_on_a_picture()[2:8], dead_arms(seeds=1)
     samples = sweep.asked(items)
-    study = partial(sweep.answer_arms, arms=arms, groups=ranked)
+    study = partial(arms_study, arms=arms)
     whole = el.run(study, tiny, samples, batch_size=2)
     calls = []
 
