@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import clustering, retrieval, trace
+from benchmarks import clustering, retrieval, sweep, trace
 from benchmarks.measure import circumstances
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -27,11 +27,13 @@ def main() -> None:
     content["retrieval"] = [retrieval.retrieval(threads, dtype=dtype) for dtype in ("float32", "bfloat16")]
     content["trace"] = [trace.trace(threads, prompts=prompts) for prompts in (1, 8)]
     content["clustering"] = clustering.clustering(threads)
+    content["sweep"] = sweep.sweep(threads)
     for found in content["retrieval"]:
         table += retrieval.lines(found)
     for found in content["trace"]:
         table += trace.lines(found)
     table += clustering.lines(content["clustering"])
+    table += sweep.lines(content["sweep"])
 
     print(f"{content['machine']}, {threads} threads, load before: {content['load_before']}")
     header = ("measured", "times the bare way: median (range)", "extra memory at the peak")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clustering, measure, retrieval, trace
+from benchmarks import clustering, measure, retrieval, sweep, trace
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 def in_this_process(monkeypatch):
     """A fresh process for each measurement takes seconds to start; one test below starts one."""
     here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
-    for module in (retrieval, trace, clustering):
+    for module in (retrieval, trace, clustering, sweep):
         monkeypatch.setattr(module, "in_fresh_process", here)
 
 
@@ -54,6 +54,14 @@ def test_clustering_is_measured():
     complete(found["ways"])
     assert found["ways"]["many"]["pictures"] == 4
     assert len(clustering.lines(found)) == 2
+
+
+def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder):
+    found = sweep.sweep(1, per_family=5, repeats=1, batch_size=8, model=str(tiny_folder))
+    complete(found["ways"])
+    assert (found["questions"], found["arms"]) == (20, 8)
+    assert found["same_answers"] > 0.9  # other kernels and batches: a near tie may fall the other way
+    assert len(sweep.lines(found)) == 1
 
 
 def test_every_way_is_timed_equally_often_and_ratios_are_within_rounds():
