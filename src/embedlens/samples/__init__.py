@@ -1,4 +1,4 @@
-"""Pictures with COCO-style annotations, drawn by `load("miniworld")` or read by `load("coco:/data/coco/val2017")`."""
+"""Pictures with annotations: drawn by `load("miniworld")` and `load("patchbench")`, or read from a COCO folder."""
 
 from __future__ import annotations
 
@@ -57,12 +57,13 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     """The first `n` samples of a data set, in an order fixed by `seed`.
 
     Args:
-        dataset: "miniworld", drawn on the fly, or a COCO folder, "coco:/data/coco/val2017"; see
-            `embedlens.samples.coco.load`.
+        dataset: "miniworld", drawn on the fly; "patchbench", drawn too, with all content in one patch (the paper's set
+            has n=70); or a COCO folder, "coco:/data/coco/val2017", see `embedlens.samples.coco.load`.
         n: how many.
         seed: different seeds give different pictures.
         split: of the miniature world, "heldout" or "train"; the miniature was trained on the latter only.
-        options: of the miniature world, see `embedlens.samples.miniworld.sample`.
+        options: of the miniature world, see `embedlens.samples.miniworld.sample`; of patchbench `side` and `patch`, the
+            model's image and patch size in px, see `embedlens.samples.patchbench.pictures`.
 
     Raises:
         EmbedLensError: unknown data set or split, `n` below 1, or a COCO folder that cannot be used.
@@ -74,6 +75,13 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     """
     if n < 1:
         raise EmbedLensError(f"n is {n}: ask for at least one sample")
+    if dataset == "patchbench":
+        from embedlens.samples import patchbench
+
+        if split != "heldout" or set(options) - {"side", "patch"}:
+            given = ", ".join(sorted(set(options) - {"side", "patch"})) or f"split={split!r}"
+            raise EmbedLensError(f"{given} is of the miniature world: patchbench takes side and patch, in px")
+        return [picture.sample() for picture in patchbench.pictures(n, seed, **options)]
     if dataset.startswith("coco:") or (dataset != "miniworld" and Path(dataset).expanduser().is_dir()):
         from embedlens.samples import coco
 
@@ -83,7 +91,8 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
         return coco.load(dataset.removeprefix("coco:"), n, seed)
     if dataset != "miniworld":
         raise EmbedLensError(
-            f"unknown data set {dataset!r}: pass 'miniworld', or a COCO folder such as 'coco:/data/coco/val2017'"
+            f"unknown data set {dataset!r}: pass 'miniworld', 'patchbench' or a COCO folder such as "
+            "'coco:/data/coco/val2017'"
         )
     from embedlens.samples import miniworld
 

@@ -1,0 +1,383 @@
+"""Pictures whose whole content lies in one patch, for any model's grid (Sec. 7.1 and E of the paper).
+
+The paper asks whether a single visual token carries several things at once: what it shows, in which colour, how many
+times. Its 70 pictures are not published; these are drawn from a seed. Of every seven pictures three show an object,
+two a short string on a white patch, and the last two the same two strings, in the same ink and the same surround, on a
+patch of another colour. 70 pictures so give the paper's 30, 20 and 20, and each string has a twin that differs in the
+background of its patch alone.
+
+>>> [picture.group for picture in pictures(7)]
+['object', 'object', 'object', 'OCR', 'OCR', 'OCR with background', 'OCR with background']
+>>> shown = pictures(4, side=336, patch=14)[3]
+>>> shown.ground, len(shown.questions), shown.image.size
+('white', 3, (336, 336))
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from math import ceil, sqrt
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image
+
+from embedlens.errors import EmbedLensError
+from embedlens.samples.miniworld import CATEGORY_NAMES, sprites
+from embedlens.samples.miniworld.language import NUMBERS, Question, plural
+from embedlens.samples.miniworld.scene import letters
+from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS, FONTS, LETTERS
+
+if TYPE_CHECKING:
+    from embedlens.samples import Sample
+
+OBJECT, OCR, OCR_BACKGROUND = GROUPS = ("object", "OCR", "OCR with background")
+PATTERN = (OBJECT, OBJECT, OBJECT, OCR, OCR, OCR_BACKGROUND, OCR_BACKGROUND)  # of every seven pictures
+PAPER = 70  # pictures of the paper: 30, 20 and 20
+AXES = ("recognition", "colour", "count")  # the three questions of a picture, in their order
+COPIES = (1, 2, 3, 4)
+LENGTHS = (1, 1, 2, 2, 3)  # characters of a string
+SMALLEST = 8  # px; a letter in a smaller patch is no letter
+
+#: What an answer about a colour follows, best first.
+INK, GROUND, SURROUND, OTHER, NO_COLOUR = FOLLOWS = (
+    "content",
+    "patch background",
+    "surround",
+    "another colour",
+    "no colour",
+)
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "airplane": ("plane", "aeroplane", "aircraft", "jet"),
+    "bicycle": ("bike",),
+    "cell phone": ("phone", "mobile phone", "smartphone", "cellphone"),
+    "couch": ("sofa",),
+    "donut": ("doughnut",),
+    "handbag": ("purse", "bag"),
+    "motorcycle": ("motorbike",),
+    "person": ("man", "woman", "human"),
+    "potted plant": ("plant",),
+    "teddy bear": ("teddy",),
+    "tv": ("television", "tv set"),
+    "cyan": ("turquoise", "aqua"),
+    "purple": ("violet",),
+    **{word: (str(number),) for number, word in enumerate(NUMBERS)},
+}
+CANONICAL = {other: word for word, others in SYNONYMS.items() for other in others}
+CANONICAL |= {plural(category.name): category.name for category in CATEGORIES}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OnePatch:
+    """A square picture with all its content in one cell; equal values are equal pictures.
+
+    `dataclasses.replace` gives a picture that differs in one thing: `replace(picture, ink="blue")`.
+    """
+
+    id: int
+    group: str
+    """One of GROUPS."""
+    side: int
+    """px of the picture."""
+    patch: int
+    """px of a cell; cells beyond the last whole one, at the right and at the foot, stay empty."""
+    row: int
+    col: int
+    surround: str
+    """Colour of everything outside the cell; names in `sprites.COLOURS`."""
+    ground: str
+    """Colour of the cell behind its content; that of the surround where the cell has none of its own."""
+    ink: str | None
+    """Colour of the object or of the text; None leaves an object its own colours, of which nothing is asked."""
+    category: int | None = None
+    """Index into CATEGORIES; None for a string."""
+    copies: int = 1
+    text: str = ""
+    font: int = 0
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """The cell: x0, y0, x1, y1 in px."""
+        x, y = self.col * self.patch, self.row * self.patch
+        return x, y, x + self.patch, y + self.patch
+
+    @property
+    def name(self) -> str:
+        """What the first question asks for: the object's name, or the string."""
+        return self.text if self.category is None else CATEGORIES[self.category].name
+
+    @property
+    def asked(self) -> dict[str, Question]:
+        """Axis of AXES → question, in the words of the miniature world."""
+        what, colour, count = AXES
+        if self.category is None:
+            kind = "character" if len(self.text) == 1 else "word"
+            return {
+                what: Question(f"What {kind} is written?", self.text, "ocr", kind),
+                colour: Question("What color is the text?", str(self.ink), "ocr", "text_colour"),
+                count: Question("How many characters are there?", NUMBERS[len(self.text)], "ocr", "count"),
+            }
+        number = Question(f"How many {plural(self.name)} are there?", NUMBERS[self.copies], "general", "count")
+        questions = {what: Question("What is in the picture?", self.name, "general", "object"), count: number}
+        if self.ink is None:
+            return questions
+        asked = Question(f"What color is the {self.name}?", self.ink, "general", "colour")
+        return {what: questions[what], colour: asked, count: number}
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What it is, in which colour, how many."""
+        return tuple(self.asked.values())
+
+    @cached_property
+    def stamp(self) -> Image.Image:
+        """The content alone, RGBA, one cell large; clear where the background of the patch shows."""
+        clear = Image.new("RGBA", (self.patch, self.patch), (0, 0, 0, 0))
+        if self.category is None:
+            mask = _fitted(sprites.word(self.text, self.font), self.patch - 2)
+            drawn = Image.new("RGBA", mask.size, (*COLOURS[str(self.ink)], 255))
+            drawn.putalpha(mask)
+            clear.paste(drawn, ((self.patch - mask.width) // 2, (self.patch - mask.height) // 2))
+            return clear
+        columns = ceil(sqrt(self.copies))
+        slot = self.patch // columns
+        sprite = _fitted(sprites.sprite(self.category, 0, False), slot - (columns > 1))
+        drawn = sprite
+        if self.ink is not None:
+            drawn = Image.fromarray(sprites.tinted(np.asarray(sprite), COLOURS[self.ink]), "RGBA")
+        rows = ceil(self.copies / columns)
+        top = (self.patch - rows * slot) // 2
+        for copy in range(self.copies):
+            row, col = divmod(copy, columns)
+            place = col * slot + (slot - drawn.width) // 2, top + row * slot + (slot - drawn.height) // 2
+            clear.paste(drawn, place)
+        return clear
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, RGB."""
+        canvas = Image.new("RGB", (self.side, self.side), COLOURS[self.surround])
+        canvas.paste(COLOURS[self.ground], self.box)
+        canvas.paste(self.stamp, self.box[:2], self.stamp)
+        return canvas
+
+    @property
+    def covered(self) -> Bool[np.ndarray, "patch patch"]:
+        """Which pixels of the cell the content covers, at least by half."""
+        return np.asarray(self.stamp.getchannel("A")) > 127
+
+    def sample(self) -> Sample:
+        """The picture as a sample. A string is no COCO object, so its annotations are empty."""
+        from embedlens.samples import Sample
+
+        x, y, _, _ = self.box
+        entry: tuple[dict[str, Any], ...] = ()
+        if self.category is not None:
+            rows, cols = np.nonzero(self.covered)
+            left, top = int(cols.min()), int(rows.min())
+            width, height = int(cols.max()) - left + 1, int(rows.max()) - top + 1
+            entry = (
+                {
+                    "id": self.id * 100,
+                    "image_id": self.id,
+                    "category_id": CATEGORIES[self.category].id,
+                    "bbox": [float(x + left), float(y + top), float(width), float(height)],
+                    "area": float(self.covered.sum()),
+                    "iscrowd": 0,
+                    "colour": self.ink,
+                },
+            )
+        return Sample(
+            id=self.id,
+            width=self.side,
+            height=self.side,
+            annotations=entry,
+            captions=(),
+            questions=self.questions,
+            category_names=CATEGORY_NAMES,
+            draw=lambda: self.image,
+        )
+
+
+def pictures(n: int = PAPER, seed: int = 0, side: int = 112, patch: int = 14) -> list[OnePatch]:
+    """The first `n` pictures of a seed; 70 have the paper's 30, 20 and 20.
+
+    Objects, colours, numbers and lengths are dealt from shuffled decks, so that each comes equally often and none goes
+    with another. A picture does not depend on how many are asked for; on another grid it has the same content in
+    another cell. Every second string has a white surround, as the paper's text says, the others a coloured one, as its
+    example has (A59).
+
+    Args:
+        n: how many.
+        seed: another seed, other pictures.
+        side: px of the picture: what the model reads without resampling, such as 336 for LLaVA-1.5.
+        patch: px of its cells: the vision tower's patch size.
+
+    Raises:
+        EmbedLensError: `n` below 1, a negative seed, or a patch that is too small or larger than the picture.
+    """
+    if n < 1 or seed < 0:
+        raise EmbedLensError(f"n is {n} and the seed {seed}: n is 1 or more, the seed 0 or more")
+    if not SMALLEST <= patch <= side:
+        raise EmbedLensError(
+            f"a patch of {patch} px in a picture of {side} px: pass the model's own patch and image size, the patch at "
+            f"least {SMALLEST} px and no larger than the picture"
+        )
+    return [_picture(index, seed, side, patch) for index in range(n)]
+
+
+def _picture(index: int, seed: int, side: int, patch: int) -> OnePatch:
+    week, day = divmod(index, len(PATTERN))
+    group = PATTERN[day]
+    if group == OCR_BACKGROUND:
+        twin = _picture(index - 2, seed, side, patch)
+        ground = _rng(seed, "ground", index).choice([c for c in COLOURS if c not in (twin.ink, "white", twin.surround)])
+        return replace(twin, id=index, group=group, ground=ground)
+    cells = side // patch
+    where = _rng(seed, "cell", index)
+    row, col = where.randrange(cells), where.randrange(cells)
+    if group == OBJECT:
+        i = 3 * week + day
+        ink = _dealt(tuple(COLOURS), i, seed, "ink of objects")
+        surround = _rng(seed, "surround", index).choice([c for c in COLOURS if c != ink])
+        category = _dealt(tuple(range(len(CATEGORIES))), i, seed, "category")
+        copies = _dealt(COPIES, i, seed, "copies")
+        return OnePatch(index, group, side, patch, row, col, surround, surround, ink, category, copies)
+    i = 2 * week + day - 3
+    ink = _dealt(tuple(c for c in COLOURS if c != "white"), i, seed, "ink of strings")
+    others = [c for c in COLOURS if c not in (ink, "white")]
+    surround = "white" if i % 2 == 0 else _rng(seed, "surround", index).choice(others)
+    rng = _rng(seed, "text", index)
+    text = letters(rng, "heldout", _dealt(LENGTHS, i, seed, "length"))
+    font = rng.randrange(len(FONTS))
+    return OnePatch(index, group, side, patch, row, col, surround, "white", ink, text=text, font=font)
+
+
+def twins(drawn: Sequence[OnePatch]) -> list[tuple[OnePatch, OnePatch]]:
+    """(string on white, the same on another background) of all that are there, in order."""
+    at = {picture.id: picture for picture in drawn}
+    return [(at[p.id - 2], p) for p in drawn if p.group == OCR_BACKGROUND and p.id - 2 in at]
+
+
+def probes(picture: OnePatch) -> dict[str, OnePatch]:
+    """The three changes of Figure f, each alone: another ink, another patch background, another surround.
+
+    The new colour is none that the picture shows, the same in all three, so that an answer tells what it followed.
+
+    Raises:
+        EmbedLensError: an object, whose patch has no background of its own.
+    """
+    if picture.category is not None:
+        raise EmbedLensError("an object's patch has the colour of its surround: probe a picture with a string")
+    shown = (picture.ink, picture.ground, picture.surround)
+    new = _rng(picture.id, "probe", len(picture.text)).choice([c for c in COLOURS if c not in shown])
+    return {
+        INK: replace(picture, ink=new),
+        GROUND: replace(picture, ground=new),
+        SURROUND: replace(picture, surround=new),
+    }
+
+
+def bare(said: str) -> str:
+    """An answer in lower case, without quotes, article and final stop.
+
+    >>> bare(' "A Sofa." ')
+    'sofa'
+    """
+    words = re.sub(r"[\"'`]", "", said).strip().rstrip(".!").strip().lower()
+    return re.sub(r"^(an|a|the) (?=.)", "", words)
+
+
+def canonical(said: str) -> str:
+    """`bare`, with a synonym or plural replaced by the book's word.
+
+    >>> canonical("a sofa"), canonical("2"), canonical("wine glasses")
+    ('couch', 'two', 'wine glass')
+    """
+    return CANONICAL.get(bare(said), bare(said))
+
+
+def correct(question: Question, said: str) -> bool:
+    """Whether an answer is the expected one or a synonym of it, and nothing else. What is written has no synonyms.
+
+    >>> asked = pictures(1)[0].questions[2]
+    >>> correct(asked, asked.answer.upper()), correct(asked, f"{asked.answer} or five")
+    (True, False)
+    """
+    alike = bare if question.kind in ("character", "word") else canonical
+    return alike(said) == alike(question.answer)
+
+
+def follows(picture: OnePatch, said: str) -> str:
+    """Whose colour an answer names, one of FOLLOWS. Where patch and surround have one colour it is the surround's.
+
+    >>> picture = replace(pictures(4)[3], ink="red", ground="white", surround="green")
+    >>> [follows(picture, said) for said in ("Red.", "white", "green", "blue", "dog")]
+    ['content', 'patch background', 'surround', 'another colour', 'no colour']
+    """
+    colour = canonical(said)
+    if colour not in COLOURS:
+        return NO_COLOUR
+    if colour == picture.ink:
+        return INK
+    return {picture.ground: GROUND, picture.surround: SURROUND}.get(colour, OTHER)
+
+
+def pieces(tokenizer: Any, text: str) -> int:
+    """Into how many vocabulary entries a tokenizer splits a string at the start of a word (A58).
+
+    A piece that is a bare space is not counted: LLaMA's tokenizer splits "9" into a space and "9".
+    """
+    ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+    return sum(piece not in ("▁", "Ġ") for piece in tokenizer.convert_ids_to_tokens(ids))
+
+
+def strings(tokenizer: Any, length: int = 2) -> dict[str, tuple[str, ...]]:
+    """All strings of capitals of one length that are one entry of the vocabulary, and all that are several.
+
+    Longer strings have more pieces, so reading by pieces compares only strings of one length.
+
+    Raises:
+        EmbedLensError: a length that is not 1 to 3 (of four letters there are half a million).
+    """
+    if not 1 <= length <= 3:
+        raise EmbedLensError(f"the length is {length}: list strings of 1 to 3 letters")
+    every = ["".join(letters) for letters in product(LETTERS, repeat=length)]
+    one = {text for text in every if pieces(tokenizer, text) == 1}
+    return {"one piece": tuple(sorted(one)), "several pieces": tuple(text for text in every if text not in one)}
+
+
+def expected_by_chance(picture: OnePatch) -> Mapping[str, float]:
+    """How often a wrong answer that is any other colour, each equally likely, follows what.
+
+    >>> chance = expected_by_chance(replace(pictures(4)[3], ink="red", ground="white", surround="green"))
+    >>> {name: round(share, 2) for name, share in chance.items()}
+    {'patch background': 0.11, 'surround': 0.11, 'another colour': 0.78}
+    """
+    wrong = [follows(picture, colour) for colour in COLOURS if colour != picture.ink]
+    return {name: wrong.count(name) / len(wrong) for name in (GROUND, SURROUND, OTHER)}
+
+
+def _rng(seed: int, what: str, index: int) -> random.Random:
+    return random.Random(f"patchbench/{seed}/{what}/{index}")
+
+
+def _dealt(items: tuple[T, ...], index: int, seed: int, what: str) -> T:
+    """The index-th card of shuffled decks laid one after another."""
+    deck, at = divmod(index, len(items))
+    return _rng(seed, what, deck).sample(items, len(items))[at]
+
+
+def _fitted(drawn: Image.Image, side: int) -> Image.Image:
+    """As large as fits into a square of `side` px, its proportions kept."""
+    scale = side / max(drawn.size)
+    width, height = (max(1, min(side, round(length * scale))) for length in drawn.size)
+    return drawn.resize((width, height), Image.Resampling.BILINEAR)

@@ -1,0 +1,219 @@
+"""Everything that a picture of the benchmark shows lies in one patch; answers are judged by what they say."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedlens import EmbedLensError, Frame, PatchGrid, samples
+from embedlens.samples import patchbench
+from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS
+from embedlens.samples.patchbench import AXES, GROUND, GROUPS, INK, OBJECT, OCR, OCR_BACKGROUND, SURROUND
+
+GRIDS = [(112, 14), (336, 14), (56, 14), (224, 16), (384, 14), (30, 15)]
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture.image).astype(int)
+
+
+def differing(a, b) -> np.ndarray:
+    """Bool[side, side]: where two pictures differ."""
+    return (pixels(a) != pixels(b)).any(-1)
+
+
+PINNED = "a10faee90123f6f4c4b21fb5d47c858dd2aba251f9d59b5c6c4311927ef5fb15"  # of 14 pictures
+
+
+def digest(n: int, seed: int = 0) -> str:
+    return hashlib.sha256(b"".join(p.image.tobytes() for p in patchbench.pictures(n, seed))).hexdigest()
+
+
+@pytest.mark.parametrize("side, patch", GRIDS)
+def test_content_lies_only_in_its_cell(side, patch):
+    grid = PatchGrid.of_canvas(Frame.stretch(side, side), (side, side), patch)
+    for picture in patchbench.pictures(21, side=side, patch=patch):
+        x0, y0, x1, y1 = picture.box
+        assert grid.cell(grid.patch_at((x0 + x1) / 2, (y0 + y1) / 2)) == pytest.approx(picture.box)
+        shown = (pixels(picture) != COLOURS[picture.surround]).any(-1)
+        assert shown[y0:y1, x0:x1].any()
+        shown[y0:y1, x0:x1] = False
+        assert not shown.any()
+
+
+def test_moving_the_content_by_a_pixel_would_be_seen():
+    picture = patchbench.pictures(7)[5]
+    x0, y0, x1, y1 = picture.box
+    moved = (np.roll(pixels(picture), 1, axis=1) != COLOURS[picture.surround]).any(-1)
+    moved[y0:y1, x0:x1] = False
+    assert moved.any()
+
+
+def test_seventy_pictures_are_the_papers_thirty_twenty_twenty_with_three_questions_each():
+    drawn = patchbench.pictures()
+    assert Counter(picture.group for picture in drawn) == dict(zip(GROUPS, (30, 20, 20), strict=True))
+    assert all(tuple(picture.asked) == AXES for picture in drawn)
+    assert len({picture.id for picture in drawn}) == 70
+    objects = [picture for picture in drawn if picture.group == OBJECT]
+    assert len({picture.category for picture in objects}) == 30
+    assert set(Counter(picture.ink for picture in objects).values()) == {3}
+    assert set(Counter(picture.copies for picture in objects).values()) == {7, 8}
+
+
+def test_two_processes_draw_the_same_bytes_and_another_seed_draws_others():
+    code = "from test_patchbench import digest; print(digest(14))"
+    folder = Path(__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == digest(14)
+    assert digest(14) != digest(14, seed=1)
+    assert digest(14) == PINNED, "whoever changes the drawing changes what committed numbers were measured on"
+
+
+def test_a_picture_hangs_neither_on_how_many_are_asked_for_nor_its_content_on_the_grid():
+    few, many = patchbench.pictures(7, 3), patchbench.pictures(50, 3)
+    assert many[:7] == few
+    for small, large in zip(few, patchbench.pictures(7, 3, side=336), strict=True):
+        assert small.questions == large.questions and small.surround == large.surround
+
+
+def test_no_two_colours_that_should_differ_are_the_same():
+    for picture in patchbench.pictures(140, 5):
+        assert picture.ink not in (picture.ground, picture.surround)
+        if picture.group == OBJECT:
+            assert picture.ground == picture.surround
+        elif picture.group == OCR:
+            assert picture.ground == "white"
+        else:
+            assert picture.ground not in ("white", picture.surround)
+
+
+def test_twins_differ_only_in_the_background_of_their_patch():
+    pairs = patchbench.twins(patchbench.pictures(70))
+    assert len(pairs) == 20
+    for plain, coloured in pairs:
+        assert (plain.group, coloured.group) == (OCR, OCR_BACKGROUND)
+        assert replace(coloured, id=plain.id, group=OCR, ground="white") == plain
+        changed = differing(plain, coloured)
+        assert changed.any()
+        ink_only = plain.stamp.getchannel("A").point(lambda a: 255 * (a == 255))
+        solid = np.asarray(ink_only) > 0
+        assert not changed[plain.box[1] : plain.box[3], plain.box[0] : plain.box[2]][solid].any()
+
+
+def test_probes_differ_only_where_they_say():
+    for picture in [p for p in patchbench.pictures(70) if p.group != OBJECT]:
+        x0, y0, x1, y1 = picture.box
+        outside = np.ones((picture.side, picture.side), bool)
+        outside[y0:y1, x0:x1] = False
+        alpha = np.asarray(picture.stamp.getchannel("A"))
+        changed = {name: differing(picture, probe) for name, probe in patchbench.probes(picture).items()}
+        assert changed[SURROUND][outside].all() and not changed[SURROUND][~outside].any()
+        for name, still in ((INK, alpha == 0), (GROUND, alpha == 255)):
+            assert changed[name].any() and not changed[name][outside].any()
+            assert not changed[name][y0:y1, x0:x1][still].any()
+        new = {probe.ink for probe in [patchbench.probes(picture)[INK]]}
+        assert not new & {picture.ink, picture.ground, picture.surround}
+    with pytest.raises(EmbedLensError, match="an object's patch has the colour of its surround"):
+        patchbench.probes(patchbench.pictures(1)[0])
+
+
+def test_load_gives_the_pictures_with_their_boxes_and_questions():
+    drawn = patchbench.pictures(14, 2, side=336)
+    for sample, picture in zip(samples.load("patchbench", n=14, seed=2, side=336, patch=14), drawn, strict=True):
+        assert np.array_equal(np.asarray(sample.image), pixels(picture))
+        assert (sample.id, sample.questions) == (picture.id, picture.questions)
+        assert sample.labels == (() if picture.text else (CATEGORIES[picture.category].name,))
+        for entry in sample.annotations:
+            x, y, w, h = entry["bbox"]
+            assert picture.box[0] <= x and picture.box[1] <= y and x + w <= picture.box[2] and y + h <= picture.box[3]
+            inside = pixels(picture)[int(y) : int(y + h), int(x) : int(x + w)]
+            assert (inside != COLOURS[picture.surround]).any()
+
+
+def test_own_colours_and_one_copy_take_the_tint_and_the_copies_away():
+    picture = next(p for p in patchbench.pictures(30) if p.copies == 4)
+    plain = replace(picture, ink=None, copies=1)
+    assert list(plain.asked) == [AXES[0], AXES[2]] and plain.asked[AXES[2]].answer == "one"
+    assert differing(picture, plain).any()
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"n": 0}, "n is 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"patch": 4}, "a patch of 4 px"),
+        ({"side": 10}, "no larger than the picture"),
+    ],
+)
+def test_a_set_that_cannot_be_drawn_is_refused(given, said):
+    with pytest.raises(EmbedLensError, match=said):
+        patchbench.pictures(**{"n": 1, **given})
+
+
+def test_options_of_the_miniature_world_are_refused():
+    with pytest.raises(EmbedLensError, match="textured is of the miniature world"):
+        samples.load("patchbench", n=1, textured=0.5)
+    with pytest.raises(EmbedLensError, match="split='train' is of the miniature world"):
+        samples.load("patchbench", n=1, split="train")
+
+
+def test_only_the_expected_answer_or_its_synonym_is_right():
+    drawn = patchbench.pictures(70)
+    for picture in drawn:
+        for question in picture.questions:
+            assert patchbench.correct(question, question.answer)
+            assert patchbench.correct(question, f" {question.answer.upper()}. ")
+            assert not patchbench.correct(question, f"not {question.answer}")
+            assert not patchbench.correct(question, "")
+    named = [
+        question for picture in drawn for question in picture.questions if question.kind not in ("character", "word")
+    ]
+    answers = {question.answer for question in named}
+    assert len({patchbench.canonical(answer) for answer in answers}) == len(answers)  # synonyms join no two answers
+
+
+def test_what_is_written_has_no_synonyms():
+    picture = replace(next(picture for picture in patchbench.pictures() if picture.text), text="MAN")
+    assert patchbench.correct(picture.questions[0], "man") and not patchbench.correct(picture.questions[0], "person")
+
+
+def test_what_an_answer_follows_is_found_for_every_colour():
+    for picture in patchbench.pictures(70):
+        for colour in COLOURS:
+            wanted = patchbench.OTHER
+            for part, name in ((GROUND, picture.ground), (SURROUND, picture.surround), (INK, picture.ink)):
+                wanted = part if colour == name else wanted  # the later wins
+            assert patchbench.follows(picture, f"{colour}.") == wanted
+        assert patchbench.follows(picture, "dog") == patchbench.NO_COLOUR
+        assert sum(patchbench.expected_by_chance(picture).values()) == pytest.approx(1)
+
+
+class Pieces:
+    """A tokenizer that knows the given words, and splits all others into a bare space and letters, as LLaMA's does."""
+
+    def __init__(self, *known: str) -> None:
+        self.known = known
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict:
+        word = text.strip()
+        return {"input_ids": [f"▁{word}"] if word in self.known else ["▁", *word]}
+
+    def convert_ids_to_tokens(self, ids: list[str]) -> list[str]:
+        return ids
+
+
+def test_pieces_do_not_count_a_bare_space_and_strings_are_split_by_them():
+    tokenizer = Pieces("FU", "TY")
+    assert [patchbench.pieces(tokenizer, text) for text in ("FU", "GB", "9")] == [1, 2, 1]
+    split = patchbench.strings(tokenizer, 2)
+    assert split["one piece"] == ("FU", "TY") and len(split["several pieces"]) == 26**2 - 2
+    with pytest.raises(EmbedLensError, match="the length is 4"):
+        patchbench.strings(tokenizer, 4)
