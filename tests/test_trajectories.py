@@ -1,0 +1,99 @@
+"""Questions reach the picture they belong to, and what is read is the one patch with content."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from embedlens import EmbedLens, EmbedLensError
+from embedlens import trajectories as tr
+from embedlens.samples import patchbench
+from embedlens.samples.miniworld.sprites import COLOURS
+from embedlens.samples.patchbench import AXES, GROUND, INK, OBJECT, SURROUND
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    side, patch = tr.canvas_of(tiny)
+    return patchbench.pictures(14, side=side, patch=patch)
+
+
+def test_the_canvas_is_what_the_tower_reads(tiny):
+    assert tr.canvas_of(tiny) == (56, 14)
+
+
+def test_the_answers_are_those_of_each_picture_asked_alone(tiny, drawn):
+    answers = tr.ask(tiny, drawn[:5], batch_size=4)
+    asked = [(picture, axis) for picture in drawn[:5] for axis in picture.asked]
+    assert list(zip(answers.id, answers.axis, strict=True)) == [(picture.id, axis) for picture, axis in asked]
+    for row, (picture, axis) in zip(answers.itertuples(), asked, strict=True):
+        question = picture.asked[axis]
+        assert row.said == tiny.answer(tiny.prompt(picture.image, question.text), tr.ANSWER_TOKENS)
+        assert row.correct == patchbench.correct(question, row.said)
+        assert row.follows == (patchbench.follows(picture, row.said) if axis == "colour" else "")
+
+
+def test_a_swap_shows_another_picture_of_the_same_group(drawn):
+    shown = tr._shifted(drawn)
+    assert all(a.group == b.group and a.id != b.id for a, b in zip(drawn, shown, strict=True))
+    assert sorted(p.id for p in shown) == [p.id for p in drawn]
+    with pytest.raises(EmbedLensError, match="the group 'object' has one picture"):
+        tr._shifted(drawn[2:7])
+
+
+def test_nothing_to_ask_is_refused(tiny, drawn):
+    with pytest.raises(EmbedLensError, match="no question to ask"):
+        tr.ask(tiny, [replace(drawn[0], ink=None)], [AXES[1]])
+
+
+def test_the_states_are_those_of_the_patch_with_content(tiny, drawn):
+    states = tr.content_states(tiny, drawn[:3], batch_size=2)
+    for picture, state in zip(drawn[:3], states, strict=True):
+        prompt = tiny.prompt(picture.image, tr.QUESTION)
+        whole = tiny.hidden_states(prompt)[:, prompt.visual]
+        index = picture.row * prompt.grid.cols + picture.col
+        torch.testing.assert_close(state, whole[:, index], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(state, whole[:, (index + 1) % len(prompt.grid)], atol=1e-3)
+
+
+def test_content_that_is_no_single_patch_is_refused(tiny):
+    with pytest.raises(EmbedLensError, match="canvas_of gives for this model"):
+        tr.content_states(tiny, patchbench.pictures(1, side=56, patch=28))
+
+
+def test_an_empty_share_says_nothing_and_a_full_one_reaches_one():
+    assert [float(x) for x in tr.share(np.ones(30, bool))[::2]] == [1, 1]
+    for n in (1, 2, 9, 30):
+        for right in {0, 1, n // 2, n - 1, n}:
+            value, low, high = tr.share(np.arange(n) < right)
+            assert 0 <= low <= value <= high <= 1
+
+
+class Words:
+    """A tokenizer whose vocabulary is the colours, with one that is missing."""
+
+    words = [*list(COLOURS)[1:], "dog"]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"Ġ{word}": i for i, word in enumerate(self.words)}
+
+
+def test_colours_are_found_among_the_best_words_and_the_nearest_is_one_of_them():
+    rows = torch.eye(len(Words.words))
+    lens, tokenizer = EmbedLens(rows, Words.words), Words()
+    states = torch.rand(3, 4, len(rows), generator=torch.Generator().manual_seed(0))
+    held, nearest = tr.colours_held(lens, tokenizer, states, k=3), tr.nearest_colour(lens, tokenizer, states)
+    for i in range(3):
+        for layer in range(4):
+            order = [Words.words[j] for j in states[i, layer].argsort(descending=True).tolist()]
+            for c, colour in enumerate(COLOURS):
+                assert held[i, layer, c] == (colour in order[:3])
+                assert nearest[i, layer, c] == (colour == next(word for word in order if word in COLOURS))
+    pictures = [picture for picture in patchbench.pictures(20) if picture.group != OBJECT][:3]
+    parts = tr.by_part(pictures, held)
+    for i, picture in enumerate(pictures):
+        for part, colour in ((INK, picture.ink), (GROUND, picture.ground), (SURROUND, picture.surround)):
+            assert np.array_equal(parts[part][i], held[i, :, list(COLOURS).index(colour)])
