@@ -80,3 +80,15 @@ def test_a_patch_figure_shows_the_drawing_pixel_for_pixel(axes):
     drawn = np.asarray(figures.patch_words(picture, grid, words))
     top = 46
     assert (shown[top : top + len(drawn), : drawn.shape[1]] == drawn).mean() > 0.99
+
+
+def test_a_picture_drawn_twice_keeps_its_layout_without_a_warning(recwarn):
+    import io
+
+    from PIL import Image
+
+    figures.set_style()
+    figure = figures._pixel_figure(Image.new("RGB", (300, 300)), "A title", "a footer")
+    for _ in range(2):  # saving a figure without a layout engine once gives it the style's engine
+        figure.savefig(io.BytesIO(), bbox_inches="tight")
+    assert not [str(warning.message) for warning in recwarn if "gridspec" in str(warning.message)]

@@ -192,10 +192,14 @@ def patch_figure(
 
 def _pixel_figure(drawn: Image, title: str, footer: str) -> Figure:
     from matplotlib import pyplot as plt
+    from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
     head, foot = 46, 26 if footer else 4
     height = drawn.height + head + foot
-    figure = plt.figure(figsize=(drawn.width / 100, height / 100), dpi=100, layout="none")
+    # An engine that does nothing. With none at all, matplotlib falls back to the style's engine after it has saved the
+    # figure once, which warns when it is drawn again.
+    nothing = PlaceHolderLayoutEngine(adjust_compatible=True, colorbar_gridspec=True)
+    figure = plt.figure(figsize=(drawn.width / 100, height / 100), dpi=100, layout=nothing)
     axes = figure.add_axes((0, foot / height, 1, drawn.height / height))
     axes.imshow(np.asarray(drawn), interpolation="none", aspect="auto")
     axes.set_axis_off()
