@@ -122,7 +122,7 @@ ONWARD = replace(
     tower=replace(CPU.tower, steps=10000, lr=1e-3, muon_lr=2.5e-3, warmup=200),
     language=replace(CPU.language, steps=2200, lr=1e-3, muon_lr=2e-3),
     alignment=replace(CPU.alignment, steps=250),
-    tuning=replace(CPU.tuning, steps=2800, muon_lr=1.2e-3),
+    tuning=replace(CPU.tuning, steps=4600, muon_lr=1.2e-3),
 )
 # Sized for one large GPU; not run yet (see the model card).
 GPU = replace(
