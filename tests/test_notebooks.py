@@ -33,3 +33,12 @@ def test_every_notebook_is_in_the_book():
 
 def test_glued_values_and_prose_fit_together():
     assert book.glue_faults(ROOT, book.pages(ROOT)) == []
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_no_cell_hides_its_value_behind_a_semicolon(page):
+    """IPython finds the semicolon in its history, which nbval's kernel does not keep: the value is shown after all."""
+    cells = book.read(ROOT / page)["cells"]
+    assert not [
+        cell["source"] for cell in cells if cell["cell_type"] == "code" and cell["source"].rstrip().endswith(";")
+    ]
