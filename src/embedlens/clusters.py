@@ -22,6 +22,7 @@ from torch import Tensor
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens, unit_vectors
 from embedlens.samples import Sample
+from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 ORDERS = ("greedy", "raster")
 MOST = 6  # clusters kept of a picture: ranks 0 to 5, as the paper's Figure 1 and Appendix B.2 have them
 ROUNDING = 1e-9  # two equal tokens have a cosine of 1 at every threshold, whatever the last bit says
-QUESTION = "What is in the picture?"  # visual tokens at layer 0 do not depend on it
 
 
 def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order: str = "greedy") -> Int[Tensor, " n"]:

@@ -33,13 +33,13 @@ from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
 from embedlens.samples import Sample, load
+from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
 else:
     Prompt = VisionLanguageModel = object
 
-QUESTION = "What is in the picture?"  # visual tokens stand before it and cannot see it
 #: Order of precedence where a token meets several definitions.
 NAMES = ("LLM sink", "ViT sink", "dead", "alive")
 MEMBERSHIPS = ("top3", "centroid", "cluster")

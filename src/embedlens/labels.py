@@ -26,6 +26,7 @@ from embedlens.lenses import EmbedLens, Lens, LogitLens
 from embedlens.patches import PatchGrid
 from embedlens.samples import Sample
 from embedlens.samples.miniworld.language import IRREGULAR, plural
+from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 #: strict: the label or its plural as one token; head-word: or the last word of a label of several words ("phone" of
 #: "cell phone"); first-piece: or the first piece of a label that is several tokens (which gives false hits).
 RULES = ("strict", "head-word", "first-piece")
-QUESTION = "What is in the picture?"  # visual tokens stand before it and cannot see it
 LENSES: tuple[type[EmbedLens] | type[LogitLens], ...] = (EmbedLens, LogitLens)
 
 

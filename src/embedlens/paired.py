@@ -121,7 +121,7 @@ def compare(
     Raises:
         EmbedLensError: an arm or family that is not there, or arms that answered other questions.
 
-    Source: Tango, Statistics in Medicine 17 (1998); facts A61 for why the paper's tables need this.
+    Source: Tango, Statistics in Medicine 17 (1998).
     """
     if margin <= 0 or resamples < 1:
         raise EmbedLensError(f"margin is {margin} and resamples {resamples}: both are above 0")

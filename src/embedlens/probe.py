@@ -14,9 +14,8 @@ from embedlens.figures import patch_words
 from embedlens.lenses import EmbedLens, LogitLens
 from embedlens.patches import PatchGrid
 from embedlens.pictures import Picture
-from embedlens.vlm import VisionLanguageModel
+from embedlens.vlm import QUESTION, VisionLanguageModel
 
-QUESTION = "What is in the picture?"
 LENSES: dict[str, type[EmbedLens] | type[LogitLens]] = {"embed": EmbedLens, "logit": LogitLens}
 BAR_MARK = "▒"
 COLUMN = 12  # characters of a table column at most

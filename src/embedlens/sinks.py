@@ -451,7 +451,7 @@ class SinkStudy:
     """Largest distance of the first token's state between two pictures, over its length: rounding."""
     phi: Float[np.ndarray, "pictures states groups"] = field(repr=False)
     cosine: Float[np.ndarray, "pictures sublayers groups"] = field(repr=False)
-    """Mean over tokens of the cosine to the first token (A39 of the facts: mean of cosines)."""
+    """Mean over tokens of the cosine to the first token: mean of cosines, not cosine of means."""
     places: Int[np.ndarray, "pictures k sublayers"] = field(repr=False)
     """`followed` at the aligner, among visual tokens."""
     places_of_other: Int[np.ndarray, "pictures k sublayers"] = field(repr=False)

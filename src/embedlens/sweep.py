@@ -415,14 +415,8 @@ def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int
         )
     for place, item in items.items():
         if place not in prompts:
-            prompts[place] = _asked_again(model, prompts[first[item.sample.id]], item.question.text)
+            prompts[place] = model.asked(prompts[first[item.sample.id]], item.question.text)
     return prompts
-
-
-def _asked_again(model: VisionLanguageModel, prompt: Prompt, question: str) -> Prompt:
-    """Another question about the picture of a prompt, whose visual tokens it takes over."""
-    ids, _ = model._inputs(prompt.image, question)
-    return model._assemble(prompt.image, question, ids, prompt.pixel_values, prompt.embeds[prompt.visual])
 
 
 def _picture(sample: Sample) -> Any:

@@ -35,6 +35,7 @@ else:  # transformers takes seconds to import and is not needed before a model i
     BitsAndBytesConfig = PreTrainedModel = PreTrainedTokenizerFast = object
 
 MINIATURE = "miniature"
+QUESTION = "What is in the picture?"  # where only the picture matters: visual tokens stand before it and cannot see it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -229,6 +230,11 @@ class VisionLanguageModel:
             EmbedLensError: the picture cannot be read, or the question is empty or holds the placeholder.
         """
         return self.prompts([image], [question])[0]
+
+    def asked(self, prompt: Prompt, question: str) -> Prompt:
+        """Another question about the same picture, which does not go through the vision tower again."""
+        ids, _ = self._inputs(prompt.image, question)
+        return self._assemble(prompt.image, question, ids, prompt.pixel_values, prompt.embeds[prompt.visual])
 
     def prompts(self, images: Sequence[Picture], questions: Sequence[str]) -> list[Prompt]:
         """Several prompts, their pictures through the tower in one batch; as one by one, up to rounding."""

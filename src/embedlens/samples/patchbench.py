@@ -332,7 +332,7 @@ def follows(picture: OnePatch, said: str) -> str:
 
 
 def pieces(tokenizer: Any, text: str) -> int:
-    """Into how many vocabulary entries a tokenizer splits a string at the start of a word (A58).
+    """Into how many vocabulary entries a tokenizer splits a string at the start of a word.
 
     A piece that is a bare space is not counted: LLaMA's tokenizer splits "9" into a space and "9".
     """
