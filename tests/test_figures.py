@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from embedlens import figures
+from embedlens.intervals import Interval
 from embedlens.patches import Frame, PatchGrid
 
 
@@ -92,3 +93,33 @@ def test_a_picture_drawn_twice_keeps_its_layout_without_a_warning(recwarn):
     for _ in range(2):  # saving a figure without a layout engine once gives it the style's engine
         figure.savefig(io.BytesIO(), bbox_inches="tight")
     assert not [str(warning.message) for warning in recwarn if "gridspec" in str(warning.message)]
+
+
+def shares(*rows):
+    return [Interval(*(np.array(part) for part in row)) for row in rows]
+
+
+@pytest.mark.parametrize("along", ["x", "y"])
+def test_dots_stand_at_their_values_with_their_intervals(axes, along):
+    found = shares((0.5, 0.25, 0.75), (0.25, 0.25, 0.5))
+    figures.dots(axes, np.array([3.0, 4.0]), found, figures.Look("#000000", "s"), "seen", along)
+    line = axes.get_lines()[0]
+    values, places = (line.get_ydata(), line.get_xdata()) if along == "y" else (line.get_xdata(), line.get_ydata())
+    assert values.tolist() == [0.5, 0.25] and places.tolist() == [3.0, 4.0]
+    assert figures.reach(found[0]).tolist() == [0.25, 0.25] and figures.reach(found[1]).tolist() == [0.0, 0.25]
+
+
+def test_bars_name_their_shares_in_order_from_the_top(axes):
+    found = dict(zip(("first", "second"), shares((0.5, 0.25, 0.75), (0.125, 0.0, 0.25)), strict=True))
+    figures.interval_bars(axes, found, dict.fromkeys(found, figures.Look("#009E73", "o")))
+    assert [patch.get_width() for patch in axes.patches] == [0.5, 0.125]
+    assert [text.get_text() for text in axes.texts] == ["50%", "12%"]
+    assert axes.yaxis_inverted() and [label.get_text() for label in axes.get_yticklabels()] == list(found)
+
+
+def test_stacked_parts_of_a_whole_lie_end_to_end(axes):
+    looks = {"stays": figures.Look("#BDBDBD", "o"), "turns": figures.Look("#009E73", "s", hatch="//")}
+    figures.stacked_bars(axes, {"text": {"stays": 0.25, "turns": 0.75}, "patch": {"turns": 1.0}}, looks)
+    ends = sorted((patch.get_y(), patch.get_x(), patch.get_width()) for patch in axes.patches)
+    assert [end[1:] for end in ends] == [(0.0, 0.0), (0.0, 1.0), (0.0, 0.25), (0.25, 0.75)]
+    assert [text.get_text() for text in axes.texts] == ["25%", "75%", "100%"]

@@ -23,6 +23,7 @@ FLOORS |= {"sinks": 3.7}
 FLOORS |= {"groups": 3.5}
 FLOORS |= {"norms": 3.7}
 FLOORS |= {"trajectories": 3.7}
+FLOORS |= {"book": 0, "scenes": 7, "page": 7}
 
 
 def seconds(code: str) -> float:

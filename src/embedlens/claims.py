@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from csv import DictReader
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedlens.errors import EmbedLensError
+from embedlens.intervals import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,6 +80,18 @@ class Finding:
         if self.n < 1:
             raise EmbedLensError(f"n is {self.n}: a verdict needs at least one sample")
 
+    @classmethod
+    def of(cls, found: Interval | None, n: int, verdict: str, note: str) -> Finding:
+        """A finding with its interval; what cannot be tested keeps no number, and None cannot be tested.
+
+        >>> Finding.of(None, 40, "holds", "No picture has dead tokens.").verdict
+        'not testable here'
+        """
+        if found is None or verdict == UNTESTABLE:
+            return cls(None, None, None, n, UNTESTABLE, note)
+        value, low, high = (float(part) for part in found)
+        return cls(value, low, high, n, verdict, note)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -112,6 +125,16 @@ def judged(low: float, high: float, bar: float = 0.0) -> str:
     ('holds', 'partly', 'does not hold')
     """
     return HOLDS if low > bar else FAILS if high <= bar else PARTLY
+
+
+def counted(conditions: Iterable[bool]) -> str:
+    """The verdict on a claim of several conditions: all of them hold, some do, none does.
+
+    >>> counted([True, True]), counted([True, False]), counted([False, False])
+    ('holds', 'partly', 'does not hold')
+    """
+    met = [bool(condition) for condition in conditions]
+    return HOLDS if all(met) else PARTLY if any(met) else FAILS
 
 
 def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:

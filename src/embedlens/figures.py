@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -17,10 +17,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from embedlens.claims import kind_of_result
+from embedlens.intervals import Interval
 from embedlens.patches import PatchGrid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
@@ -108,9 +110,115 @@ def set_style() -> None:
 
 def sign(figure: Figure, model: str, of: str) -> None:
     """Say under a figure which kind of result it shows, on which model, and of what ("n = 200 pictures")."""
+    figure.supxlabel(signature(model, of), fontsize=10, color="#555555", x=0.99, ha="right")
+
+
+def signature(model: str, of: str) -> str:
+    """Which kind of result a figure shows, on which model, and of what.
+
+    >>> signature("miniature", "n = 5 pictures")
+    'miniature result, n = 5 pictures'
+    """
     kind = kind_of_result(model)
     on = "" if model == kind else f" on {model}"
-    figure.supxlabel(f"{kind} result{on}, {of}", fontsize=10, color="#555555", x=0.99, ha="right")
+    return f"{kind} result{on}, {of}"
+
+
+def headline(figure: Figure, title: str) -> None:
+    """The message of a figure of several panels, or of one with long tick labels, over its whole width."""
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
+
+
+def reach(found: Interval) -> Float[np.ndarray, "2 *places"]:  # noqa: UP037 - a shape, no annotation to unquote
+    """How far an interval reaches below and above its value, as matplotlib's error bars take it.
+
+    >>> reach(Interval(np.array(0.5), np.array(0.25), np.array(0.875))).tolist()
+    [0.25, 0.375]
+    """
+    value, low, high = (np.asarray(part, dtype=np.float64) for part in found)
+    return np.clip(np.stack([value - low, high - value]), 0, None)
+
+
+def dots(
+    axes: Axes,
+    places: Float[np.ndarray, " n"],
+    found: Sequence[Interval],
+    look: Look,
+    label: str = "",
+    along: str = "y",
+    face: str | None = None,
+) -> None:
+    """Values with their intervals as markers and bars, one to a place.
+
+    Args:
+        places: where each stands on the other axis.
+        found: one 0-d interval to a place.
+        along: the axis that the values are read on.
+        face: fill of the markers, such as "white"; default: the look's colour.
+    """
+    several = Interval(*(np.array([float(part) for part in parts]) for parts in zip(*found, strict=True)))
+    style = {"color": look.colour, "marker": look.marker, "markerfacecolor": face or look.colour, "capsize": 3}
+    style |= {"linestyle": "none", "label": label or None}
+    if along == "y":
+        axes.errorbar(places, several.value, yerr=reach(several), **style)
+    else:
+        axes.errorbar(several.value, places, xerr=reach(several), **style)
+
+
+def interval_bars(axes: Axes, found: Mapping[str, Interval], looks: Mapping[str, Look], digits: int = 0) -> None:
+    """Shares as lying bars with their intervals and per cent, the first at the top.
+
+    Args:
+        found: name → share, 0-d.
+        looks: colour and hatch of each name.
+        digits: decimals of the per cent written beside a bar.
+    """
+    for at, (name, share) in enumerate(found.items()):
+        look, spread = looks[name], reach(share)[:, None]
+        axes.barh(at, share.value, xerr=spread, color=look.colour, hatch=look.hatch, edgecolor="white", capsize=4)
+        axes.annotate(
+            f"{share.value:.{digits}%}", (float(share.high), at), (6, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1.1)
+
+
+def stacked_bars(axes: Axes, parts: Mapping[str, Mapping[str, float]], looks: Mapping[str, Look]) -> None:
+    """What each whole consists of: one lying bar a whole, shares that sum to one, large ones written in per cent.
+
+    Args:
+        parts: name of the whole → name of the part → share; a part that is missing is 0.
+        looks: colour and hatch of each part, in the order they are stacked.
+    """
+    rows = np.arange(len(parts))[::-1]
+    left = np.zeros(len(parts))
+    for name, look in looks.items():
+        width = np.array([float(part.get(name, 0)) for part in parts.values()])
+        axes.barh(rows, width, left=left, color=look.colour, hatch=look.hatch, edgecolor="white", label=name)
+        for y, x, w in zip(rows, left, width, strict=True):
+            if w > 0.07:
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.75}
+                axes.text(x + w / 2, y, f"{w:.0%}", ha="center", va="center", fontsize=10, bbox=box)
+        left = left + width
+    axes.set_yticks(rows, list(parts))
+    axes.set_xlim(0, 1)
+    percent_axis(axes.xaxis)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.32, 1.0), ncols=3, fontsize=10)
+
+
+def percent_axis(axis: Axis) -> None:
+    """Write the ticks of an axis of shares as whole per cent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1, 0))
+
+
+def paper_line(axes: Axes, value: float, text: str, at: float, **place: Any) -> None:
+    """The paper's printed value as a thin dashed line, named at `at` on the other axis: a fact, not a result."""
+    axes.axhline(value, color=FACT, linestyle="--", linewidth=1.2)
+    axes.annotate(text, (at, value), (0, 4), textcoords="offset points", color=FACT, fontsize=10, **place)
 
 
 def layer_curve(
