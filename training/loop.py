@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def train(
     measure: Callable[[], dict[str, float]],
     folder: Path,
     stop_after: int | None = None,
+    clipped: Sequence[nn.Module] = (),
 ) -> list[dict[str, float]]:
     """Train from the last checkpoint (or from the start) to the end of the stage.
 
@@ -82,6 +83,7 @@ def train(
         measure: taken MEASUREMENTS times, evenly, and at the end; a very short stage is measured at its end only.
         folder: where `<name>.pt` (the checkpoint) and `<name>.jsonl` (the log) are.
         stop_after: leave after so many steps; the next call goes on from there.
+        clipped: parts whose gradients are clipped each on its own; none: the whole module's together.
 
     Returns:
         the log: one record per 50 steps and per measurement.
@@ -124,7 +126,8 @@ def train(
                 group["lr"] = group["peak"] * pace(step, stage)
         loss, beside = loss_of(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
+        for part in clipped or (module,):
+            nn.utils.clip_grad_norm_([p for p in part.parameters() if p.grad is not None], 1.0)
         for optimiser in optims:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

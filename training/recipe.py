@@ -144,4 +144,32 @@ GPU = replace(
     workers=12,
     device="cuda",
 )
+
+
+@dataclass(frozen=True)
+class LateEntry:
+    """How the adapters of trained late entry are made; see training/entry.py.
+
+    Attributes:
+        start: the recipe of the weights they begin at.
+        layers: blocks at which visual tokens enter; 0 is the twin the others are compared with.
+        seeds: repeats, each with pictures of its own.
+        rank: of the additions to every matrix of the language model's blocks.
+        stage: AdamW on the projector and the additions.
+    """
+
+    start: Recipe
+    layers: tuple[int, ...] = (0, 1, 2, 4, 6)
+    seeds: int = 2
+    rank: int = 4
+    stage: Stage = field(default=Stage(steps=600, batch=24, lr=2e-3, weight_decay=0.0, warmup=20))
+
+    def recipe(self, seed: int) -> Recipe:
+        """The start's recipe with this stage for tuning, on pictures that neither it nor another seed has seen."""
+        return replace(
+            self.start, name=f"entry_seed{seed}", onward=self.start.onward + 1 + seed, tuning=self.stage, measured=4
+        )
+
+
+LATE_ENTRY = LateEntry(ONWARD)
 RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, GPU)}

@@ -56,16 +56,26 @@ def predicted(
     model: nn.Module, head: nn.Module, embeds: Tensor, batch: Batch, recipe: Recipe
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits for the weighted tokens only: (logits Float[n, V], targets Long[n], weights Float[n])."""
-    wanted = (batch.weight[:, 1:] > 0).nonzero(as_tuple=True)
-    mask = batch.mask()
-    if model.config._attn_implementation == "eager":  # which adds its mask
-        mask = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
+    wanted, targets, weights = weighted_tokens(batch)
+    mask = additive(batch) if model.config._attn_implementation == "eager" else batch.mask()
     with torch.autocast(recipe.device, torch.bfloat16), sdpa_kernel(attention(recipe)):
         hidden = model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position, use_cache=False
         ).last_hidden_state
         logits = head(hidden[:, :-1][wanted])
-    return logits.float(), batch.ids[:, 1:][wanted], batch.weight[:, 1:][wanted]
+    return logits.float(), targets, weights
+
+
+def weighted_tokens(batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Where the loss looks (row and column of the token before), which tokens it wants there, their weights."""
+    wanted = (batch.weight[:, 1:] > 0).nonzero(as_tuple=True)
+    return wanted, batch.ids[:, 1:][wanted], batch.weight[:, 1:][wanted]
+
+
+def additive(batch: Batch) -> Tensor:
+    """Float[b, 1, t, t]: the mask that eager attention adds."""
+    mask = batch.mask()
+    return torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
 
 
 def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
