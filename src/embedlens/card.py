@@ -92,6 +92,26 @@ def rate(answers: pd.DataFrame, kind: str, seed: int = 0) -> Interval:
     return Interval(*(np.array(value) for value in (right / len(answers), found.low, found.high)))
 
 
+AXES = {"left": "horizontal", "right": "horizontal", "above": "vertical", "below": "vertical"}
+
+
+def relation_parts(answers: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Answers about two objects, taken apart.
+
+    Returns:
+        whether each answer is of the right axis (left and right, or above and below); for those that are, whether it is
+        the right end of it.
+
+    >>> import pandas as pd
+    >>> axis, end = relation_parts(pd.DataFrame({"answer": ["left", "left"], "prediction": ["Right", "above"]}))
+    >>> axis.tolist(), end.tolist()
+    ([True, False], [False])
+    """
+    said = answers.prediction.str.strip().str.lower()
+    axis = answers.answer.map(AXES) == said.map(AXES)
+    return axis, (said == answers.answer)[axis]
+
+
 def ask(
     model: VisionLanguageModel, items: Mapping[str, Sequence[tasks.Item]], seed: int = 0
 ) -> dict[tuple[str, str], pd.DataFrame]:
