@@ -22,6 +22,7 @@ from torch import nn
 
 from embedlens import EmbedLensError, run
 from embedlens.samples import Sample
+from embedlens.study import ON_CPU, fitting_batch_size, own_device, rehearse
 from embedlens.vlm import VisionLanguageModel
 
 CALLS: list[int] = []  # ids that a study was asked about; a global, so that it is no parameter of the study
@@ -431,3 +432,82 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setattr(PartialState, "num_processes", 1, raising=False)
     with pytest.raises(EmbedLensError, match="2 processes were launched but accelerate knows of 1"):
         run(one_row, stand_in(), pictures(2))
+
+
+# --- batches that do not fit -----------------------------------------------------------------------------------------
+
+
+class OnGpu(VisionLanguageModel):
+    """A stand-in that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def on_gpu() -> VisionLanguageModel:
+    model = stand_in()
+    model.__class__ = OnGpu
+    return model
+
+
+def of_room(model, samples, room):
+    """A batched study on a device with room for so many samples."""
+    CALLS.append(len(samples))
+    if len(samples) > room:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return [{"width": sample.image.width} for sample in samples]
+
+
+@pytest.mark.parametrize(("room", "found", "tried"), [(64, 64, [64]), (10, 8, [64, 32, 16, 8]), (1, 1, None)])
+def test_the_batch_size_is_found_by_halving_until_the_batch_fits(room, found, tried):
+    CALLS.clear()
+    assert fitting_batch_size(partial(of_room, room=room), on_gpu(), pictures(70)) == found
+    assert tried is None or tried == CALLS
+
+
+def test_a_device_without_room_for_one_sample_is_told_from_a_bug():
+    with pytest.raises(EmbedLensError, match="too little memory for one sample .*quantize='4bit'"):
+        fitting_batch_size(partial(of_room, room=0), on_gpu(), pictures(3))
+
+    def bug(model, samples):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        fitting_batch_size(bug, on_gpu(), pictures(3))
+
+
+def test_a_batch_that_does_not_fit_is_measured_in_halves(tmp_path):
+    CALLS.clear()
+    table = run(partial(of_room, room=2), stand_in(), pictures(7), tmp_path, batch_size=7)
+    assert CALLS == [7, 3, 1, 2, 4, 2, 2] and table["id"].tolist() == list(range(100, 107))
+    with pytest.raises(EmbedLensError, match="none of 2 samples .*too little memory"):
+        run(partial(of_room, room=0), stand_in(), pictures(2), batch_size=2)
+
+
+def test_a_resumed_run_keeps_the_batch_size_it_began_with(tmp_path):
+    run(of_batch, stand_in(), pictures(5), tmp_path, batch_size=3)
+    table = run(of_batch, stand_in(), pictures(7), tmp_path, batch_size="auto")
+    same(table, run(of_batch, stand_in(), iter(pictures(7)), batch_size=3))
+    fresh = run(of_batch, stand_in(), iter(pictures(20)), batch_size="auto")
+    same(fresh, run(of_batch, stand_in(), pictures(20), batch_size=ON_CPU))
+    with pytest.raises(EmbedLensError, match="batch_size is 'many': pass a number, 'auto'"):
+        run(of_batch, stand_in(), pictures(2), batch_size="many")
+
+
+def test_each_process_is_sent_to_a_device_of_its_own(monkeypatch):
+    assert own_device() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device() == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert own_device() == "cuda:1"
+
+
+def test_a_rehearsal_times_the_first_batch_and_leaves_nothing_behind(tmp_path):
+    def slow(model, samples):
+        time.sleep(0.02 * len(samples))
+        return [{"a": 1} for _ in samples]
+
+    assert 0.02 <= rehearse(slow, stand_in(), pictures(9), 4) < 0.2
+    with pytest.raises(EmbedLensError, match="no samples"):
+        rehearse(slow, stand_in(), [], 4)

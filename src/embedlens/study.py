@@ -22,6 +22,7 @@ import os
 import shutil
 import tempfile
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ FORMAT = 1  # of the files; one that means something else by the same keys gets 
 SAMPLED = 64  # values of each weight that enter the model's fingerprint
 WHOLE = 2**20  # arrays up to this many values are digested whole, larger ones by as many values, evenly spread
 DEPTH = 6  # how deep parameters may nest before they count as having no name
+AUTO = "auto"
+LARGEST = 64  # samples in a batch that "auto" tries first on a GPU
+ON_CPU = 8  # samples in a batch that "auto" takes on a CPU, where running out of memory ends the process
 Scalar = str | int | float | bool | None
 
 
@@ -53,7 +57,7 @@ def run(
     model: VisionLanguageModel,
     samples: Iterable[Sample],
     out: str | Path | None = None,
-    batch_size: int | None = None,
+    batch_size: int | str | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Run a study on every sample; one row per record it gives.
@@ -74,7 +78,9 @@ def run(
         samples: any iterable; read once, a batch at a time. Pictures that the study opens are let go.
         out: a folder, for this study and these samples alone; a call that finds rows of the same study there goes on
             from them. None keeps nothing. Processes on several machines need a folder that all of them see.
-        batch_size: samples at a time; batches are the same whatever the number of processes.
+        batch_size: samples at a time; batches are the same whatever the number of processes. "auto": as many as fit,
+            found by halving from 64 on a GPU, 8 on a CPU; a resumed run keeps what it began with. A batch that does
+            not fit after all is measured in halves.
         progress: show a bar on stderr; None: if that is a terminal.
 
     Returns:
@@ -92,10 +98,18 @@ def run(
     >>> table.columns.tolist(), table["id"].tolist()
     (['id', 'positions'], [0, 1, 2])
     """
-    if batch_size is not None and batch_size < 1:
+    if isinstance(batch_size, str) and batch_size != AUTO:
+        raise EmbedLensError(f"batch_size is {batch_size!r}: pass a number, 'auto', or None for one sample at a time")
+    if isinstance(batch_size, int) and batch_size < 1:
         raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1, or None for one sample at a time")
     processes = _processes(model.device.type)
     with _folder(out, processes) as folder:
+        if isinstance(batch_size, str):
+            stream = iter(samples)
+            first = list(islice(stream, LARGEST))
+            samples = samples if isinstance(samples, Sized) else chain(first, stream)
+            batch_size = _begun_with(folder) or processes.least(fitting_batch_size(study, model, first))
+            processes.wait()  # nobody writes before everybody has seen what the folder held
         header = _header(study, model, batch_size, named=out is not None)
         records = _Records.read(folder, header)
         processes.wait()  # nobody writes before everybody has read
@@ -113,6 +127,109 @@ def run(
             stacklevel=2,
         )
     return found
+
+
+def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, samples: Sequence[Sample]) -> int:
+    """The largest power of two up to 64, or the number of samples, at which a batch fits into memory.
+
+    The study is run on the first samples and what it gives is thrown away. A CPU is not tried but given 8: where its
+    memory runs out, nothing is raised that could be caught.
+
+    Raises:
+        EmbedLensError: not even one sample fits.
+    """
+    if not len(samples):
+        raise EmbedLensError("no samples: pass at least one")
+    if model.device.type == "cpu":
+        return ON_CPU
+    size = LARGEST
+    while size > len(samples):
+        size //= 2
+    while size:
+        try:
+            study(model, [replace(sample) for sample in samples[:size]])
+        except (EmbedLensError, OSError):
+            return size  # a damaged picture, which the run records
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        else:
+            return size
+        _release()
+        size //= 2
+    raise EmbedLensError(_too_little(model))
+
+
+def rehearse(
+    study: Callable[..., Any], model: VisionLanguageModel, samples: Sequence[Sample], batch_size: int | None
+) -> float:
+    """Seconds that one sample takes here: the first batch, measured the second time it is run.
+
+    What it gives is thrown away. Samples differ, and so do processes that share a machine: it is an estimate.
+    """
+    if not len(samples):
+        raise EmbedLensError("no samples: pass at least one")
+    batch = list(samples[: batch_size or 1])
+    began = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        _answers(study, model, [replace(sample) for sample in batch], batch_size)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+    return (time.perf_counter() - began) / len(batch)
+
+
+def own_device() -> str | None:
+    """Where this process loads its model: its own GPU where a launcher started several processes; None: `load` chooses.
+
+    Without a GPU all processes share the CPU.
+
+    >>> own_device() is None
+    True
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return None
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def meet(device: str) -> tuple[int, int]:
+    """(rank, number) of the processes that a launcher started; to be called before a model is loaded.
+
+    Loading may make accelerate look at the machine by itself, and without a GPU it then takes each for a single one.
+
+    Args:
+        device: kind of device that their models go to, "cpu" or "cuda".
+    """
+    processes = _processes(device)
+    return processes.rank, processes.count
+
+
+def _begun_with(folder: Path) -> int | None:
+    """The batch size of the rows that a folder holds, which resuming keeps."""
+    for path in sorted(folder.glob("run-*.process-*.jsonl"), key=_call_and_rank):
+        for _, header in _lines(path):
+            return header.get("batch_size")
+    return None
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def _release() -> None:
+    """What the failed attempt held, given back to the device."""
+    from accelerate.utils import release_memory
+
+    release_memory()
+
+
+def _too_little(model: VisionLanguageModel) -> str:
+    return (
+        f"{model.device} has too little memory for one sample of this study: load the model with quantize='4bit', "
+        "dtype='bfloat16' or, with several GPUs, device='auto'"
+    )
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -167,6 +284,7 @@ def _answers(
     study: Callable[..., Any], model: VisionLanguageModel, batch: list[Sample], batch_size: int | None
 ) -> list[dict[str, Any]]:
     """For each sample {"rows": its rows} or {"error": why there are none}."""
+    too_large = False
     try:
         given = study(model, batch[0]) if batch_size is None else study(model, batch)
         if batch_size is None:
@@ -177,6 +295,16 @@ def _answers(
         if len(batch) == 1:
             return [{"error": _sentence(error)}]
         return [answer for sample in batch for answer in _answers(study, model, [sample], batch_size)]
+    except RuntimeError as error:
+        too_large = _out_of_memory(error)
+        if not too_large:
+            raise
+    if too_large:  # out of the clause, whose traceback holds what filled the memory
+        _release()
+        if len(batch) == 1:
+            return [{"error": _too_little(model)}]
+        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+        return [answer for half in halves for answer in _answers(study, model, half, batch_size)]
     if not isinstance(given, list) or len(given) != len(batch):
         what = f"{len(given)} results" if isinstance(given, list) else _kind(given)
         raise EmbedLensError(
@@ -430,6 +558,14 @@ class _Processes:
         values = [value]
         broadcast_object_list(values)
         return values[0]
+
+    def least(self, value: int) -> int:
+        """The smallest value of any process."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import gather_object
+
+        return min(gather_object([value]))
 
 
 def _processes(device: str) -> _Processes:
