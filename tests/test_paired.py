@@ -169,6 +169,32 @@ def test_every_arm_gets_a_row_for_every_score():
     assert set(found.verdict) <= {"no degradation shown", "degradation", "improvement", "undecided"}
 
 
+def test_a_baseline_of_several_seeds_is_compared_seed_by_seed():
+    """What all pairs have in common shows, however far the seeds are apart."""
+    table = sweep_table(n=200, arms=[(arm, repeat) for arm in ("twin", "late") for repeat in (0, 1)])
+    alone = [compare(table[table.seed == repeat], "late", baseline="twin") for repeat in (0, 1)]
+    found = compare(table, "late", baseline="twin")
+    assert found.seeds == 2 and math.isnan(found.p)
+    assert found.difference == pytest.approx(np.mean([one.difference for one in alone]))
+    assert found.gained == pytest.approx(np.mean([one.gained for one in alone]))
+    other = compare(table.replace({"seed": {1: 7}}), "late", baseline="twin")  # only their order counts
+    assert other.difference == found.difference
+    lacking = table[(table.arm == "twin") | (table.seed == 0)]
+    with pytest.raises(EmbedLensError, match="2 seeds: compare with an arm that has one, or the same seeds"):
+        compare(lacking, "late", baseline="twin")
+
+
+def test_a_score_has_its_interval_and_is_what_tasks_counts():
+    table = sweep_table(n=400)
+    rows = table[table.arm == "arm"]
+    for of, value in tasks.family_scores(rows).items():
+        found = paired.scored(table, "arm", of)
+        assert float(found.value) == pytest.approx(value)
+        assert 0 <= found.low < found.value < found.high <= 1
+    none = paired.scored(table.assign(correct=0.0), "arm")
+    assert none.value == none.low == 0 < none.high < 0.05  # 200 pictures without a hit leave room for some
+
+
 def test_another_column_can_say_what_is_right():
     table = sweep_table(n=60)
     table["correct_original"] = 0.0

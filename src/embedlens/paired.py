@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from embedlens.errors import EmbedLensError
-from embedlens.intervals import draws
+from embedlens.intervals import Interval, draws
 from embedlens.tasks import FAMILIES, Metric, metric_parts, rows_of
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def compare(
         table: from `embedlens.sweep.run_arms`: columns item, id, family, kind, answer, arm, seed, acted, prediction
             and correct.
         arm: of several seeds the scores are averaged; they are the repeats of a random control.
+        baseline: one seed, or the seeds of the arm: each is then compared with the arm's of its own seed, and the
+            differences are averaged.
         of: "accuracy" of all questions in the table, a family (the mean of its metrics), or "Avg" of the four.
         correct: the column that says what is right; "correct_original" reads boxes in the original picture's frame.
         margin: of the equivalence test, in the scores' unit.
@@ -127,9 +129,12 @@ def compare(
         raise EmbedLensError(f"margin is {margin} and resamples {resamples}: both are above 0")
     base = _of_arm(table, baseline)
     repeats = _of_arm(table, arm)
-    if len(base) != 1:
-        raise EmbedLensError(f"{baseline!r} was run with {len(base)} seeds: compare with an arm that has one")
-    for rows in repeats:
+    seeds = [[int(rows["seed"].iloc[0]) for rows in runs] for runs in (base, repeats)]
+    if len(base) != 1 and seeds[0] != seeds[1]:
+        raise EmbedLensError(
+            f"{baseline!r} was run with {len(base)} seeds: compare with an arm that has one, or the same seeds"
+        )
+    for rows in (*base[1:], *repeats):
         if not np.array_equal(rows["item"].to_numpy(), base[0]["item"].to_numpy()):
             raise EmbedLensError(f"{arm!r} and {baseline!r} answered other questions: run both on the same items")
     wanted = _metrics(of)
@@ -140,14 +145,16 @@ def compare(
         for rows in parts
     ]
     times = np.vstack([np.ones((1, len(ids))), draws(len(ids), resamples, seed)])
-    of_base, *of_repeats = (_scores(times, found) for found in sums)
-    of_arm = np.mean(of_repeats, axis=0)
+    scores = [_scores(times, found) for found in sums]
+    of_base, of_arm = np.mean(scores[: len(base)], axis=0), np.mean(scores[len(base) :], axis=0)
     change = of_arm - of_base
     low, high = _interval(change, LEVEL, len(ids))
     narrow_low, narrow_high = _interval(change, 2 * LEVEL - 1, len(ids))
     right = [rows[correct].to_numpy(dtype=float) for rows in parts]
-    gained = float(np.mean([((now > 0) & ~(right[0] > 0)).sum() for now in right[1:]]))
-    lost = float(np.mean([(~(now > 0) & (right[0] > 0)).sum() for now in right[1:]]))
+    before, after = right[: len(base)], right[len(base) :]
+    before = before * (len(after) // len(before))
+    gained = float(np.mean([((now > 0) & ~(was > 0)).sum() for was, now in zip(before, after, strict=True)]))
+    lost = float(np.mean([(~(now > 0) & (was > 0)).sum() for was, now in zip(before, after, strict=True)]))
     counts = not any(metric is not None and metric.f1 for metrics in wanted for _, metric in metrics)
     return Comparison(
         arm=arm,
@@ -162,12 +169,32 @@ def compare(
         margin=margin,
         questions=len(places),
         pictures=len(ids),
-        seeds=len(of_repeats),
-        acted=float(np.mean([rows["acted"].mean() for rows in parts[1:]])),
+        seeds=len(repeats),
+        acted=float(np.mean([rows["acted"].mean() for rows in parts[len(base) :]])),
         gained=gained,
         lost=lost,
-        p=mcnemar(int(gained), int(lost)) if counts and len(of_repeats) == 1 else math.nan,
+        p=mcnemar(int(gained), int(lost)) if counts and len(repeats) == 1 else math.nan,
     )
+
+
+def scored(
+    table: pd.DataFrame, arm: str, of: str = "accuracy", correct: str = "correct", resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """The score of one arm with its 95 % interval over pictures; several seeds are averaged.
+
+    Arguments are those of `compare`, and so is the rule for an arm that answers all or nothing rightly: no bound is
+    nearer than chance allows. Two such intervals that overlap say little about a difference: use `compare`.
+    """
+    runs = [_chosen(rows, of) for rows in _of_arm(table, arm)]
+    ids = np.unique(runs[0]["id"].to_numpy())
+    times = np.vstack([np.ones((1, len(ids))), draws(len(ids), resamples, seed)])
+    sums = [
+        [[_sums(rows, family, metric, correct, ids) for family, metric in metrics] for metrics in _metrics(of)]
+        for rows in runs
+    ]
+    found = np.mean([_scores(times, parts) for parts in sums], axis=0)
+    low, high = _interval(found, LEVEL, len(ids))
+    return Interval(*(np.array(part) for part in (found[0], max(0.0, low), high)))
 
 
 def compare_answers(
