@@ -35,8 +35,12 @@ def probe(
         "embed"
     ),
     preprocessing: Annotated[
-        str, typer.Option(help="'letterbox', 'centre-crop' or 'stretch': how the picture becomes a square.")
-    ] = "letterbox",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="'letterbox', 'centre-crop' or 'stretch': how LLaVA-1.5 makes a picture a square.",
+            show_default="letterbox; other families have their own way",
+        ),
+    ] = None,
     device: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one"),
@@ -52,8 +56,9 @@ def probe(
     image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
     loaded = load(model, device=device, preprocessing=preprocessing)
     result = probe_picture(loaded, image, question, k=k, layer=layer, lens=lens)
-    grid, bars = result.grid, int(result.grid.padded.sum())
-    typer.echo(f"{picture}: {image.width}x{image.height} px, {grid.rows}x{grid.cols} patches, {bars} in bars (▒)")
+    shapes = " + ".join(f"{view.rows}x{view.cols}" for view in result.grid.views)
+    bars = int(result.grid.padded.sum())
+    typer.echo(f"{picture}: {image.width}x{image.height} px, {shapes} patches, {bars} in bars (▒)")
     typer.echo(f"{loaded!r}")
     typer.echo(f"{lens} lens at layer {layer} of {loaded.n_layers}\n")
     typer.echo(result.table())

@@ -205,14 +205,14 @@ def discover(
     first = np.zeros(0)
     distant: list[tuple[int, int] | None] = []
     for prompts in _prompts(model, samples, batch_size):
-        norms += list(model.tower_states(prompts)[:, -1].float().norm(dim=-1).cpu().numpy())
+        norms += [states[-1].float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
         for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
             ratio = ratios(states).cpu()
             first = ratio[:, 0].numpy()  # the same for every picture: nothing stands before it
             largest.append(_some(ratio[:, 1:].amax(-1).numpy()))
             distant.append(_distant(prompt.embeds[prompt.visual].float(), lens, words, threshold))
     notes: dict[str, str] = {}
-    vit_norm, notes["ViT sink"] = _vit_norm(np.stack(norms))
+    vit_norm, notes["ViT sink"] = _vit_norm(norms)
     dims, layer, phi_threshold, notes["LLM sink"] = _sink_dims(first, np.stack(largest))
     dead_id, notes["dead"] = _dead_id(distant, model.tokens)
     measured = Reference(
@@ -268,27 +268,22 @@ def _some(values: Float[np.ndarray, "layers s"], most: int = 64) -> Float[np.nda
 
 
 def _calibration(model: VisionLanguageModel) -> Iterable[Sample]:
-    side = max(model.prompt(_blank(), QUESTION).pixel_values.shape[-2:])
-    return load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, side / 112))
+    return load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, model.canvas_side / 112))
 
 
-def _blank():
-    from PIL import Image
-
-    return Image.new("RGB", (32, 32))
-
-
-def _vit_norm(norms: Float[np.ndarray, "pictures n"]) -> tuple[float | None, str]:
-    border = fence(norms.ravel())
-    share = float((norms > border).mean())
+def _vit_norm(norms: Iterable[Float[np.ndarray, " _"]]) -> tuple[float | None, str]:
+    norms = list(norms)  # of each picture
+    every = np.concatenate(norms)
+    border = fence(every)
+    share = float((every > border).mean())
     if share < RARE:
         return None, (
             f"No norm stands out at the tower's last layer: {share:.2%} of the patches lie beyond the outer fence of "
-            f"{border:.1f} (largest {norms.max():.1f}, median {np.median(norms):.1f})."
+            f"{border:.1f} (largest {every.max():.1f}, median {np.median(every):.1f})."
         )
-    pictures = float((norms > border).any(-1).mean())
+    pictures = float(np.mean([(of_one > border).any() for of_one in norms]))
     return border, (
-        f"Norm at the tower's last layer beyond the outer fence of {border:.1f} (median {np.median(norms):.1f}): "
+        f"Norm at the tower's last layer beyond the outer fence of {border:.1f} (median {np.median(every):.1f}): "
         f"{share:.2%} of the patches, in {pictures:.0%} of the pictures."
     )
 
@@ -480,7 +475,8 @@ def _sinks(
     none = [torch.zeros(len(rows), dtype=torch.bool) for rows in tokens]
     vit, llm = none, none
     if reference.vit_norm is not None:
-        vit = list(model.tower_states(prompts)[:, -1].float().norm(dim=-1) > reference.vit_norm)
+        last = [states[-1] for states in model.tower_states_of(prompts)]
+        vit = [rows.float().norm(dim=-1) > reference.vit_norm for rows in last]
     if reference.sink_dims and reference.sink_layer is not None and reference.phi_threshold is not None:
         streams = model.hidden_states_of(prompts, batch_size)
         llm = [

@@ -42,7 +42,8 @@ class Prune:
     those of `prompt.without(mask)`, and the cache is shorter at every layer. The vision tower has still seen all.
 
     `positions="keep"` leaves gaps in the rotary positions, as the released code does (Section 5 of the paper), and
-    decoding goes on at the length of the whole prompt; `"renumber"` closes the gaps.
+    decoding goes on at the length of the whole prompt; `"renumber"` closes the gaps, which models refuse whose
+    patches stand at a row and a column (Qwen-VL).
 
     >>> Prune(torch.tensor([True, True]))
     Traceback (most recent call last):
@@ -120,7 +121,8 @@ class EnterAt:
     """Let visual tokens join the sequence at a later layer (the paper's L_in, Section 7.2).
 
     Blocks below `layer` run the text alone, at its original positions; at `layer` the projected visual tokens stand
-    there as they left the projector. In traces they wait unchanged below it. EnterAt(0) is the plain run.
+    there as they left the projector. In traces they wait unchanged below it. EnterAt(0) is the plain run. What some
+    families add to visual tokens between blocks (Qwen3-VL) is added to them while they wait.
     """
 
     layer: int
@@ -129,7 +131,10 @@ class EnterAt:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01)."""
+    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01).
+
+    What some families add to them between blocks (Qwen3-VL) is multiplied, too.
+    """
 
     factor: float
 
@@ -238,11 +243,17 @@ class Run:
             for index, value in self._of(kind)
         }
         entered, keep = list(prompts), False
+        own = any(prompt.positions is not None for prompt in prompts)  # then rows carry their positions with them
         for _, rescale in self._of(Rescale):
             entered = [prompt.rescaled(rescale.factor) for prompt in entered]
         for index, prune in self._of(Prune):
             entered = [prompt.without(mask) for prompt, mask in zip(entered, masks[index], strict=True)]
-            keep = prune.positions == "keep"
+            keep = prune.positions == "keep" and not own
+            if own and prune.positions == "renumber":
+                raise EmbedLensError(
+                    f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
+                    "pass positions='keep'"
+                )
         rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
 
         def laid_out(parts: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,8 @@ from embedlens.errors import EmbedLensError
 
 PREPROCESSINGS = ("letterbox", "centre-crop", "stretch")
 Box = tuple[float, float, float, float]
+Span = tuple[Fraction, Fraction]
+"""Start and stop along one axis, px of the original picture, exact."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,25 @@ class PatchGrid:
     def __len__(self) -> int:
         return self.rows * self.cols
 
+    @property
+    def views(self) -> tuple[PatchGrid, ...]:
+        """The grids that this one consists of, in the order of their tokens: itself, unless the picture is tiled."""
+        return (self,)
+
+    @property
+    def overview(self) -> tuple[int, PatchGrid]:
+        """(index of its first token, grid) of the finest view that shows the picture as a whole."""
+        return 0, self
+
     @cached_property
-    def _edges(self) -> tuple[list[Fraction], list[Fraction]]:
-        """Column edges and row edges, px of the original picture, exact."""
+    def spans(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """Columns left to right and rows top to bottom."""
         x0, y0, x1, y1 = self.frame.window
         step_x = (x1 - x0) * self.covered[0] / self.cols
         step_y = (y1 - y0) * self.covered[1] / self.rows
-        return [x0 + step_x * c for c in range(self.cols + 1)], [y0 + step_y * r for r in range(self.rows + 1)]
+        xs = [x0 + step_x * c for c in range(self.cols + 1)]
+        ys = [y0 + step_y * r for r in range(self.rows + 1)]
+        return tuple(pairwise(xs)), tuple(pairwise(ys))
 
     def _row_col(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -154,8 +168,9 @@ class PatchGrid:
     def cell(self, index: int) -> Box:
         """The whole cell of a patch: x0, y0, x1, y1. Reaches outside the picture where the cell lies in a bar."""
         row, col = self._row_col(index)
-        xs, ys = self._edges
-        return float(xs[col]), float(ys[row]), float(xs[col + 1]), float(ys[row + 1])
+        columns, lines = self.spans
+        (x0, x1), (y0, y1) = columns[col], lines[row]
+        return float(x0), float(y0), float(x1), float(y1)
 
     def box(self, index: int) -> Box:
         """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1.
@@ -177,17 +192,17 @@ class PatchGrid:
     @cached_property
     def centres(self) -> Float[Tensor, "n 2"]:
         """Centre (x, y) of every cell; outside the picture for a cell whose middle lies in a bar."""
-        xs, ys = self._edges
-        middle_x = [float(a + b) / 2 for a, b in pairwise(xs)]
-        middle_y = [float(a + b) / 2 for a, b in pairwise(ys)]
+        columns, lines = self.spans
+        middle_x = [float(a + b) / 2 for a, b in columns]
+        middle_y = [float(a + b) / 2 for a, b in lines]
         return torch.tensor([(x, y) for y in middle_y for x in middle_x], dtype=torch.float32)
 
     @cached_property
     def padded(self) -> Bool[Tensor, " n"]:
         """Which patches lie wholly in the bars, that is, show no pixel of the picture."""
-        xs, ys = self._edges
-        bar_x = [b <= 0 or a >= self.frame.width for a, b in pairwise(xs)]
-        bar_y = [b <= 0 or a >= self.frame.height for a, b in pairwise(ys)]
+        columns, lines = self.spans
+        bar_x = [b <= 0 or a >= self.frame.width for a, b in columns]
+        bar_y = [b <= 0 or a >= self.frame.height for a, b in lines]
         return torch.tensor([row or col for row in bar_y for col in bar_x], dtype=torch.bool)
 
     def inside(self, box: Sequence[float]) -> Bool[Tensor, " n"]:
@@ -206,12 +221,134 @@ class PatchGrid:
         Raises:
             EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it.
         """
-        xs, ys = self._edges
-        if not (xs[0] <= x < xs[-1] and ys[0] <= y < ys[-1]):
+        columns, lines = self.spans
+        col = next((c for c, (a, b) in enumerate(columns) if a <= x < b), None)
+        row = next((r for r, (a, b) in enumerate(lines) if a <= y < b), None)
+        if col is None or row is None:
             raise EmbedLensError(
-                f"no patch shows the point ({x:g}, {y:g}): the grid covers x from {float(xs[0]):g} to "
-                f"{float(xs[-1]):g} and y from {float(ys[0]):g} to {float(ys[-1]):g}"
+                f"no patch shows the point ({x:g}, {y:g}): the grid covers x from {float(columns[0][0]):g} to "
+                f"{float(columns[-1][1]):g} and y from {float(lines[0][0]):g} to {float(lines[-1][1]):g}"
             )
-        col = max(c for c in range(self.cols) if xs[c] <= x)
-        row = max(r for r in range(self.rows) if ys[r] <= y)
         return row * self.cols + col
+
+    def neighbours(self, index: int) -> list[int]:
+        """Patches that share a side with one: above, left, right, below; of the same view only.
+
+        >>> PatchGrid(2, 3, Frame.stretch(30, 20)).neighbours(1)
+        [0, 2, 4]
+        """
+        row, col = self._row_col(index)
+        around = ((row - 1, col), (row, col - 1), (row, col + 1), (row + 1, col))
+        return [r * self.cols + c for r, c in around if 0 <= r < self.rows and 0 <= c < self.cols]
+
+
+@dataclass(frozen=True)
+class UnevenGrid(PatchGrid):
+    """A grid whose columns and rows are given one by one: tiles put side by side leave gaps where they meet.
+
+    >>> columns = tuple((Fraction(a), Fraction(b)) for a, b in ((0, 4), (5, 9)))
+    >>> grid = UnevenGrid.of_spans(Frame.stretch(10, 4), columns, columns[:1])
+    >>> grid.box(1), grid.patch_at(5.5, 0)
+    ((5.0, 0.0, 9.0, 4.0), 1)
+    """
+
+    given: tuple[tuple[Span, ...], tuple[Span, ...]] = ((), ())
+
+    @classmethod
+    def of_spans(cls, frame: Frame, columns: Sequence[Span], lines: Sequence[Span]) -> UnevenGrid:
+        """The grid of these columns (left to right) and rows (top to bottom)."""
+        return cls(len(lines), len(columns), frame, given=(tuple(columns), tuple(lines)))
+
+    @cached_property
+    def spans(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """Columns left to right and rows top to bottom."""
+        return self.given
+
+
+@dataclass(frozen=True)
+class ManyViews(PatchGrid):
+    """Several grids over one picture, their tokens one after the other: the whole picture and its tiles.
+
+    `rows` and `cols` make one line of all tokens, since no rectangle holds them; `views` has the real shapes. A point
+    of the picture is shown more than once, and a box counts the patches of every view.
+
+    >>> whole = PatchGrid(1, 2, Frame.stretch(8, 4))
+    >>> grid = ManyViews.of([whole, PatchGrid(2, 4, Frame.stretch(8, 4))])
+    >>> len(grid), grid.box(1), grid.box(2), grid.patch_at(7, 3), grid.neighbours(2)
+    (10, (4.0, 0.0, 8.0, 4.0), (0.0, 0.0, 2.0, 2.0), 9, [3, 6])
+    """
+
+    parts: tuple[PatchGrid, ...] = ()
+
+    @classmethod
+    def of(cls, views: Sequence[PatchGrid]) -> ManyViews:
+        """The views in the order of their tokens; all of one picture."""
+        if not views or len({(view.frame.width, view.frame.height) for view in views}) > 1:
+            raise EmbedLensError(f"{len(views)} views of different pictures: pass at least one, all of one picture")
+        first = views[0].frame
+        return cls(1, sum(map(len, views)), Frame.stretch(first.width, first.height), parts=tuple(views))
+
+    @property
+    def views(self) -> tuple[PatchGrid, ...]:
+        """The grids that this one consists of, in the order of their tokens."""
+        return self.parts
+
+    @property
+    def overview(self) -> tuple[int, PatchGrid]:
+        """(index of its first token, grid) of the finest view that shows the picture as a whole."""
+        found, start = [], 0
+        for view in self.parts:
+            area = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in map(view.box, range(len(view))))
+            found.append((area >= 0.9 * self.frame.width * self.frame.height, len(view), -start, view))
+            start += len(view)
+        _, _, before, view = max(found, key=lambda one: one[:3])
+        return -before, view
+
+    def view_of(self, index: int) -> tuple[int, int]:
+        """(number of the view, index in it) of a token."""
+        self._row_col(index)  # refuses what is not there
+        for number, view in enumerate(self.parts):
+            if index < len(view):
+                return number, int(index)
+            index -= len(view)
+        raise AssertionError("rows and cols count the tokens of all views")
+
+    def cell(self, index: int) -> Box:
+        """The whole cell of a patch: x0, y0, x1, y1."""
+        number, inner = self.view_of(index)
+        return self.parts[number].cell(inner)
+
+    @cached_property
+    def centres(self) -> Float[Tensor, "n 2"]:
+        """Centre (x, y) of every cell."""
+        return torch.cat([view.centres for view in self.parts])
+
+    @cached_property
+    def padded(self) -> Bool[Tensor, " n"]:
+        """Which patches show no pixel of the picture."""
+        return torch.cat([view.padded for view in self.parts])
+
+    def patch_at(self, x: float, y: float) -> int:
+        """Index of the smallest patch that shows the point (x, y).
+
+        Raises:
+            EmbedLensError: no view shows the point.
+        """
+        start, found, refused = 0, [], None
+        for view in self.parts:
+            try:
+                inner = view.patch_at(x, y)
+            except EmbedLensError as error:
+                refused = error
+            else:
+                x0, y0, x1, y1 = view.cell(inner)
+                found.append(((x1 - x0) * (y1 - y0), start + inner))
+            start += len(view)
+        if not found:
+            raise EmbedLensError(str(refused))
+        return min(found)[1]
+
+    def neighbours(self, index: int) -> list[int]:
+        """Patches of the same view that share a side with one."""
+        number, inner = self.view_of(index)
+        return [index - inner + other for other in self.parts[number].neighbours(inner)]

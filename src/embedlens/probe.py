@@ -40,32 +40,25 @@ class PictureProbe:
     answer: str
 
     def table(self) -> str:
-        """The patch grid as text: one column per patch, one line per rank; words in the bars are marked."""
-        columns: list[list[str]] = []
-        padded = self.grid.padded.tolist()
-        for col in range(self.grid.cols):
-            patches = range(col, len(self.grid), self.grid.cols)
-            cells = [
-                _shortened(f"{BAR_MARK}{word}" if padded[patch] else word)
-                for patch in patches
-                for word in self.words[patch]
-            ]
-            width = max(map(_columns_of, [*cells, str(col)]))
-            columns.append([_padded(cell, width) for cell in [str(col), *cells]])
-        depth = len(self.words[0])
-        margin = len(str(self.grid.rows - 1))
-        lines = [" " * margin + "  " + "  ".join(column[0] for column in columns)]
-        for row in range(self.grid.rows):
-            for rank in range(depth):
-                label = str(row).rjust(margin) if rank == 0 else " " * margin
-                lines.append(label + "  " + "  ".join(column[1 + row * depth + rank] for column in columns))
-            if depth > 1 and row + 1 < self.grid.rows:
-                lines.append("")
-        return "\n".join(line.rstrip() for line in lines)
+        """The patch grid as text: one column per patch, one line per rank; words in the bars are marked.
+
+        Where the model sees the picture in several views, one table each.
+        """
+        start, parts = 0, []
+        for view in self.grid.views:
+            parts.append(_table(view, self.words[start : start + len(view)]))
+            start += len(view)
+        if len(parts) == 1:
+            return parts[0]
+        return "\n\n".join(f"view {i} of {len(parts)}\n{part}" for i, part in enumerate(parts, 1))
 
     def annotated(self) -> Image:
-        """The picture as the model sees it, patches outlined, the top word in each; bars hatched."""
-        return patch_words(self.image, self.grid, [words[0] for words in self.words])
+        """The picture as the model sees it, patches outlined, the top word in each; bars hatched.
+
+        Of several views the finest that shows the whole picture.
+        """
+        start, view = self.grid.overview
+        return patch_words(self.image, view, [words[0] for words in self.words[start : start + len(view)]])
 
 
 def probe_picture(
@@ -99,6 +92,28 @@ def probe_picture(
     words = [[reader.tokens[index] for index in row] for row in ids.tolist()]
     answer = model.answer(prompt)
     return PictureProbe(prompt.image, prompt.grid, words, ids, scores, layer, lens, model.name, question, answer)
+
+
+def _table(grid: PatchGrid, words: list[list[str]]) -> str:
+    columns: list[list[str]] = []
+    padded = grid.padded.tolist()
+    for col in range(grid.cols):
+        patches = range(col, len(grid), grid.cols)
+        cells = [
+            _shortened(f"{BAR_MARK}{word}" if padded[patch] else word) for patch in patches for word in words[patch]
+        ]
+        width = max(map(_columns_of, [*cells, str(col)]))
+        columns.append([_padded(cell, width) for cell in [str(col), *cells]])
+    depth = len(words[0])
+    margin = len(str(grid.rows - 1))
+    lines = [" " * margin + "  " + "  ".join(column[0] for column in columns)]
+    for row in range(grid.rows):
+        for rank in range(depth):
+            label = str(row).rjust(margin) if rank == 0 else " " * margin
+            lines.append(label + "  " + "  ".join(column[1 + row * depth + rank] for column in columns))
+        if depth > 1 and row + 1 < grid.rows:
+            lines.append("")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _shortened(word: str) -> str:

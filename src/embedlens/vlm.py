@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
+from embedlens.families.plain import OWN, Features
 from embedlens.patches import PREPROCESSINGS, PatchGrid
 from embedlens.pictures import Picture, open_picture
 
@@ -53,10 +54,16 @@ class Prompt:
     visual: Bool[Tensor, " s"]
     """Which positions are visual tokens; the i-th True is patch i of `grid`."""
     grid: PatchGrid
-    pixel_values: Float[Tensor, "1 3 height width"] = field(repr=False)
-    """What entered the vision tower."""
+    pixel_values: Float[Tensor, ...] = field(repr=False)
+    """What entered the vision tower: pictures Float[1, 3, height, width], tiles or patches, as the family has it."""
     rows: Int[Tensor, " s"] | None = field(default=None, repr=False)
     """Which rows of the prompt as written these are; None: all. `grid` still describes the whole picture."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """What the processor said of the picture beside its pixels: original size, numbers of patches, by its names."""
+    positions: Int[Tensor, "axes s"] | None = field(default=None, repr=False)
+    """Rotary positions (time, height, width) where a family gives patches such; None: 0 to s-1."""
+    deep: Float[Tensor, "joins n d"] | None = field(default=None, repr=False)
+    """What is added to the visual rows after decoder block 0, 1, ..., where a family does that."""
 
     def __post_init__(self) -> None:
         length = len(self.ids)
@@ -65,23 +72,37 @@ class Prompt:
                 f"the prompt has {length} ids, embeds of shape {tuple(self.embeds.shape)} and a visual mask of shape "
                 f"{tuple(self.visual.shape)}: all three need the same first side"
             )
+        if self.positions is not None and self.positions.shape[1] != length:
+            raise EmbedLensError(f"the prompt has {length} ids but {self.positions.shape[1]} positions: pass as many")
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def text(self) -> Bool[Tensor, " s"]:
-        """Which positions are not visual: template, question and specials."""
+        """Which positions are not visual: template, question and specials, newlines between patches included."""
         return ~self.visual
 
     def rescaled(self, factor: float) -> Prompt:
         """The same prompt with its projected visual tokens multiplied by `factor`."""
-        return replace(self, embeds=torch.where(self.visual[:, None], self.embeds * factor, self.embeds))
+        embeds = torch.where(self.visual[:, None], self.embeds * factor, self.embeds)
+        return replace(self, embeds=embeds, deep=None if self.deep is None else self.deep * factor)
 
     def without(self, mask: Bool[Tensor, " n"]) -> Prompt:
-        """The same prompt, physically shorter by the masked visual tokens. Run as it is, its positions count anew."""
+        """The same prompt, physically shorter by the masked visual tokens.
+
+        Run as it is, its positions count anew, unless it has `positions`: the remaining rows keep those.
+        """
         kept = (~self.spread(mask)).nonzero()[:, 0]
-        return replace(self, ids=self.ids[kept], embeds=self.embeds[kept], visual=self.visual[kept], rows=kept)
+        return replace(
+            self,
+            ids=self.ids[kept],
+            embeds=self.embeds[kept],
+            visual=self.visual[kept],
+            rows=kept,
+            positions=None if self.positions is None else self.positions[:, kept],
+            deep=None if self.deep is None else self.deep[:, ~mask.to(self.deep.device)],
+        )
 
     def spread(self, mask: Bool[Tensor, " n"]) -> Bool[Tensor, " s"]:
         """A mask over visual tokens as a mask over all positions."""
@@ -133,18 +154,18 @@ class VisionLanguageModel:
         intervention: set by `embedlens.intervene` for the time of its block; `running` tells it the prompts.
     """
 
-    def __init__(self, hf: PreTrainedModel, processor: Any, name: str, preprocessing: str = "letterbox") -> None:
-        if preprocessing not in PREPROCESSINGS:
-            raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+    def __init__(self, hf: PreTrainedModel, processor: Any, name: str, preprocessing: str | None = None) -> None:
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
-        self.preprocessing = preprocessing
         self.family = _family(type(hf).__name__, name)
+        self.preprocessing = _preprocessing(preprocessing, self.family, name)
         self.family.check_config(hf, processor, name)
-        self.family.set_preprocessing(processor, hf, preprocessing)
+        self.family.set_preprocessing(processor, hf, self.preprocessing)
         if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
             raise EmbedLensError(f"{name} has no chat template: add chat_template.jinja, as the model was trained with")
+        for role in self.family.MODULES:
+            self._module(role)
         self.decoder = self._module("decoder")
         self.blocks = cast(nn.ModuleList, self._module("blocks"))
         head = cast(nn.Linear, self._module("head"))
@@ -234,7 +255,14 @@ class VisionLanguageModel:
     def asked(self, prompt: Prompt, question: str) -> Prompt:
         """Another question about the same picture, which does not go through the vision tower again."""
         ids, _ = self._inputs(prompt.image, question)
-        return self._assemble(prompt.image, question, ids, prompt.pixel_values, prompt.embeds[prompt.visual])
+        marked = prompt.ids == self.family.image_token_id(self.hf)
+        deep = prompt.deep
+        if deep is not None:  # newlines bring nothing there
+            whole = deep.new_zeros(len(deep), int(marked.sum()), deep.shape[-1])
+            whole[:, prompt.visual[marked]] = deep
+            deep = whole
+        inputs = {"pixel_values": prompt.pixel_values, **prompt.beside}
+        return self._assemble(prompt.image, question, ids, inputs, Features(prompt.embeds[marked], deep))
 
     def prompts(self, images: Sequence[Picture], questions: Sequence[str]) -> list[Prompt]:
         """Several prompts, their pictures through the tower in one batch; as one by one, up to rounding."""
@@ -246,15 +274,14 @@ class VisionLanguageModel:
             return []
         pictures = [open_picture(image) for image in images]
         inputs = [self._inputs(picture, question) for picture, question in zip(pictures, questions, strict=True)]
-        pixel_values = torch.cat([pixels for _, pixels in inputs])
-        features = self._features(pixel_values)
+        features = self._features([given for _, given in inputs])
         return [
-            self._assemble(picture, question, ids, pixels, row)
-            for picture, question, (ids, pixels), row in zip(pictures, questions, inputs, features, strict=True)
+            self._assemble(picture, question, ids, given, row)
+            for picture, question, (ids, given), row in zip(pictures, questions, inputs, features, strict=True)
         ]
 
-    def _inputs(self, picture: Image, question: str) -> tuple[Int[Tensor, " s"], Float[Tensor, "1 3 height width"]]:
-        """Ids and pixels, by the stock processor and its chat template."""
+    def _inputs(self, picture: Image, question: str) -> tuple[Int[Tensor, " s"], dict[str, Tensor]]:
+        """Ids, and what belongs to the picture, by the stock processor and its chat template."""
         if not isinstance(question, str) or not question.strip():
             raise EmbedLensError("the question is empty: ask something, for example 'What is in the picture?'")
         if self.processor.image_token in question:
@@ -270,43 +297,86 @@ class VisionLanguageModel:
             return_dict=True,
             return_tensors="pt",
         )
-        return inputs["input_ids"][0].to(self.device), inputs["pixel_values"].to(self.device, self.hf.dtype)
+        text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+        return inputs["input_ids"][0].to(self.device), self._of_picture(inputs, leave_out=text)
+
+    def _of_picture(self, inputs: Mapping[str, Tensor], leave_out: Sequence[str] = ()) -> dict[str, Tensor]:
+        """A processor's output on the model's device, numbers with a point in its dtype."""
+        found = {}
+        for name, value in inputs.items():
+            if name not in leave_out:
+                value = torch.as_tensor(value)
+                found[name] = value.to(self.device, self.hf.dtype if value.is_floating_point() else None)
+        return found
 
     @torch.no_grad()
-    def _features(self, pixel_values: Float[Tensor, "pictures 3 height width"]) -> Float[Tensor, "pictures n d"]:
-        return self.family.visual_features(self.hf, pixel_values)
+    def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Features]:
+        return self.family.visual_features(self.hf, inputs)
+
+    def _grid(self, picture: Image) -> PatchGrid:
+        return self.family.patch_grid(self.hf, self.processor, self.preprocessing, picture.size)
 
     @torch.no_grad()
-    def _assemble(self, picture: Image, question: str, ids: Tensor, pixels: Tensor, features: Tensor) -> Prompt:
-        visual = ids == self.family.image_token_id(self.hf)
-        grid = self.family.patch_grid(self.hf, self.preprocessing, picture.size)
-        if not int(visual.sum()) == len(grid) == len(features):
+    def _assemble(
+        self, picture: Image, question: str, ids: Tensor, inputs: Mapping[str, Tensor], features: Features
+    ) -> Prompt:
+        marked = ids == self.family.image_token_id(self.hf)
+        grid = self._grid(picture)
+        shows = self.family.shows_patch(grid).to(marked.device)
+        if not int(marked.sum()) == len(shows) == len(features.tokens):
             raise EmbedLensError(
-                f"{self.name}: the processor writes {int(visual.sum())} image tokens, the patch grid has {len(grid)}, "
-                f"the vision tower gives {len(features)}: make patch_size, num_additional_image_tokens and "
+                f"{self.name}: the processor writes {int(marked.sum())} image tokens, the patch grid has {len(shows)}, "
+                f"the vision tower gives {len(features.tokens)}: make patch_size, num_additional_image_tokens and "
                 "vision_feature_select_strategy of the processor agree with the model's config"
             )
         embeds = self.hf.get_input_embeddings()(ids)
-        embeds = embeds.masked_scatter(visual[:, None], features.to(embeds.device, embeds.dtype))
-        return Prompt(picture, question, ids, embeds, visual, grid, pixels)
+        embeds = embeds.masked_scatter(marked[:, None], features.tokens.to(embeds.device, embeds.dtype))
+        visual = marked.clone()
+        visual[marked] = shows
+        beside = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        positions = self.family.positions(self.hf, ids, beside) if hasattr(self.family, "positions") else None
+        deep = None if features.deep is None else features.deep[:, shows.to(features.deep.device)]
+        return Prompt(
+            picture, question, ids, embeds, visual, grid, inputs["pixel_values"], None, beside, positions, deep
+        )
 
-    def visual_features(self, images: Sequence[Picture], batch_size: int = 32) -> Float[Tensor, "pictures n d"]:
+    def visual_features_of(self, images: Sequence[Picture], batch_size: int = 32) -> list[Float[Tensor, "n d"]]:
         """Projected visual tokens of several pictures, without any text: what they bring to layer 0."""
         if not len(images):
             raise EmbedLensError("no pictures: pass at least one")
-        pixels = [
-            self.processor.image_processor(open_picture(image), return_tensors="pt")["pixel_values"] for image in images
-        ]
-        batches = torch.cat(pixels).to(self.device, self.hf.dtype).split(batch_size)
-        return torch.cat([self._features(batch) for batch in batches])
+        rows = []
+        for start in range(0, len(images), batch_size):
+            pictures = [open_picture(image) for image in images[start : start + batch_size]]
+            inputs = [
+                self._of_picture(self.processor.image_processor(picture, return_tensors="pt")) for picture in pictures
+            ]
+            for picture, features in zip(pictures, self._features(inputs), strict=True):
+                shows = self.family.shows_patch(self._grid(picture))
+                rows.append(features.tokens[shows.to(features.tokens.device)])
+        return rows
+
+    def visual_features(self, images: Sequence[Picture], batch_size: int = 32) -> Float[Tensor, "pictures n d"]:
+        """`visual_features_of` stacked, for pictures of as many visual tokens each."""
+        return _stacked(self.visual_features_of(images, batch_size), "visual_features")
 
     @torch.no_grad()
-    def tower_states(self, prompts: Sequence[Prompt]) -> Float[Tensor, "pictures layers n v"]:
-        """Every layer of the vision tower, patches only: index 0 is its embedding, l leaves block l.
+    def tower_states_of(self, prompts: Sequence[Prompt]) -> list[Float[Tensor, "layers n v"]]:
+        """Every layer of the vision tower, one row per visual token: index 0 is its embedding, l leaves block l.
 
-        The projector reads layer `feature_layer`; in LLaVA that is the last but one.
+        The projector reads layer `feature_layer`; in LLaVA that is the last but one. Where a merger makes one token of
+        2x2 patches, a row is the four patches' states side by side, as the merger reads them.
         """
-        return self.family.tower_states(self.hf, torch.cat([prompt.pixel_values for prompt in prompts]))
+        inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
+        return self.family.tower_states(self.hf, inputs)
+
+    def tower_states(self, prompts: Sequence[Prompt]) -> Float[Tensor, "pictures layers n v"]:
+        """`tower_states_of` stacked, for pictures of as many visual tokens each."""
+        return _stacked(self.tower_states_of(prompts), "tower_states")
+
+    @property
+    def canvas_side(self) -> int:
+        """Side of a square picture that the vision tower reads without resizing, px."""
+        return self.family.canvas_side(self.hf, self.processor)
 
     @property
     def feature_layer(self) -> int:
@@ -370,10 +440,24 @@ class VisionLanguageModel:
             side: on which side the batch is padded.
         """
         if self.intervention is None:
-            yield prompts
+            with self._carrying(prompts, side):
+                yield prompts
             return
         with self.intervention(prompts, start, len(prompts) if total is None else total, side) as entered:
-            yield entered
+            with self._carrying(entered, side):
+                yield entered
+
+    @contextmanager
+    def _carrying(self, prompts: Sequence[Prompt], side: Literal["left", "right"]) -> Iterator[None]:
+        """Hands the decoder what these prompts bring beside their embeddings: own positions, deep visual features."""
+        if all(prompt.positions is None and prompt.deep is None for prompt in prompts):
+            yield
+            return
+        hook = self.decoder.register_forward_pre_hook(_luggage(prompts, side, self.family), with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @staticmethod
     def padded(
@@ -396,6 +480,8 @@ class VisionLanguageModel:
     def recording(self, middle: list[Tensor] | None = None) -> Iterator[list[Float[Tensor, "batch s d"]]]:
         """Collects what enters the first block and what leaves each; its hooks, and only they, go at the end.
 
+        Where a family adds visual features between blocks, they are part of what leaves the block before.
+
         Args:
             middle: filled with what lies between attention and MLP of each block, if given.
         """
@@ -412,7 +498,11 @@ class VisionLanguageModel:
             cast(list, middle).append((args[0] if args else kwargs["hidden_states"]).detach())
 
         hooks = [self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
-        hooks += [block.register_forward_hook(leave) for block in self.blocks]
+        if hasattr(self.family, "deep_inputs"):
+            after = [*self.blocks[1:], self.unembed.final_norm]
+            hooks += [module.register_forward_pre_hook(enter, with_kwargs=True) for module in after]
+        else:
+            hooks += [block.register_forward_hook(leave) for block in self.blocks]
         if middle is not None:
             norms = [self.part(layer, "mlp_norm") for layer in range(self.n_layers)]
             hooks += [norm.register_forward_pre_hook(between, with_kwargs=True) for norm in norms]
@@ -486,11 +576,16 @@ class VisionLanguageModel:
                 f"final norm and head of {self.name} do not turn the last block's output into its logits: correct "
                 f"MODULES['final_norm'] and MODULES['head'] in {self.family.__name__}"
             )
+        (tower,) = self.tower_states_of([prompt])
+        if tower.shape[1] != len(prompt.grid) or not 0 <= self.feature_layer < len(tower):
+            raise EmbedLensError(
+                f"the vision tower of {self.name} hands out {len(tower)} layers of {tower.shape[1]} rows for "
+                f"{len(prompt.grid)} visual tokens, of which the projector reads layer {self.feature_layer}: correct "
+                f"tower_states and feature_layer in {self.family.__name__}"
+            )
         # The effect: text after the picture must see the visual rows, or masks over them would mean nothing.
-        blank = prompt.embeds.masked_fill(prompt.visual[:, None], 0)
-        with torch.no_grad():
-            changed = self.hf(inputs_embeds=blank[None], use_cache=False).logits[0, -1, : self._n_rows]
-        if torch.equal(changed, logits[-1]):
+        blank = replace(prompt, embeds=prompt.embeds.masked_fill(prompt.visual[:, None], 0))
+        if torch.equal(self.logits(blank)[-1], logits[-1]):
             raise EmbedLensError(
                 f"{self.name} answers the same with its visual tokens blanked: the weights ignore the picture, or the "
                 f"chat format puts it after the question; compare the folder with {self.family.EXAMPLES[0]}"
@@ -502,7 +597,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
-    preprocessing: str = "letterbox",
+    preprocessing: str | None = None,
 ) -> VisionLanguageModel:
     """A model to study: the shipped miniature, a checkpoint folder, or a Hugging Face repository.
 
@@ -514,8 +609,9 @@ def load(
         dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: float32 for the miniature and on the CPU, the
             checkpoint's own on a GPU.
         quantize: `"4bit"` or `"8bit"` weights through bitsandbytes (needs a CUDA GPU).
-        preprocessing: how a picture becomes a square. LLaVA-1.5 was trained with `"letterbox"`; the stock processor
-            of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
+        preprocessing: how LLaVA-1.5 makes a picture a square. It was trained with `"letterbox"`, the default; the
+            stock processor of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
+            Other families cut pictures in their own way, which is the only one they have.
 
     Raises:
         EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
@@ -525,18 +621,19 @@ def load(
         warnings.simplefilter("ignore")
         import_module("tqdm.auto")
     place = _device(device)
-    if preprocessing not in PREPROCESSINGS:
+    if preprocessing is not None and preprocessing not in (*PREPROCESSINGS, OWN):
         raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
     own_dtype = "auto" if place != "cpu" and name_or_folder != MINIATURE else torch.float32
     weights_dtype = own_dtype if dtype is None else _dtype(dtype)
     quantization = _quantization(quantize, place)
     source = _locate(name_or_folder)
     name = str(name_or_folder)
-    _family(_class_name(source, name), name)
+    family = _family(_class_name(source, name), name)
+    _preprocessing(preprocessing, family, name)
     if isinstance(source, Path):
         _check_weight_files(source, name)
     hf = _load_weights(source, name, place, weights_dtype, quantization)
-    return VisionLanguageModel(hf, _load_processor(source, name), name, preprocessing)
+    return VisionLanguageModel(hf, _load_processor(source, name, family), name, preprocessing)
 
 
 def _family(class_name: str, name: str) -> ModuleType:
@@ -546,6 +643,63 @@ def _family(class_name: str, name: str) -> ModuleType:
             f"{name} is a {class_name}, which is not supported: pass a checkpoint of {', '.join(supported_classes())}"
         )
     return family
+
+
+def _preprocessing(wanted: str | None, family: ModuleType, name: str) -> str:
+    """One that the family has; its first by default."""
+    if wanted is None:
+        return family.PREPROCESSINGS[0]
+    if wanted in family.PREPROCESSINGS:
+        return wanted
+    if len(family.PREPROCESSINGS) == 1:
+        raise EmbedLensError(f"{name} is a {family.NAME}, which cuts pictures in its own way: leave preprocessing out")
+    raise EmbedLensError(f"unknown preprocessing {wanted!r}: choose one of {', '.join(family.PREPROCESSINGS)}")
+
+
+def _stacked(parts: list[Tensor], method: str) -> Tensor:
+    if len({part.shape for part in parts}) > 1:
+        raise EmbedLensError(
+            f"the pictures have between {min(part.shape[-2] for part in parts)} and "
+            f"{max(part.shape[-2] for part in parts)} visual tokens, which cannot be stacked: call {method}_of"
+        )
+    return torch.stack(parts)
+
+
+def _luggage(prompts: Sequence[Prompt], side: Literal["left", "right"], family: ModuleType) -> Callable[..., Any]:
+    """A pre-hook of the decoder that puts in what these prompts, padded on this side, bring beside embeddings."""
+    longest = max(map(len, prompts))
+    visual = torch.zeros(len(prompts), longest, dtype=torch.bool, device=prompts[0].visual.device)
+    own = prompts[0].positions
+    positions = None if own is None else own.new_zeros(len(own), len(prompts), longest)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt) if side == "left" else 0
+        visual[row, start : start + len(prompt)] = prompt.visual
+        if positions is not None:
+            positions[:, row, start : start + len(prompt)] = cast(Tensor, prompt.positions)
+    # Text ends the prompt, so the next token stands right behind its last one.
+    following = None if positions is None else torch.stack([cast(Tensor, p.positions).max() + 1 for p in prompts])
+    deep = None if prompts[0].deep is None else torch.cat([cast(Tensor, prompt.deep) for prompt in prompts], dim=1)
+
+    def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        embeds, past = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+        cached = 0 if past is None else past.get_seq_length()
+        added: dict[str, Any] = {}
+        if cached == 0 and embeds.shape[:2] != visual.shape:
+            raise EmbedLensError(
+                f"the forward runs embeddings of shape {tuple(embeds.shape[:2])}, announced were "
+                f"{tuple(visual.shape)}: run what model.running returned"
+            )
+        if cached == 0 and deep is not None:
+            added = family.deep_inputs(visual.to(embeds.device), deep)
+        if positions is not None and cached == 0:
+            added["position_ids"] = positions.to(embeds.device)
+        elif positions is not None:
+            new = cached - longest + torch.arange(embeds.shape[1], device=embeds.device)
+            places = cast(Tensor, following).to(embeds.device)[:, None] + new
+            added["position_ids"] = places.expand(len(positions), -1, -1)
+        return args, kwargs | added
+
+    return hand_over
 
 
 def _device(device: str | torch.device | None) -> str:
@@ -698,12 +852,14 @@ def _load_weights(
     return hf.to(place) if device_map is None else hf
 
 
-def _load_processor(source: Path | str, name: str) -> Any:
-    from transformers import AutoProcessor
+def _load_processor(source: Path | str, name: str, family: ModuleType) -> Any:
+    import transformers
 
     try:
+        own = getattr(family, "PROCESSOR", None)
+        loader = transformers.AutoProcessor if own is None else _without_video(getattr(transformers, own))
         # Pillow resizes the same everywhere; torchvision, where installed, would give other pixels.
-        processor = AutoProcessor.from_pretrained(source, backend="pil")
+        processor = loader.from_pretrained(source, backend="pil")
     except Exception as error:  # the ways in which parts of a processor can be missing or damaged have no common class
         raise EmbedLensError(
             f"{name} has no usable processor: add the files that processor.save_pretrained writes "
@@ -715,6 +871,15 @@ def _load_processor(source: Path | str, name: str) -> Any:
             "processor.save_pretrained writes it"
         )
     return processor
+
+
+def _without_video(processor: type) -> Any:
+    """A stock processor's class that does not ask for its video half, which needs torchvision."""
+
+    def get_attributes(cls) -> list[str]:
+        return [part for part in processor.get_attributes() if part != "video_processor"]  # type: ignore[attr-defined]
+
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(get_attributes)})
 
 
 @contextmanager

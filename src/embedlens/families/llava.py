@@ -5,12 +5,20 @@ Source: `transformers.models.llava` (module names of transformers 5) and LLaVA-1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
+from embedlens.families import plain
+from embedlens.families.plain import BLOCK as BLOCK
+from embedlens.families.plain import Features, Inputs, side_by_side
+from embedlens.families.plain import image_token_id as image_token_id
+from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.patches import PREPROCESSINGS as PREPROCESSINGS
 from embedlens.patches import Frame, PatchGrid
 
 if TYPE_CHECKING:
@@ -22,27 +30,13 @@ NAME = "LLaVA-1.5"
 CLASSES = ("LlavaForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
-#: Canonical role → module path below the Hugging Face model.
-MODULES = {
-    "vision_tower": "model.vision_tower",
-    "projector": "model.multi_modal_projector",
-    "decoder": "model.language_model",
-    "embedding": "model.language_model.embed_tokens",
-    "blocks": "model.language_model.layers",
-    "final_norm": "model.language_model.norm",
-    "head": "lm_head",
-}
+MODULES = dict(plain.MODULES)
 
-#: Role → module path below a decoder block.
-BLOCK = {"attention": "self_attn", "mlp": "mlp", "mlp_norm": "post_attention_layernorm"}
+#: What it cannot do, in words; the rest of the package works.
+LIMITS: tuple[str, ...] = ()
 
 
-def image_token_id(hf: LlavaForConditionalGeneration) -> int:
-    """Id of the placeholder that visual tokens replace."""
-    return hf.config.image_token_id
-
-
-def canvas_side(hf: LlavaForConditionalGeneration) -> int:
+def canvas_side(hf: LlavaForConditionalGeneration, processor: LlavaProcessor) -> int:
     """Side of the square that the vision tower reads, px."""
     return hf.config.vision_config.image_size
 
@@ -55,7 +49,7 @@ def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGenerati
     """
     from transformers.image_utils import SizeDict
 
-    side = canvas_side(hf)
+    side = canvas_side(hf, processor)
     images = processor.image_processor
     images.do_resize = True
     images.do_pad = preprocessing == "letterbox"
@@ -64,37 +58,31 @@ def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGenerati
     images.size = SizeDict(shortest_edge=side) if preprocessing == "centre-crop" else SizeDict(height=side, width=side)
 
 
-def patch_grid(hf: LlavaForConditionalGeneration, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
+def patch_grid(
+    hf: LlavaForConditionalGeneration, processor: LlavaProcessor, preprocessing: str, picture_size: tuple[int, int]
+) -> PatchGrid:
     """The grid of a picture of (width, height) px."""
-    side = canvas_side(hf)
+    side = canvas_side(hf, processor)
     frame = Frame.of(preprocessing, *picture_size, side=side)
     return PatchGrid.of_canvas(frame, canvas=(side, side), patch=hf.config.vision_config.patch_size)
 
 
-def visual_features(
-    hf: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "pictures 3 height width"]
-) -> Float[Tensor, "pictures n d"]:
+def visual_features(hf: LlavaForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
     """Projected visual tokens: CLIP's layer -2 without CLS through the projector, by the model's own method."""
-    import torch
-
-    return torch.stack(tuple(hf.get_image_features(pixel_values=pixel_values).pooler_output))
+    return [Features(rows) for rows in hf.get_image_features(pixel_values=side_by_side(inputs)).pooler_output]
 
 
-def tower_states(
-    hf: LlavaForConditionalGeneration, pixel_values: Float[Tensor, "pictures 3 height width"]
-) -> Float[Tensor, "pictures layers n v"]:
+def tower_states(hf: LlavaForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Patch rows of every layer of the vision tower: index 0 is its embedding, l leaves block l. CLS is left out.
 
     Towers without CLS (SigLIP) have nothing to leave out. Nothing is normed that the tower does not norm: CLIP's norm
     after the last block works on CLS alone.
     """
-    import torch
-
     config: Any = hf.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     tower: Any = hf.get_submodule(MODULES["vision_tower"])
-    layers = tower(pixel_values, output_hidden_states=True).hidden_states
-    return torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1)
+    layers = tower(side_by_side(inputs), output_hidden_states=True).hidden_states
+    return list(torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1))
 
 
 def feature_layer(hf: LlavaForConditionalGeneration) -> int:

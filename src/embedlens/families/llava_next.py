@@ -1,0 +1,210 @@
+"""LLaVA-NeXT (LLaVA-1.6): the whole picture in one square view, then its tiles as one grid with a newline per row.
+
+Source: `transformers.models.llava_next`: `LlavaNextImageProcessorPil` cuts, `LlavaNextModel.pack_image_features` puts
+the tiles' tokens side by side, takes off rows or columns of bars and writes a newline token behind every row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.families import plain
+from embedlens.families.plain import BLOCK as BLOCK
+from embedlens.families.plain import Features, Inputs
+from embedlens.families.plain import image_token_id as image_token_id
+from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.patches import Frame, ManyViews, PatchGrid, Span, UnevenGrid
+
+if TYPE_CHECKING:
+    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    LlavaNextForConditionalGeneration = LlavaNextProcessor = object
+
+NAME = "LLaVA-NeXT"
+CLASSES = ("LlavaNextForConditionalGeneration",)
+EXAMPLES = ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf")
+PREPROCESSINGS = (plain.OWN,)
+MODULES = dict(plain.MODULES)
+LIMITS = (
+    "newline tokens stand between rows of patches and count as text",
+    "the picture is shown twice, so a box holds patches of both views",
+)
+
+
+def canvas_side(hf: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor) -> int:
+    """Side of the square that the vision tower reads, px: of the whole view, and of each tile."""
+    return hf.config.vision_config.image_size
+
+
+def tile_plan(
+    pinpoints: Sequence[Sequence[int]], picture_size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of the canvas that is cut into tiles, and of the picture on it, by the processor's own rules.
+
+    >>> tile_plan([[336, 672], [672, 336], [672, 672]], (640, 480))
+    ((672, 672), (672, 504))
+    """
+    from transformers.image_processing_utils import select_best_resolution
+    from transformers.image_transforms import ChannelDimension
+    from transformers.models.llava_next.image_processing_pil_llava_next import get_patch_output_size
+
+    width, height = picture_size
+    best = select_best_resolution((height, width), [list(point) for point in pinpoints])
+    blank = np.broadcast_to(np.uint8(0), (3, height, width))  # only its shape is read, so it needs no memory
+    new_height, new_width = get_patch_output_size(blank, best, input_data_format=ChannelDimension.FIRST)
+    return (best[1], best[0]), (new_width, new_height)
+
+
+def tiled_spans(canvas: int, shown: int, picture: int, side: int, patch: int) -> list[Span]:
+    """Where the patches of tiles lie along one axis of the picture; gaps where `patch` does not divide the tile.
+
+    Args:
+        canvas, shown: sides of the canvas and of the resized picture in its middle, px.
+        picture: side of the original picture, px.
+        side, patch: of a tile and of a patch, px of the canvas.
+
+    >>> [(float(a), float(b)) for a, b in tiled_spans(canvas=8, shown=6, picture=12, side=4, patch=2)]
+    [(-2.0, 2.0), (2.0, 6.0), (6.0, 10.0), (10.0, 14.0)]
+    """
+    before = (canvas - shown) // 2
+    starts = [tile * side + place * patch for tile in range(canvas // side) for place in range(side // patch)]
+    scale = Fraction(picture, shown)
+    return [((start - before) * scale, (start + patch - before) * scale) for start in starts]
+
+
+def unpadded(shape: tuple[int, int], picture_size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a tiled grid that the model keeps; the rest lies in bars. By the model's own function."""
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    rows, cols = shape
+    width, height = picture_size
+    kept = unpad_image(torch.arange(rows * cols).view(1, rows, cols), (height, width))[0]
+    top, left = divmod(int(kept[0, 0]), cols)
+    return slice(top, top + kept.shape[0]), slice(left, left + kept.shape[1])
+
+
+def tiles_grid(hf: Any, picture_size: tuple[int, int]) -> UnevenGrid:
+    """The grid of all tiles together, without the rows and columns that the model takes off."""
+    side, patch = hf.config.vision_config.image_size, hf.config.vision_config.patch_size
+    canvas, shown = tile_plan(hf.config.image_grid_pinpoints, picture_size)
+    columns, lines = (tiled_spans(canvas[axis], shown[axis], picture_size[axis], side, patch) for axis in range(2))
+    rows_kept, cols_kept = unpadded((len(lines), len(columns)), picture_size)
+    return UnevenGrid.of_spans(Frame.stretch(*picture_size), columns[cols_kept], lines[rows_kept])
+
+
+def whole_view(hf: Any, picture_size: tuple[int, int]) -> PatchGrid:
+    """The grid of the first view: the whole picture, its sides scaled apart to a square."""
+    side, patch = hf.config.vision_config.image_size, hf.config.vision_config.patch_size
+    return PatchGrid.of_canvas(Frame.stretch(*picture_size), canvas=(side, side), patch=patch)
+
+
+def patch_grid(
+    hf: LlavaNextForConditionalGeneration,
+    processor: LlavaNextProcessor,
+    preprocessing: str,
+    picture_size: tuple[int, int],
+) -> ManyViews:
+    """The grids of a picture of (width, height) px: the whole view, then the tiles."""
+    return ManyViews.of([whole_view(hf, picture_size), tiles_grid(hf, picture_size)])
+
+
+def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
+    """All placeholders but the newlines, of which one ends every row of the tiles' grid."""
+    whole, tiles = grid.views
+    lines = torch.ones(tiles.rows, tiles.cols + 1, dtype=torch.bool)
+    lines[:, -1] = False
+    return torch.cat([torch.ones(len(whole), dtype=torch.bool), lines.flatten()])
+
+
+def visual_features(hf: LlavaNextForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+    """Projected visual tokens and newlines, by the model's own method, picture by picture: they differ in tiles."""
+    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
+
+
+def tower_states(hf: LlavaNextForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+    """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
+
+    Index 0 is the tower's embedding, l leaves block l; CLS is left out.
+    """
+    found = []
+    for one in inputs:
+        layers = patch_states(hf, one["pixel_values"][0])
+        packed = [
+            hf.model.pack_image_features([layer], one["image_sizes"], hf.config.vision_feature_select_strategy)[0][0]
+            for layer in layers
+        ]
+        found.append(torch.stack(packed))
+    return found
+
+
+def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Float[Tensor, "views patches v"]]:
+    """Every layer of the vision tower for each view, raster order, without CLS where the tower has one."""
+    patches = (hf.config.vision_config.image_size // hf.config.vision_config.patch_size) ** 2
+    layers = hf.get_submodule(MODULES["vision_tower"])(views, output_hidden_states=True).hidden_states
+    return [layer[:, layer.shape[1] - patches :] for layer in layers]
+
+
+def feature_layer(hf: LlavaNextForConditionalGeneration) -> int:
+    """Index into `tower_states` of the layer that the projector reads."""
+    config: Any = hf.config
+    wanted = config.vision_feature_layer
+    return wanted if wanted >= 0 else config.vision_config.num_hidden_layers + 1 + wanted
+
+
+def check_config(hf: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, name: str) -> None:
+    """Refuse a checkpoint whose settings would break the order of tokens.
+
+    Raises:
+        EmbedLensError: several tower layers are read at once, CLS is kept, or processor and model cut differently.
+    """
+    check_tiles(hf, processor, name)
+    config: Any = hf.config
+    if config.vision_config.model_type.startswith("clip") and config.vision_feature_select_strategy != "default":
+        raise EmbedLensError(
+            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r}), which has no patch: set it to 'default' in config.json and "
+            "processor_config.json if the model was trained so"
+        )
+    missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
+    if missing:
+        raise EmbedLensError(
+            f"the processor of {name} does not say its {' and '.join(missing)}: add "
+            f'"patch_size": {config.vision_config.patch_size}, "vision_feature_select_strategy": '
+            f'"{config.vision_feature_select_strategy}" to processor_config.json'
+        )
+
+
+def check_tiles(hf: Any, processor: Any, name: str) -> None:
+    """Refuse a checkpoint whose processor cuts other tiles than its model expects, or that reads several layers."""
+    config, images = hf.config, processor.image_processor
+    if not isinstance(config.vision_feature_layer, int):
+        raise EmbedLensError(
+            f"the projector of {name} reads several layers of the vision tower ({config.vision_feature_layer}), which "
+            "this wrapper does not support: choose a checkpoint whose vision_feature_layer is one number"
+        )
+    side = config.vision_config.image_size
+    size = images.size
+    cut = size.height or size.shortest_edge
+    if cut != side:
+        raise EmbedLensError(
+            f"the processor of {name} makes tiles of {cut} px, its vision tower reads {side}: set size in "
+            "preprocessor_config.json to the tower's image_size"
+        )
+    if [list(point) for point in images.image_grid_pinpoints] != [list(p) for p in config.image_grid_pinpoints]:
+        raise EmbedLensError(
+            f"the processor of {name} and its config.json name different image_grid_pinpoints: copy those of "
+            "config.json to preprocessor_config.json"
+        )
+    if any(math.gcd(edge, side) != side for point in config.image_grid_pinpoints for edge in point):
+        raise EmbedLensError(
+            f"the image_grid_pinpoints of {name} are no multiples of {side} px: correct them in config.json"
+        )

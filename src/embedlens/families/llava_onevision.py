@@ -1,0 +1,135 @@
+"""LLaVA-OneVision: LLaVA-NeXT's views with SigLIP, many more tiles, and a grid thinned out when it gets too large.
+
+Source: `transformers.models.llava_onevision`. SigLIP's patches of 14 px do not divide its 384 px, so that tiles leave
+gaps of 6 px where they meet. Above `anyres_max_N` (N views' worth of tokens) the tiles' grid is resized bilinearly to
+fewer rows and columns: a token is then a mix of up to four patches, and its cell the share of the grid that it stands
+for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.families import plain
+from embedlens.families.llava_next import canvas_side as canvas_side
+from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
+from embedlens.families.llava_next import feature_layer as feature_layer
+from embedlens.families.llava_next import shows_patch as shows_patch
+from embedlens.families.llava_next import visual_features as visual_features
+from embedlens.families.plain import BLOCK as BLOCK
+from embedlens.families.plain import Inputs
+from embedlens.families.plain import image_token_id as image_token_id
+from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.patches import ManyViews, Span, UnevenGrid
+
+if TYPE_CHECKING:
+    from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    LlavaOnevisionForConditionalGeneration = LlavaOnevisionProcessor = object
+
+NAME = "LLaVA-OneVision"
+CLASSES = ("LlavaOnevisionForConditionalGeneration",)
+EXAMPLES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
+PROCESSOR = "LlavaOnevisionProcessor"
+PREPROCESSINGS = (plain.OWN,)
+MODULES = dict(plain.MODULES)
+LIMITS = (
+    "newline tokens stand between rows of patches and count as text",
+    "the picture is shown twice, so a box holds patches of both views",
+    "in large pictures a token mixes up to four patches, and its box is the share of the picture that it stands for",
+    "one picture, no video",
+)
+
+
+def thinned(spans: Sequence[Span], count: int) -> list[Span]:
+    """`count` equal shares of a row of spans, each share as long in spans as any other.
+
+    >>> [(float(a), float(b)) for a, b in thinned([(Fraction(i), Fraction(i + 1)) for i in range(6)], 4)]
+    [(0.0, 1.5), (1.5, 3.0), (3.0, 4.5), (4.5, 6.0)]
+    """
+
+    def edge(place: Fraction, stop: bool) -> Fraction:
+        whole = math.ceil(place) - 1 if stop else math.floor(place)  # at a gap, starts lie behind it and stops before
+        start, end = spans[whole]
+        return start + (place - whole) * (end - start)
+
+    step = Fraction(len(spans), count)
+    return [(edge(i * step, False), edge((i + 1) * step, True)) for i in range(count)]
+
+
+def patch_grid(
+    hf: LlavaOnevisionForConditionalGeneration,
+    processor: LlavaOnevisionProcessor,
+    preprocessing: str,
+    picture_size: tuple[int, int],
+) -> ManyViews:
+    """The grids of a picture of (width, height) px: the whole view, then the tiles, thinned out if they are many."""
+    whole, tiles = whole_view(hf, picture_size), tiles_grid(hf, picture_size)
+    ratio = math.sqrt(tiles.rows * tiles.cols / (_most_views(hf) * whole.rows**2))
+    if ratio > 1.1:
+        columns, lines = tiles.spans
+        fewer = (thinned(columns, int(tiles.cols // ratio)), thinned(lines, int(tiles.rows // ratio)))
+        tiles = UnevenGrid.of_spans(tiles.frame, *fewer)
+    return ManyViews.of([whole, tiles])
+
+
+def _most_views(hf: Any) -> int:
+    return int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+
+def tower_states(
+    hf: LlavaOnevisionForConditionalGeneration, inputs: Sequence[Inputs]
+) -> list[Float[Tensor, "layers n v"]]:
+    """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
+
+    Index 0 is the tower's embedding, l leaves block l. In large pictures rows are mixed as tokens are.
+    """
+    found = []
+    for one in inputs:
+        packed = [
+            hf.model.pack_image_features(
+                [layer], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio
+            )[0][0]
+            for layer in patch_states(hf, one["pixel_values"][0])
+        ]
+        found.append(torch.stack(packed))
+    return found
+
+
+def check_config(hf: LlavaOnevisionForConditionalGeneration, processor: LlavaOnevisionProcessor, name: str) -> None:
+    """Refuse a checkpoint whose settings would break the order of tokens.
+
+    Raises:
+        EmbedLensError: several tower layers are read, or processor and model cut or count differently.
+    """
+    check_tiles(hf, processor, name)
+    config: Any = hf.config
+    if not config.vision_aspect_ratio.startswith("anyres_max_"):
+        raise EmbedLensError(
+            f"{name} has vision_aspect_ratio {config.vision_aspect_ratio!r}, which this wrapper does not support: "
+            "choose a checkpoint with 'anyres_max_9' or the like"
+        )
+    if processor.vision_aspect_ratio != config.vision_aspect_ratio:
+        raise EmbedLensError(
+            f"the processor of {name} says {processor.vision_aspect_ratio!r}, its config.json "
+            f"{config.vision_aspect_ratio!r}: make vision_aspect_ratio in processor_config.json agree"
+        )
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    if processor.num_image_tokens != patches:
+        raise EmbedLensError(
+            f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its vision tower makes "
+            f"{patches}: set num_image_tokens in processor_config.json to {patches}"
+        )
+    if config.vision_feature_select_strategy != "full":
+        raise EmbedLensError(
+            f"the vision tower of {name} has no CLS token, yet vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r} drops the first row, which is a patch: set it to 'full'"
+        )

@@ -1,0 +1,60 @@
+"""What most families share, so that a family's file holds only what is its own; and what a vision tower hands out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from embedlens.patches import PatchGrid
+
+Inputs = Mapping[str, Tensor]
+"""What the processor made of one picture: `pixel_values` and, in some families, sizes or counts beside it."""
+
+OWN = "own"
+"""The one preprocessing of families that have no choice."""
+
+#: Canonical role → module path below the Hugging Face model.
+MODULES = {
+    "vision_tower": "model.vision_tower",
+    "projector": "model.multi_modal_projector",
+    "decoder": "model.language_model",
+    "embedding": "model.language_model.embed_tokens",
+    "blocks": "model.language_model.layers",
+    "final_norm": "model.language_model.norm",
+    "head": "lm_head",
+}
+
+#: Role → module path below a decoder block.
+BLOCK = {"attention": "self_attn", "mlp": "mlp", "mlp_norm": "post_attention_layernorm"}
+
+
+class Features(NamedTuple):
+    """What one picture brings to the language model."""
+
+    tokens: Float[Tensor, "m d"]
+    """Rows that take the place of the image placeholders, in their order; newlines included."""
+    deep: Float[Tensor, "joins m d"] | None = None
+    """What is added to the same rows after decoder block 0, 1, ..., where a family does that."""
+
+
+def image_token_id(hf: Any) -> int:
+    """Id of the placeholder that visual tokens replace."""
+    return hf.config.image_token_id
+
+
+def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
+    """Which image placeholders stand for a patch: all of them, where a family writes no newlines between."""
+    return torch.ones(len(grid), dtype=torch.bool)
+
+
+def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
+    """Nothing to set: pictures are cut the way that belongs to the model."""
+
+
+def side_by_side(inputs: Sequence[Inputs]) -> Tensor:
+    """The pixels of several pictures of one size as one batch."""
+    return torch.cat([one["pixel_values"] for one in inputs])

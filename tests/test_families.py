@@ -1,0 +1,436 @@
+"""Promises kept for every family: the stock model's numbers, the right patch for each token, interventions that act.
+
+The checkpoints are random but of the released classes, and are loaded from disk the way a repository id is.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tiny_families import FAMILIES, PADDED_ROWS
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+
+import embedlens as el
+from embedlens import EmbedLensError, EnterAt, Prune, Rescale, Silence, SkipSublayers, families, intervene
+from embedlens.groups import discover, token_groups_of
+from embedlens.probe import probe_picture
+from embedlens.samples import load as load_samples
+
+QUESTION = "what is in the picture ?"
+CLOSE = {"atol": 2e-4, "rtol": 2e-4}  # same sums in another order, in activations of size one to ten
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+class Stock:
+    """The same folder through transformers alone, loaded apart from the wrapper."""
+
+    def __init__(self, folder, processor: str) -> None:
+        released = getattr(transformers, processor)
+
+        def without_video(cls):  # its video half cannot be loaded without torchvision
+            return [part for part in released.get_attributes() if part != "video_processor"]
+
+        still = type(processor, (released,), {"get_attributes": classmethod(without_video)})
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = still.from_pretrained(folder, backend="pil")
+
+    def inputs(self, image, question=QUESTION):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.processor(images=image, text=text, return_tensors="pt")
+
+    @torch.no_grad()
+    def forward(self, image, question=QUESTION):
+        return self.model(**self.inputs(image, question), output_hidden_states=True)
+
+    @torch.no_grad()
+    def answer(self, image, question=QUESTION, max_new_tokens=16):
+        inputs = self.inputs(image, question)
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+class Case:
+    """One family's checkpoint on disk, wrapped and stock."""
+
+    def __init__(self, name: str, folder) -> None:
+        save, processor, self.sizes = FAMILIES[name]
+        self.name, self.folder = name, save(folder / name)
+        self.model = el.load(self.folder, device="cpu")
+        self.stock = Stock(self.folder, processor)
+
+    @property
+    def prompts(self):
+        """Of unequal lengths, in numbers of visual tokens, too."""
+        questions = ["what ?" + " and how many dogs ?" * i for i in range(len(self.sizes))]
+        return self.model.prompts([picture(size, i) for i, size in enumerate(self.sizes)], questions)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    return Case(request.param, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def model(case):
+    return case.model
+
+
+@pytest.fixture(scope="module")
+def prompt(case):
+    return case.model.prompt(picture(case.sizes[1]), QUESTION)
+
+
+def random_mask(prompt, seed: int = 0, share: float = 0.4) -> torch.Tensor:
+    return torch.rand(len(prompt.grid), generator=torch.Generator().manual_seed(seed)) < share
+
+
+# --- the stock model's numbers ---------------------------------------------------------------------------------------
+
+
+def joined(model, prompt, layers):
+    """Stock hidden states as the next block sees them: what a family adds between blocks is not in what it records."""
+    states = [layer[0].clone() for layer in layers]
+    for index in range(0 if prompt.deep is None else len(prompt.deep)):
+        states[index + 1][prompt.visual] += prompt.deep[index]
+    return states
+
+
+def test_wrapped_forward_is_the_stock_forward_bit_for_bit(case):
+    model, stock = case.model, case.stock
+    for seed, size in enumerate(case.sizes):
+        image = picture(size, seed)
+        prompt, expected, inputs = model.prompt(image, QUESTION), stock.forward(image), stock.inputs(image)
+        assert torch.equal(prompt.ids, inputs["input_ids"][0])
+        assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
+        assert all(torch.equal(value, torch.as_tensor(inputs[name])) for name, value in prompt.beside.items())
+        assert torch.equal(model.logits(prompt), expected.logits[0, :, : len(model.input_embeddings)])
+        layers = model.hidden_states(prompt)
+        assert layers.shape == (model.n_layers + 1, len(prompt), model.width)
+        for index, layer in enumerate(joined(model, prompt, expected.hidden_states)[:-1]):
+            assert torch.equal(layers[index], layer), f"layer {index}"
+        with torch.no_grad():  # Hugging Face norms its last hidden state; ours is the one before
+            assert torch.equal(model.unembed.final_norm(layers[-1]), expected.hidden_states[-1][0])
+        assert torch.equal(model.unembed(layers[-1]), model.logits(prompt))
+
+
+def test_answer_is_what_stock_generate_says(case):
+    answers = set()
+    for seed, size in enumerate(case.sizes):
+        image = picture(size, seed)
+        answer = case.model.answer(case.model.prompt(image, QUESTION))
+        assert answer == case.stock.answer(image)
+        answers.add(answer)
+    assert len(answers) > 1
+
+
+def test_a_second_question_about_a_picture_is_the_question_asked_at_once(case):
+    for size in case.sizes:
+        first = case.model.prompt(picture(size), "how many dogs are there ?")
+        again, anew = case.model.asked(first, QUESTION), case.model.prompt(picture(size), QUESTION)
+        assert torch.equal(case.model.logits(again), case.model.logits(anew))
+
+
+def test_a_batch_of_unequal_lengths_equals_one_by_one(case):
+    model, prompts = case.model, case.prompts
+    assert len({len(prompt) for prompt in prompts}) == len(prompts)
+    assert model.answers(prompts, max_new_tokens=6) == [model.answer(prompt, max_new_tokens=6) for prompt in prompts]
+    named = [{"visual": prompt.visual} for prompt in prompts]
+    for stream, seen, prompt in zip(
+        model.hidden_states_of(prompts), el.traces(model, prompts, named), prompts, strict=True
+    ):
+        assert_close(stream, model.hidden_states(prompt), **CLOSE)
+        assert_close(seen.stream, stream, **CLOSE)
+        alone = el.trace(model, prompt, {"visual": prompt.visual})
+        assert_close(seen.attention["visual"], alone.attention["visual"], **CLOSE)
+        assert torch.equal(alone.stream, model.hidden_states(prompt))
+
+
+def test_embeddings_are_the_real_rows_only(model):
+    assert len(model.input_embeddings) <= len(model.tokenizer)
+    assert len(model.unembed.head.weight) == len(model.tokenizer) + PADDED_ROWS
+    assert len(model.tokens) == len(model.input_embeddings)
+
+
+# --- token <-> patch <-> pixel ---------------------------------------------------------------------------------------
+
+
+def test_every_visual_token_has_a_patch_and_every_patch_a_token(case):
+    grids = set()
+    for prompt in case.prompts:
+        views = prompt.grid.views
+        assert int(prompt.visual.sum()) == len(prompt.grid) == sum(map(len, views))
+        assert len(prompt.grid) == prompt.grid.rows * prompt.grid.cols
+        grids.add(tuple((view.rows, view.cols) for view in views))
+        text = prompt.text & (prompt.ids != case.model.family.image_token_id(case.model.hf))
+        assert torch.equal(prompt.embeds[text], case.model.input_embeddings[prompt.ids[text]])
+    assert len(grids) > 1 and any(rows != cols for views in grids for rows, cols in views)
+
+
+def squares(grid):
+    """(number of the view, patch in it, its box) of patches that lie in the picture as a whole, at most 24 a view."""
+    for number, view in enumerate(grid.views):
+        shown = [index for index in range(len(view)) if view.box(index) == view.cell(index)]
+        assert len(shown) >= 4
+        for index in shown[:: 1 + len(shown) // 24]:
+            yield number, index, view.box(index)
+
+
+def test_a_bright_square_changes_its_own_token_most(case):
+    """In every view, of pictures of every shape; no grid that is turned or in another order would pass."""
+    model = case.model
+    for size in case.sizes:
+        grey = Image.new("RGB", size, (90, 90, 90))
+        grid = model.prompt(grey, QUESTION).grid
+        starts = np.cumsum([0, *map(len, grid.views)])
+        (before,) = model.visual_features_of([grey])
+        places = list(squares(grid))
+        pictures = []
+        for _, _, (x0, y0, x1, y1) in places:
+            bright = np.asarray(grey).copy()
+            bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
+            pictures.append(Image.fromarray(bright))
+        for after, (number, index, _) in zip(model.visual_features_of(pictures), places, strict=True):
+            changes = (after - before).norm(dim=-1)[starts[number] : starts[number + 1]]
+            assert int(changes.argmax()) == index, f"{size}, view {number}, square at {index}"
+
+
+def test_visual_features_are_what_the_prompt_carries(case):
+    rows = case.model.visual_features_of([prompt.image for prompt in case.prompts])
+    for features, prompt in zip(rows, case.prompts, strict=True):
+        assert_close(features, prompt.embeds[prompt.visual], **CLOSE)
+    with pytest.raises(EmbedLensError, match="visual tokens, which cannot be stacked: call visual_features_of"):
+        case.model.visual_features([prompt.image for prompt in case.prompts])
+
+
+def test_tower_states_are_in_the_order_of_the_visual_tokens(case):
+    """A bright square at a patch changes that row of the tower's first layer most, too."""
+    model, size = case.model, case.sizes[1]
+    grey = Image.new("RGB", size, (90, 90, 90))
+    prompt = model.prompt(grey, QUESTION)
+    (before,) = model.tower_states_of([prompt])
+    assert before.shape[1] == len(prompt.grid) and 0 <= model.feature_layer < len(before)
+    starts = np.cumsum([0, *map(len, prompt.grid.views)])
+    for number, index, (x0, y0, x1, y1) in squares(prompt.grid):
+        bright = np.asarray(grey).copy()
+        bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
+        (after,) = model.tower_states_of([model.prompt(Image.fromarray(bright), QUESTION)])
+        for layer in (0, model.feature_layer):
+            changes = (after - before)[layer].norm(dim=-1)[starts[number] : starts[number + 1]]
+            assert int(changes.argmax()) == index
+
+
+# --- interventions ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand(model, prompt, rows=None, enter=0):
+    """The stock blocks one by one on some rows of the prompt; text alone below `enter`. What leaves each, unmasked.
+
+    Positions, the causal mask and what a family adds between blocks are put together here anew.
+    """
+    rows = torch.arange(len(prompt)) if rows is None else rows
+    positions = torch.arange(len(prompt))[None] if prompt.positions is None else prompt.positions
+    text = ~prompt.visual[rows]
+    h, streams = prompt.embeds[None, rows], [prompt.embeds[rows]]
+    kept = torch.isin(prompt.visual.nonzero()[:, 0], rows)
+    for index, block in enumerate(model.blocks):
+        seen = text if index < enter else torch.ones_like(text)
+        place = positions[:, rows[seen]]
+        rotary = model.decoder.rotary_emb(h, place if prompt.positions is None else place[:, None])
+        mask = torch.full((int(seen.sum()),) * 2, float("-inf")).triu(1)[None, None]
+        h = h.clone()
+        h[:, seen] = block(h[:, seen], attention_mask=mask, position_embeddings=rotary)
+        if prompt.deep is not None and index < len(prompt.deep):
+            h[:, ~text] += prompt.deep[index][kept]
+        streams.append(h[0])
+    return streams
+
+
+def test_the_blocks_by_hand_give_the_model(case):
+    for prompt in case.prompts:
+        for seen, expected in zip(case.model.hidden_states(prompt), by_hand(case.model, prompt), strict=True):
+            assert_close(seen, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("nothing", [Rescale(1.0), EnterAt(0)], ids=repr)
+def test_a_no_op_changes_nothing_bit_for_bit(case, nothing):
+    model, prompts = case.model, case.prompts
+    plain, texts = model.hidden_states_of(prompts), model.answers(prompts, max_new_tokens=4)
+    with intervene(model, nothing):
+        assert all(map(torch.equal, model.hidden_states_of(prompts), plain))
+        assert model.answers(prompts, max_new_tokens=4) == texts
+
+
+def test_pruning_equals_running_the_shorter_sequence(model, prompt):
+    mask = random_mask(prompt)
+    rows = (~prompt.spread(mask)).nonzero()[:, 0]
+    with intervene(model, Prune(mask)):
+        layers, logits = model.hidden_states(prompt), model.logits(prompt)
+    for seen, expected in zip(layers, by_hand(model, prompt, rows), strict=True):
+        assert_close(seen, expected, **CLOSE)
+    assert not torch.allclose(logits, model.logits(prompt)[rows], atol=1e-2)
+
+
+def test_renumbering_works_or_is_refused_with_the_fix(model, prompt):
+    with_own = prompt.positions is not None
+    try:
+        with intervene(model, Prune(random_mask(prompt), positions="renumber")):
+            seen = model.hidden_states(prompt)
+    except EmbedLensError as error:
+        assert with_own and "by row and column" in str(error) and str(error).endswith("pass positions='keep'")
+    else:
+        assert not with_own
+        short = prompt.without(random_mask(prompt))
+        assert_close(seen, model.hidden_states(replace(short, rows=None)), **CLOSE)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_entering_late_equals_two_phases_by_hand(model, prompt, layer):
+    with intervene(model, EnterAt(layer)):
+        layers = model.hidden_states(prompt)
+    for seen, expected in zip(layers, by_hand(model, prompt, enter=layer), strict=True):
+        assert_close(seen, expected, **CLOSE)
+    assert not torch.allclose(layers[-1][-1], model.hidden_states(prompt)[-1][-1], atol=1e-2)
+
+
+def test_skipping_and_silencing_leave_exactly_their_rows_without_update(model, prompt):
+    mask = random_mask(prompt)
+    with intervene(model, SkipSublayers(mask, at=[0.5, 1])):
+        seen = el.trace(model, prompt)
+    assert torch.equal((seen.resid_mid[1] == seen.resid_pre[1]).all(-1), prompt.spread(mask))
+    with intervene(model, Silence("attention"), Silence("mlp", layers=[0])):
+        silent = el.trace(model, prompt, {"visual": prompt.visual})
+    for pre, mid in zip(silent.resid_pre, silent.resid_mid, strict=True):
+        assert torch.equal((mid == pre).all(-1), prompt.visual)
+    assert (silent.attention["visual"][:, -1] > 0).all()
+
+
+def test_rescaling_scales_all_that_the_picture_brings(model, prompt):
+    with intervene(model, Rescale(0.01)):
+        seen = model.logits(prompt)
+    assert torch.equal(seen, model.logits(prompt.rescaled(0.01))) and not torch.equal(seen, model.logits(prompt))
+    assert_close(prompt.rescaled(0.5).embeds[prompt.visual], prompt.embeds[prompt.visual] / 2)
+    assert torch.equal(prompt.rescaled(0.5).embeds[prompt.text], prompt.embeds[prompt.text])
+
+
+ARMS = {
+    "plain": lambda masks: [Rescale(1.0)],
+    "prune": lambda masks: [Prune(masks)],
+    "skip": lambda masks: [SkipSublayers(masks, at=[0.5, 1])],
+    "enter": lambda masks: [EnterAt(1)],
+    "several": lambda masks: [Rescale(2.0), EnterAt(1), Prune(masks), Silence("mlp", layers=[2])],
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_decoding_with_a_cache_equals_running_the_whole_sequence_anew(case, arm):
+    """Greedy answers of padded batches, in prefill and steps, against a fresh forward for every new token."""
+    model, prompts = case.model, case.prompts
+    masks = [random_mask(prompt, seed) for seed, prompt in enumerate(prompts)]
+    with intervene(model, *ARMS[arm](masks)):
+        texts = model.answers(prompts, max_new_tokens=4)
+    for prompt, mask, text in zip(prompts, masks, texts, strict=True):
+        new: list[int] = []
+        with intervene(model, *ARMS[arm]([mask])):
+            while len(new) < 4 and new[-1:] != [model.tokenizer.eos_token_id]:
+                new.append(int(model.logits(extended(model, prompt, new))[-1].argmax()))
+        assert text == model.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def extended(model, prompt, new: list[int]):
+    """The prompt with new tokens at its end."""
+    ids = torch.tensor(new, dtype=prompt.ids.dtype)
+    positions = prompt.positions
+    if positions is not None:
+        following = positions.max() + 1 + torch.arange(len(new))
+        positions = torch.cat([positions, following.expand(len(positions), -1)], dim=1)
+    return replace(
+        prompt,
+        ids=torch.cat([prompt.ids, ids]),
+        embeds=torch.cat([prompt.embeds, model.input_embeddings[ids]]),
+        visual=torch.cat([prompt.visual, torch.zeros(len(new), dtype=torch.bool)]),
+        positions=positions,
+    )
+
+
+# --- what is built on it ---------------------------------------------------------------------------------------------
+
+
+def test_lenses_and_groups_run(case):
+    model, prompts = case.model, case.prompts
+    samples = list(load_samples("miniworld", n=4))
+    reference = discover(model, samples)
+    for prompt, groups in zip(prompts, token_groups_of(model, prompts, reference), strict=True):
+        parts = torch.stack([groups.vit_sink, groups.llm_sink, groups.dead, groups.alive])
+        assert torch.equal(parts.sum(0), torch.ones(len(prompt.grid), dtype=torch.long))
+    stream = model.hidden_states(prompts[0])
+    assert len(el.EmbedLens.from_model(model).words(stream[0, prompts[0].visual], k=2)) == len(prompts[0].grid)
+    scores, ids = el.LogitLens.from_model(model).topk(stream[-1], k=3)
+    expected = model.logits(prompts[0]).topk(3)
+    assert torch.equal(ids, expected.indices) and torch.equal(scores, expected.values)
+    probe = probe_picture(model, prompts[0].image)
+    assert probe.table() and probe.annotated().size
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_preprocessing_of_a_family_that_has_its_own_is_refused_with_the_fix(case):
+    with pytest.raises(EmbedLensError, match="cuts pictures in its own way: leave preprocessing out"):
+        el.load(case.folder, device="cpu", preprocessing="letterbox")
+
+
+def broken(case, tmp_path, file: str, **changes):
+    folder = shutil.copytree(case.folder, tmp_path / "broken")
+    content = json.loads((folder / file).read_text())
+    for name, value in changes.items():
+        part, _, rest = name.partition("__")
+        (content[part] if rest else content)[rest or part] = value
+    (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+BREAKS = {
+    "llava_next": [
+        ("preprocessor_config.json", {"size": {"shortest_edge": 42}}, "makes tiles of 42 px, .* reads 56: set size"),
+        ("preprocessor_config.json", {"image_grid_pinpoints": [[56, 56]]}, "different image_grid_pinpoints: copy"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "keeps the CLS token .* set it to 'default'"),
+        ("processor_config.json", {"patch_size": None}, 'does not say its patch_size: add "patch_size": 14'),
+        ("processor_config.json", {"num_additional_image_tokens": 0}, "image tokens, the patch grid has .*: make"),
+    ],
+    "llava_onevision": [
+        ("processor_config.json", {"num_image_tokens": 16}, "expects 16 tokens a view, .* makes 9: set num_image"),
+        ("processor_config.json", {"vision_aspect_ratio": "anyres_max_9"}, "make vision_aspect_ratio .* agree"),
+        ("config.json", {"vision_feature_select_strategy": "default"}, "drops the first row, .*: set it to 'full'"),
+    ],
+}
+
+
+def test_a_folder_whose_parts_disagree_gets_its_sentence(case, tmp_path):
+    for number, (file, changes, sentence) in enumerate(BREAKS[case.name]):
+        folder = broken(case, tmp_path / str(number), file, **changes)
+        with pytest.raises(EmbedLensError, match=sentence) as caught:
+            el.load(folder, device="cpu")
+        assert "\n" not in str(caught.value)
+
+
+def test_every_family_says_what_it_cannot_do_and_was_tested_with_this_version():
+    assert transformers.__version__ in families.TESTED_WITH
+    for family in families.FAMILIES:
+        assert family.NAME and family.CLASSES and family.EXAMPLES and isinstance(family.LIMITS, tuple)
+        assert families.family_of(family.CLASSES[0]) is family
+        assert set(family.MODULES) >= {"vision_tower", "projector", "decoder", "blocks", "final_norm", "head"}
+    assert {f.__name__.rsplit(".", 1)[-1] for f in families.FAMILIES} - {"llava"} == set(FAMILIES)

@@ -1,0 +1,172 @@
+"""Random checkpoints of every family: stock classes made small, saved as the released repositories are laid out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import embedlens
+
+TALK = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
+    "{% else %}ASSISTANT: {{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+PADDED_ROWS = 7
+
+
+def tokenizer(**specials: str) -> Any:
+    """The shipped miniature's words, with a family's own special tokens behind them."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(embedlens.__file__).parent / "miniature" / "tokenizer.json"),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=specials,
+    )
+
+
+def text_sizes(words: Any, layers: int = 3) -> dict[str, Any]:
+    return {
+        "vocab_size": len(words) + PADDED_ROWS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+
+
+#: Ends of the names of matrices through which a layer of a vision tower adds to its patches.
+WRITERS = ("out_proj.weight", "fc2.weight", "attn.proj.weight", "down_proj.weight", "projection_layer.weight")
+TOWER = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def save(folder: Path, model: Any, words: Any, images: Any, kind: str, template: str, **processor: Any) -> Path:
+    """A folder as on the hub: weights, tokenizer, preprocessor_config.json, processor_config.json, chat template.
+
+    Args:
+        kind: `image_processor_type` as released repositories write it.
+        processor: what else processor_config.json says.
+    """
+    randomise(model)
+    model.generation_config.eos_token_id = words.eos_token_id
+    model.generation_config.pad_token_id = words.pad_token_id
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    images.save_pretrained(folder)
+    config = folder / "preprocessor_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_processor_type": kind}))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@torch.no_grad()
+def randomise(model: Any, seed: int = 0) -> None:
+    """Weights larger than the usual init, so that pictures matter and answers differ; patches stay local in the tower.
+
+    A picture's own content lies over the tower's constant parts, and layers add to a patch what it is not drowned by,
+    as trained towers have it; norms have unequal gains, so that norming twice shows.
+    """
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        tower = "vision_tower" in name or "visual." in name
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.normal_(0, 0.02)
+        elif "norm" in name or "ln_q" in name:
+            parameter.uniform_(0.5, 1.5)
+        if tower and name.endswith(WRITERS) and "patch_embed" not in name:
+            parameter.mul_(0.1)
+        if tower and "patch_embed" in name and parameter.ndim > 1:
+            parameter.mul_(4)
+        if tower and ("position_embed" in name or "pos_embed" in name or name.endswith("cls_token")):
+            parameter.mul_(0.2)
+
+
+def save_llava_next(folder: Path) -> Path:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    words, pinpoints = tokenizer(image_token="<image>"), [[56, 112], [112, 56], [112, 112], [168, 56]]
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER, image_size=56, patch_size=14),
+        text_config=LlamaConfig(**text_sizes(words)),
+        image_token_index=words.image_token_id,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=pinpoints
+    )
+    return save(
+        folder,
+        LlavaNextForConditionalGeneration(config),
+        words,
+        images,
+        "LlavaNextImageProcessor",
+        TALK.replace("IMAGE", "<image>"),
+        processor_class="LlavaNextProcessor",
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def save_llava_onevision(folder: Path) -> Path:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    words = tokenizer(image_token="<image>", video_token="<video>")
+    pinpoints = [[32 * rows, 32 * cols] for rows in range(1, 4) for cols in range(1, 4)]
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, image_size=32, patch_size=10, vision_use_head=False),
+        text_config=Qwen2Config(**text_sizes(words)),
+        image_token_index=words.image_token_id,
+        video_token_index=words.video_token_id,
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_4",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+    images = LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints)
+    return save(
+        folder,
+        LlavaOnevisionForConditionalGeneration(config),
+        words,
+        images,
+        "LlavaOnevisionImageProcessor",
+        TALK.replace("IMAGE", "<image>"),
+        processor_class="LlavaOnevisionProcessor",
+        num_image_tokens=9,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+    )
+
+
+#: Name → (how it is saved, name of its stock processor, picture sizes of different grids).
+FAMILIES = {
+    "llava_next": (save_llava_next, "LlavaNextProcessor", [(112, 112), (200, 90), (80, 150)]),
+    "llava_onevision": (save_llava_onevision, "LlavaOnevisionProcessor", [(60, 62), (95, 64), (90, 94), (31, 33)]),
+}
