@@ -23,6 +23,7 @@ FLOORS |= {"sinks": 3.7}
 FLOORS |= {"groups": 3.5}
 FLOORS |= {"norms": 3.7}
 FLOORS |= {"trajectories": 3.7, "late_entry": 3.8}
+FLOORS |= {"memory": 2, "other_models": 6, "studies": 6.5}
 FLOORS |= {"book": 0, "scenes": 7, "page": 7}
 
 

@@ -1,4 +1,4 @@
-"""The command line: `embedlens probe PICTURE`, `embedlens models`, `embedlens book`."""
+"""The command line: `embedlens probe PICTURE`, `embedlens models`, `embedlens run STUDY`, `embedlens book`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 app = typer.Typer(
-    help="What do visual tokens really encode? Probe a picture, list models, build the book.",
+    help="What do visual tokens really encode? Probe a picture, list models, run a study, build the book.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,6 +78,68 @@ def models() -> None:
     typer.echo("")
     for line in _miniature_facts():
         typer.echo(line)
+
+
+@app.command()
+def run(
+    study: Annotated[
+        str,
+        typer.Argument(help="'other_models', 'sinks', 'dead', or your own as module:function.", show_default=False),
+    ],
+    model: Annotated[
+        str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")
+    ] = "miniature",
+    dataset: Annotated[
+        str, typer.Option(help="'miniworld', or a COCO folder such as coco:/data/coco/val2017.")
+    ] = "miniworld",
+    n: Annotated[int, typer.Option("-n", help="Pictures; for 'sinks' and 'dead', questions of each family.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the pictures and of all that is drawn at random.", min=0)] = 0,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one, one to a process"
+        ),
+    ] = None,
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'float32', 'float16' or 'bfloat16'.", show_default="the checkpoint's own on a GPU"),
+    ] = None,
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
+    ] = None,
+    preprocessing: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'letterbox', 'centre-crop' or 'stretch'.", show_default="as the model's family does it"),
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Pictures at a time; 'auto' finds what fits.")] = "auto",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder for the record that a chapter reads.")] = Path("results"),
+) -> None:
+    """Run a study on many pictures, in as many processes as accelerate or torchrun launched."""
+    from embedlens.errors import EmbedLensError
+    from embedlens.studies import run_named
+
+    if batch_size != "auto" and not batch_size.isdecimal():
+        raise EmbedLensError(f"--batch-size {batch_size}: pass a number or 'auto'")
+    run_named(
+        study,
+        model=model,
+        dataset=dataset,
+        n=n,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        preprocessing=preprocessing,
+        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
+        out=out,
+        results=results,
+        say=lambda line: typer.echo(line, err=True),
+    )
 
 
 @app.command()

@@ -627,6 +627,7 @@ def _study_identity(study: Callable[..., Any]) -> dict[str, Any]:
     if inspect.ismethod(function):
         bound = {"self": function.__self__, **bound}
         function = function.__func__
+    function = inspect.unwrap(function)  # what a decorator keeps for itself is no parameter
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(function).parameters.items()

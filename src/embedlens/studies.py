@@ -1,0 +1,172 @@
+"""The studies that `embedlens run` knows by name, and the run itself: estimates first, then the table, then the record.
+
+Every process of `accelerate launch -m embedlens run …` calls `run_named`; they share the pictures, and the first one
+speaks and writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from embedlens import memory, other_models, samples, study
+from embedlens.errors import EmbedLensError
+from embedlens.vlm import MINIATURE, VisionLanguageModel, load
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from embedlens.samples import Sample
+
+LONG = 50  # from so many pictures on, time is estimated before the run
+Prepared = tuple[Callable[..., Any], "list[Sample]"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A study with its pictures, and what is written of its table."""
+
+    about: str
+    prepare: Callable[[VisionLanguageModel, str, int, int], Prepared]
+    """(model, dataset, n, seed) → the study, taking a batch, and the samples to run it on."""
+    record: Callable[[Path, str, str, pd.DataFrame, int], Path] | None = None
+    """(results, model, dataset, table, seed) → the record that a chapter reads; None: the table is all."""
+
+
+def _anatomy(model: VisionLanguageModel, dataset: str, n: int, seed: int) -> Prepared:
+    measured, calibration, compared = other_models.pictures(dataset, n, seed)
+    return other_models.study_of(model, calibration, compared, seed), measured
+
+
+def _arms(model: VisionLanguageModel, dataset: str, n: int, seed: int, arms: str) -> Prepared:
+    from embedlens import sweep, tasks
+
+    if dataset != "miniworld":
+        raise EmbedLensError(
+            f"dataset={dataset!r} has no questions to answer: leave it out, the arms are asked about drawn pictures; "
+            "published benchmarks run through lmms-eval"
+        )
+    items = [item for family in tasks.FAMILIES for item in tasks.family_questions(family, n, seed)]
+    return partial(sweep.answer_arms, arms=getattr(sweep, arms)()), sweep.asked(items)
+
+
+STUDIES: Mapping[str, Named] = {
+    "other_models": Named(
+        "clusters and token groups of one model, for chapter 09; writes results/<model>/09_other_models.json",
+        _anatomy,
+        other_models.write,
+    ),
+    "sinks": Named("the arms of Table 1 on n questions of each family", partial(_arms, arms="sink_arms")),
+    "dead": Named("the arms of Table 2 on n questions of each family", partial(_arms, arms="dead_arms")),
+}
+
+
+def own_study(name: str) -> Callable[..., Any]:
+    """A study of the reader's own, `module:function`, found from the working folder on.
+
+    Raises:
+        EmbedLensError: no such study, module or function.
+
+    >>> own_study("json:dumps").__name__
+    'dumps'
+    """
+    module, separator, function = name.partition(":")
+    if not separator:
+        raise EmbedLensError(f"no study {name!r}: choose {', '.join(STUDIES)}, or name your own as module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise EmbedLensError(f"no module {error.name!r} for the study {name}: run this where it lies") from None
+    if not callable(found):
+        raise EmbedLensError(f"{module} has no function {function!r}: name one that takes (model, sample)")
+    return found
+
+
+def run_named(
+    name: str,
+    model: str = MINIATURE,
+    dataset: str = "miniworld",
+    n: int = 200,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    preprocessing: str | None = None,
+    batch_size: int | str | None = "auto",
+    out: Path | str | None = None,
+    results: Path | str = "results",
+    say: Callable[[str], object] = print,
+) -> pd.DataFrame:
+    """Run a study on `n` pictures in as many processes as a launcher started, and write what it found.
+
+    Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
+    go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped.
+
+    Raises:
+        EmbedLensError: as `load`, `samples.load` and `embedlens.run`; `device="auto"` with several processes.
+    """
+    named = STUDIES.get(name)
+    function = None if named else own_study(name)
+    if n < 1:
+        raise EmbedLensError(f"n is {n}: pass at least one picture")
+    place = study.own_device()
+    if place is not None and device == "auto":
+        raise EmbedLensError(
+            "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
+            "leave device out so that each takes a GPU of its own"
+        )
+    if place is not None and device in (None, "cuda"):
+        device = place
+    rank, processes = study.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
+    aloud: Callable[[str], object] = say if rank == 0 else (lambda line: None)
+    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {processes} process{'es' * (processes > 1)}")
+    need = memory.needed(memory.config_of(model), dtype or _dtype_on(device, model), quantize)
+    size = batch_size if isinstance(batch_size, int) else 1
+    free = memory.available(device or "cuda")
+    aloud(f"memory: {need.told(size)} on each device" + (f"; {free / memory.GIB:.1f} GiB are free" if free else ""))
+    chosen = {} if preprocessing is None else {"preprocessing": preprocessing}
+    loaded = load(model, device=device, dtype=dtype, quantize=quantize, **chosen)
+    if named is not None:
+        function, measured = named.prepare(loaded, dataset, n, seed)
+    else:
+        measured = samples.load(dataset, n=n, seed=seed)
+        batch_size = None if batch_size == study.AUTO else batch_size
+    assert function is not None
+    if len(measured) >= LONG:
+        trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
+        seconds = study.rehearse(function, loaded, measured, trial)
+        whole = seconds * len(measured) / processes
+        aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
+    out = Path(out) if out is not None else Path("runs") / model.strip("/").replace("/", "--") / name.replace(":", ".")
+    table = study.run(function, loaded, measured, out, batch_size, progress=None)
+    if rank == 0:
+        table.to_csv(out / "table.csv", index=False)
+        aloud(f"{len(table)} rows in {out / 'table.csv'}")
+        if named is not None and named.record is not None:
+            aloud(f"record: {named.record(Path(results), model, dataset, table, seed)}")
+    return table
+
+
+def _dtype_on(device: str | None, model: str) -> str:
+    """What `load` takes where no dtype is asked for: float32 on a CPU and for the miniature, else, as a rule, half."""
+    import torch
+
+    on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
+    return "bfloat16" if on_gpu and model != MINIATURE else "float32"
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(40), _duration(5400)
+    ('40 s', '1.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

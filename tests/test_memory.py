@@ -1,0 +1,58 @@
+"""Memory is estimated before anything is loaded; what is exact about it is the weights."""
+
+import pytest
+
+from embedlens import EmbedLensError, memory
+
+
+def test_the_weights_are_those_of_the_loaded_model(miniature):
+    found = memory.needed(memory.config_of("miniature"), dtype="float32")
+    parameters = list(miniature.hf.parameters())
+    assert found.parameters == sum(parameter.numel() for parameter in parameters)
+    assert found.weights == sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    rows = miniature.hf.get_input_embeddings().weight
+    assert found.vocabulary == 4 * rows.numel()
+
+
+def test_a_tied_head_is_counted_once(tiny_folder):
+    config = memory.config_of(tiny_folder)
+    untied = memory.needed(config).parameters
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = True
+    assert memory.needed(config).parameters == untied - config.text_config.vocab_size * config.text_config.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [("llava-hf/llava-1.5-7b-hf", 7_063_427_072), ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656)],
+)
+def test_published_models_have_the_number_of_parameters_that_their_checkpoints_say(model, published):
+    known = next(entry for entry in memory.KNOWN if entry.model == model)
+    assert memory.needed(known.config()).parameters == published
+
+
+def test_fewer_bits_longer_prompts_and_larger_batches_count():
+    config = memory.config_of("miniature")
+    half, four = memory.needed(config), memory.needed(config, quantize="4bit")
+    assert memory.needed(config, "float32").weights == 2 * half.weights
+    assert half.weights / 4 < four.weights < half.weights  # embedding, head and norms stay as they are
+    assert memory.needed(config, visual_tokens=576).sample > half.sample
+    assert half.total(8) - half.total(1) == 7 * half.sample
+
+
+def test_a_7b_model_fits_a_16_gb_card_in_four_bits_and_not_in_32():
+    config = memory.KNOWN[0].config()
+    assert memory.needed(config, quantize="4bit").total(4) < 16 * 10**9 < memory.needed(config, "float32").total(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [({"dtype": "int8"}, "unknown dtype 'int8'"), ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit'")],
+)
+def test_what_cannot_be_estimated_is_refused(given, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        memory.needed(memory.config_of("miniature"), **given)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(EmbedLensError, match="no config.json"):
+        memory.config_of(tmp_path)

@@ -1,0 +1,104 @@
+"""embedlens run: the same record in one process and in two, estimates before a long run, mistakes named at once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from embedlens import EmbedLensError, other_models
+from embedlens.__main__ import app
+from embedlens.studies import STUDIES, run_named
+
+RECORD = "results/miniature/09_other_models.json"
+
+
+def long_sides(model, sample):
+    """A study of the reader's own."""
+    return {"side": max(sample.image.size), "tokens": len(model.prompt(sample.image, "What?").grid)}
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
+    two = tmp_path / "two"
+    two.mkdir()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [*launch, "-m", "embedlens", "run", "other_models", "-n", "5", "--batch-size", "2", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
+    rows = two / "runs/miniature/other_models"
+    shared = [len(path.read_text().splitlines()) - 1 for path in sorted(rows.glob("*.jsonl"))]
+    assert shared == [3, 2]  # they did share the work
+
+    one = tmp_path / "one"
+    one.mkdir()
+    monkeypatch.chdir(one)
+    run_named("other_models", n=5, batch_size=2, device="cpu")
+    assert (one / RECORD).read_text() == (two / RECORD).read_text()
+    assert (one / "runs/miniature/other_models/table.csv").read_bytes() == (rows / "table.csv").read_bytes()
+    assert json.loads((one / RECORD).read_text())["n_images"] == 5
+
+
+def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    said: list[str] = []
+    table = run_named("test_studies:long_sides", n=3, device="cpu", out=tmp_path, say=said.append)
+    assert table.columns.tolist() == ["id", "side", "tokens"] and len(pd.read_csv(tmp_path / "table.csv")) == 3
+    again = run_named("test_studies:long_sides", n=3, device="cpu", out=tmp_path, say=said.append)
+    assert again.equals(table) and not (tmp_path / "run-2.process-0.jsonl").exists()
+    assert not any(line.startswith("time:") for line in said)
+
+
+def test_a_long_run_says_first_what_time_it_takes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr("embedlens.studies.LONG", 2)
+    said: list[str] = []
+    run_named("test_studies:long_sides", n=2, device="cpu", out=tmp_path, say=said.append)
+    memory, time = (next(line for line in said if line.startswith(start)) for start in ("memory:", "time:"))
+    assert "estimate from the config" in memory and "a picture in a first batch" in time
+    assert said.index(time) < next(i for i, line in enumerate(said) if line.startswith("2 rows"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nosuch"], "no study 'nosuch': choose other_models, sinks, dead"),
+        (["json:nosuch"], "json has no function 'nosuch'"),
+        (["no_such_module:f"], "no module 'no_such_module'"),
+        (["other_models", "-n", "0"], "n is 0"),
+        (["other_models", "--batch-size", "big"], "--batch-size big: pass a number or 'auto'"),
+        (["other_models", "--quantize", "2bit"], "unknown quantize '2bit'"),
+        (["sinks", "--dataset", "coco:/nowhere"], "has no questions to answer"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_is_measured(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EmbedLensError, match=sentence):
+        CliRunner().invoke(app, ["run", *words, "--device", "cpu"], catch_exceptions=False)
+    assert not (tmp_path / "results").exists()
+
+
+def test_one_model_over_all_gpus_is_no_share_of_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EmbedLensError, match="device='auto' spreads one model over all GPUs"):
+        run_named("other_models", n=4, device="auto")
+
+
+@pytest.mark.parametrize("name", ["sinks", "dead"])
+def test_the_arms_of_a_table_are_answered_family_by_family(name, tmp_path, monkeypatch, miniature):
+    study, pictures = STUDIES[name].prepare(miniature, "miniworld", 5, 0)
+    assert len({picture.id for picture in pictures}) == len(pictures)
+    (rows,) = study(miniature, pictures[:1])
+    assert {row["arm"] for row in rows} == {arm.name for arm in study.keywords["arms"]}
+
+
+def test_the_help_names_every_study():
+    text = CliRunner().invoke(app, ["run", "--help"]).output
+    assert all(name in text for name in STUDIES) and other_models.CHAPTER == "09_other_models"
