@@ -176,7 +176,8 @@ def test_every_visual_token_has_a_patch_and_every_patch_a_token(case):
         grids.add(tuple((view.rows, view.cols) for view in views))
         text = prompt.text & (prompt.ids != case.model.family.image_token_id(case.model.hf))
         assert torch.equal(prompt.embeds[text], case.model.input_embeddings[prompt.ids[text]])
-    assert len(grids) > 1 and any(rows != cols for views in grids for rows, cols in views)
+    assert len(grids) > 1
+    assert any(len(views) > 1 or rows != cols for views in grids for rows, cols in views)
 
 
 def squares(grid):
@@ -415,6 +416,18 @@ BREAKS = {
         ("processor_config.json", {"num_image_tokens": 16}, "expects 16 tokens a view, .* makes 9: set num_image"),
         ("processor_config.json", {"vision_aspect_ratio": "anyres_max_9"}, "make vision_aspect_ratio .* agree"),
         ("config.json", {"vision_feature_select_strategy": "default"}, "drops the first row, .*: set it to 'full'"),
+    ],
+    "qwen2_5_vl": [
+        ("preprocessor_config.json", {"patch_size": 7}, "has patch_size 7, its vision tower patch_size 14: set patch"),
+        ("preprocessor_config.json", {"merge_size": 1}, "has merge_size 1, its vision tower spatial_merge_size 2: set"),
+    ],
+    "qwen3_vl": [
+        ("preprocessor_config.json", {"patch_size": 16}, "has patch_size 16, its vision tower patch_size 8: set patch"),
+    ],
+    "internvl": [
+        ("preprocessor_config.json", {"size": {"height": 28, "width": 28}}, "tiles of 28x28 px, .* reads 56x56: set"),
+        ("processor_config.json", {"image_seq_length": 64}, "writes 64 tokens a tile, .* makes 16 .*: set image_seq"),
+        ("config.json", {"vision_feature_select_strategy": "full"}, "keeps the CLS token .* set it to 'default'"),
     ],
 }
 

@@ -165,8 +165,122 @@ def save_llava_onevision(folder: Path) -> Path:
     )
 
 
+QWEN = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+QWEN |= {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"}
+
+
+def save_qwen2_5_vl(folder: Path) -> Path:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    words = tokenizer(**QWEN)
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 14,
+            "window_size": 56,  # 2x2 tokens
+            "fullatt_block_indexes": [1],
+            "out_hidden_size": 32,
+        },
+        text_config=text_sizes(words)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        vision_start_token_id=words.vision_start_token_id,
+        vision_end_token_id=words.vision_end_token_id,
+        tie_word_embeddings=False,
+    )
+    return save(
+        folder,
+        Qwen2_5_VLForConditionalGeneration(config),
+        words,
+        Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}),
+        "Qwen2VLImageProcessor",
+        TALK.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        processor_class="Qwen2_5_VLProcessor",
+    )
+
+
+def save_qwen3_vl(folder: Path) -> Path:
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    words = tokenizer(**QWEN)
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 8,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config=text_sizes(words, layers=4)
+        | {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        image_token_id=words.image_token_id,
+        video_token_id=words.video_token_id,
+        vision_start_token_id=words.vision_start_token_id,
+        vision_end_token_id=words.vision_end_token_id,
+        tie_word_embeddings=False,
+    )
+    return save(
+        folder,
+        Qwen3VLForConditionalGeneration(config),
+        words,
+        Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 32 * 32, "longest_edge": 16 * 16 * 64}),
+        "Qwen2VLImageProcessorFast",
+        TALK.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
+        processor_class="Qwen3VLProcessor",
+    )
+
+
+def save_internvl(folder: Path) -> Path:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    words = tokenizer(
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+    config = InternVLConfig(
+        vision_config=TOWER | {"image_size": [56, 56], "patch_size": [7, 7]},
+        text_config=Qwen2Config(**text_sizes(words)),
+        image_token_id=words.context_image_token_id,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    return save(
+        folder,
+        InternVLForConditionalGeneration(config),
+        words,
+        GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=False, max_patches=6),
+        "GotOcr2ImageProcessorFast",
+        TALK.replace("IMAGE", "<IMG_CONTEXT>"),
+        processor_class="InternVLProcessor",
+        image_seq_length=16,
+    )
+
+
 #: Name → (how it is saved, name of its stock processor, picture sizes of different grids).
 FAMILIES = {
     "llava_next": (save_llava_next, "LlavaNextProcessor", [(112, 112), (200, 90), (80, 150)]),
     "llava_onevision": (save_llava_onevision, "LlavaOnevisionProcessor", [(60, 62), (95, 64), (90, 94), (31, 33)]),
+    "qwen2_5_vl": (save_qwen2_5_vl, "Qwen2_5_VLProcessor", [(112, 84), (60, 150), (170, 120)]),
+    "qwen3_vl": (save_qwen3_vl, "Qwen3VLProcessor", [(80, 66), (37, 110), (100, 33)]),
+    "internvl": (save_internvl, "InternVLProcessor", [(60, 60), (120, 50), (70, 110)]),
 }

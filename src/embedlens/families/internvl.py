@@ -1,0 +1,145 @@
+"""InternVL3: square tiles one after the other, each a raster of its own, then the whole picture as a thumbnail.
+
+Source: `transformers.models.internvl`, tiles by `GotOcr2ImageProcessorPil`. The picture is stretched to a grid of
+tiles whose shape comes closest to its own; each tile's patches are shuffled to a quarter as many tokens, 2x2 patches
+to one. A picture that one tile fits has no thumbnail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.families import plain
+from embedlens.families.plain import BLOCK as BLOCK
+from embedlens.families.plain import Features, Inputs
+from embedlens.families.plain import image_token_id as image_token_id
+from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.patches import Frame, ManyViews, PatchGrid
+
+if TYPE_CHECKING:
+    from transformers import InternVLForConditionalGeneration, InternVLProcessor
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    InternVLForConditionalGeneration = InternVLProcessor = object
+
+NAME = "InternVL3"
+CLASSES = ("InternVLForConditionalGeneration",)
+EXAMPLES = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3-1B-hf")
+PROCESSOR = "InternVLProcessor"
+PREPROCESSINGS = (plain.OWN,)
+MODULES = dict(plain.MODULES)
+LIMITS = (
+    "the picture is shown in tiles and once more as a whole, so a box holds patches of both",
+    "a row of the vision tower is four patches side by side, as the pixel shuffle leaves them",
+    "checkpoints of the -hf kind only: others bring code of their own",
+    "one picture, no video",
+)
+
+
+def canvas_side(hf: InternVLForConditionalGeneration, processor: InternVLProcessor) -> int:
+    """Side of a tile, px."""
+    return hf.config.vision_config.image_size[0]
+
+
+def set_preprocessing(processor: InternVLProcessor, hf: InternVLForConditionalGeneration, preprocessing: str) -> None:
+    """Cut tiles also where the image processor is called without its processor, which asks for them at each call."""
+    processor.image_processor.crop_to_patches = True
+
+
+def patch_grid(
+    hf: InternVLForConditionalGeneration,
+    processor: InternVLProcessor,
+    preprocessing: str,
+    picture_size: tuple[int, int],
+) -> PatchGrid:
+    """The grids of a picture of (width, height) px: tiles in raster order, then the thumbnail; one grid for one tile."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    width, height = picture_size
+    images, side = processor.image_processor, canvas_side(hf, processor)
+    tiles = (1, 1)
+    if images.max_patches > 1:
+        tiles = get_optimal_tiled_canvas((height, width), (side, side), images.min_patches, images.max_patches)
+    across, down = tiles
+    tokens = tokens_across(hf)
+    whole = PatchGrid(tokens, tokens, Frame.stretch(width, height))
+    if across * down == 1:
+        return whole
+    xs = [Fraction(width * col, across) for col in range(across + 1)]
+    ys = [Fraction(height * row, down) for row in range(down + 1)]
+    frames = [
+        Frame(width, height, (xs[col], ys[row], xs[col + 1], ys[row + 1]))
+        for row in range(down)
+        for col in range(across)
+    ]
+    return ManyViews.of([*(PatchGrid(tokens, tokens, frame) for frame in frames), whole])
+
+
+def tokens_across(hf: Any) -> int:
+    """Tokens in a row of a tile."""
+    tower = hf.config.vision_config
+    return int(tower.image_size[0] // tower.patch_size[0] * hf.config.downsample_ratio)
+
+
+def visual_features(hf: InternVLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+    """Shuffled and projected visual tokens, by the model's own method, picture by picture: they differ in tiles."""
+    return [Features(hf.get_image_features(one["pixel_values"]).pooler_output.flatten(0, 1)) for one in inputs]
+
+
+def tower_states(hf: InternVLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+    """Every layer of the vision tower, one row per token: its 2x2 patches side by side, as the model's own shuffle.
+
+    Index 0 is the tower's embedding, l leaves block l; CLS is left out.
+    """
+    config: Any = hf.config
+    tower: Any = hf.get_submodule(MODULES["vision_tower"])
+    side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
+    found = []
+    for one in inputs:
+        shuffled = []
+        for layer in tower(one["pixel_values"], output_hidden_states=True).hidden_states:
+            patches = layer[:, 1:].unflatten(1, (side, side))
+            shuffled.append(hf.model.pixel_shuffle(patches, scale_factor=config.downsample_ratio).flatten(0, 2))
+        found.append(torch.stack(shuffled))
+    return found
+
+
+def feature_layer(hf: InternVLForConditionalGeneration) -> int:
+    """Index into `tower_states` of the layer that the projector reads."""
+    config: Any = hf.config
+    wanted = config.vision_feature_layer
+    return wanted if wanted >= 0 else config.vision_config.num_hidden_layers + 1 + wanted
+
+
+def check_config(hf: InternVLForConditionalGeneration, processor: InternVLProcessor, name: str) -> None:
+    """Refuse a checkpoint whose settings would break the order of tokens.
+
+    Raises:
+        EmbedLensError: CLS is kept, tiles have another size than the tower reads, another number of tokens is written,
+            or the shuffle is not 2x2.
+    """
+    config: Any = hf.config
+    if config.vision_feature_select_strategy != "default":
+        raise EmbedLensError(
+            f"{name} keeps the CLS token among the patches (vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r}), which has no place: set it to 'default' in config.json"
+        )
+    side, size = config.vision_config.image_size, processor.image_processor.size
+    if (size.height, size.width) != tuple(side):
+        raise EmbedLensError(
+            f"the processor of {name} makes tiles of {size.width}x{size.height} px, its vision tower reads "
+            f"{side[1]}x{side[0]}: set size in preprocessor_config.json to the tower's image_size"
+        )
+    tokens = tokens_across(hf) ** 2
+    if config.downsample_ratio != 0.5 or processor.image_seq_length != tokens:
+        raise EmbedLensError(
+            f"the processor of {name} writes {processor.image_seq_length} tokens a tile, its model makes {tokens} with "
+            f"downsample_ratio {config.downsample_ratio}: set image_seq_length in processor_config.json to {tokens}; "
+            "other ratios than 0.5 are not supported"
+        )

@@ -1,0 +1,122 @@
+"""Qwen2.5-VL: pictures at their own resolution and shape, 2x2 patches to a token, rotary positions by row and column.
+
+Source: `transformers.models.qwen2_5_vl`. The vision tower's rows are no raster: they come in blocks of 2x2 patches, and
+inside the tower the blocks are sorted by attention window. The merger makes one token of each block, and tokens leave
+it in raster order of the merged grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.families import plain
+from embedlens.families.plain import BLOCK as BLOCK
+from embedlens.families.plain import Features, Inputs
+from embedlens.families.plain import image_token_id as image_token_id
+from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.patches import Frame, PatchGrid
+
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLProcessor = object
+
+NAME = "Qwen2.5-VL"
+CLASSES = ("Qwen2_5_VLForConditionalGeneration",)
+EXAMPLES = ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct")
+PROCESSOR = "Qwen2_5_VLProcessor"
+PREPROCESSINGS = (plain.OWN,)
+MODULES = plain.MODULES | {"vision_tower": "model.visual", "projector": "model.visual.merger"}
+LIMITS = (
+    "Prune with positions='renumber': patches stand at a row and a column, and gaps between those cannot be closed",
+    "a row of the vision tower is four patches side by side, as the merger reads them",
+    "one picture, no video",
+)
+
+
+def canvas_side(hf: Any, processor: Any) -> int:
+    """Side of a square picture that is not resized, px: 16x16 tokens, or fewer where the processor allows no more."""
+    factor = hf.config.vision_config.patch_size * hf.config.vision_config.spatial_merge_size
+    return factor * min(16, int(math.sqrt(processor.image_processor.size.longest_edge)) // factor)
+
+
+def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
+    """The merged grid of a picture of (width, height) px: both sides are stretched to whole tokens."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    width, height = picture_size
+    images = processor.image_processor
+    factor = images.patch_size * images.merge_size
+    try:
+        rows_px, cols_px = smart_resize(height, width, factor, images.size.shortest_edge, images.size.longest_edge)
+    except ValueError as error:
+        raise EmbedLensError(f"a picture of {width}x{height} px cannot be cut: {error}; crop it first") from None
+    return PatchGrid(rows_px // factor, cols_px // factor, Frame.stretch(width, height))
+
+
+def positions(hf: Any, ids: Int[Tensor, " s"], beside: Inputs) -> Int[Tensor, "3 s"]:
+    """Rotary positions (time, height, width) of a prompt, by the model's own method."""
+    visual = (ids == image_token_id(hf)).int()[None]
+    places, _ = hf.model.get_rope_index(
+        input_ids=ids[None], mm_token_type_ids=visual, image_grid_thw=beside["image_grid_thw"]
+    )
+    return places[:, 0]
+
+
+def visual_features(hf: Qwen2_5_VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+    """Merged and projected visual tokens, by the model's own method, picture by picture: they differ in size."""
+    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
+
+
+def tower_states(hf: Qwen2_5_VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+    """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger.
+
+    Index 0 is the tower's embedding, l leaves block l. Windows are undone.
+    """
+    from transformers.vision_utils import get_vision_window_index
+
+    config: Any = hf.config.vision_config
+    found = []
+    for one in inputs:
+        order, _ = get_vision_window_index(
+            one["image_grid_thw"], config.spatial_merge_size, config.window_size, config.patch_size
+        )
+        raster = torch.argsort(order)
+        found.append(torch.stack([layer[raster.to(layer.device)] for layer in merged_rows(hf, one)]))
+    return found
+
+
+def merged_rows(hf: Any, one: Inputs) -> list[Float[Tensor, "n v"]]:
+    """Every layer of the vision tower for one picture, the patches of a block side by side; blocks as the tower runs."""
+    block = hf.config.vision_config.spatial_merge_size**2
+    tower = hf.get_submodule(MODULES["vision_tower"])
+    layers = tower(one["pixel_values"], grid_thw=one["image_grid_thw"], output_hidden_states=True).hidden_states
+    return [layer.reshape(len(layer) // block, -1) for layer in layers]
+
+
+def feature_layer(hf: Any) -> int:
+    """Index into `tower_states` of the layer that the projector reads: the last."""
+    return hf.config.vision_config.depth
+
+
+def check_config(hf: Any, processor: Any, name: str) -> None:
+    """Refuse a checkpoint whose processor cuts other patches than its vision tower reads."""
+    tower, images = hf.config.vision_config, processor.image_processor
+    for said, wanted in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        if getattr(images, said) != getattr(tower, wanted):
+            raise EmbedLensError(
+                f"the processor of {name} has {said} {getattr(images, said)}, its vision tower {wanted} "
+                f"{getattr(tower, wanted)}: set {said} in preprocessor_config.json to the tower's"
+            )

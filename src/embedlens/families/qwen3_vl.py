@@ -1,0 +1,62 @@
+"""Qwen3-VL: as Qwen2.5-VL without windows, and with visual features of three depths: the merger's stand in the prompt,
+those of earlier tower layers are added to the same rows after the first decoder blocks ("deepstack").
+
+Source: `transformers.models.qwen3_vl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from embedlens.families import plain, qwen2_5_vl
+from embedlens.families.plain import BLOCK as BLOCK
+from embedlens.families.plain import Features, Inputs
+from embedlens.families.plain import image_token_id as image_token_id
+from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.families.qwen2_5_vl import canvas_side as canvas_side
+from embedlens.families.qwen2_5_vl import check_config as check_config
+from embedlens.families.qwen2_5_vl import feature_layer as feature_layer
+from embedlens.families.qwen2_5_vl import merged_rows
+from embedlens.families.qwen2_5_vl import patch_grid as patch_grid
+from embedlens.families.qwen2_5_vl import positions as positions
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLForConditionalGeneration
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    Qwen3VLForConditionalGeneration = object
+
+NAME = "Qwen3-VL"
+CLASSES = ("Qwen3VLForConditionalGeneration",)
+EXAMPLES = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-4B-Instruct")
+PROCESSOR = "Qwen3VLProcessor"
+PREPROCESSINGS = (plain.OWN,)
+MODULES = dict(qwen2_5_vl.MODULES)
+LIMITS = (
+    *qwen2_5_vl.LIMITS,
+    "what joins visual tokens after the first blocks is no sublayer: it is part of what leaves the block before",
+)
+
+
+def visual_features(hf: Qwen3VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+    """Merged and projected visual tokens, and what joins them later, by the model's own method, picture by picture."""
+    found = []
+    for one in inputs:
+        seen: Any = hf.get_image_features(**one)
+        found.append(Features(seen.pooler_output[0], torch.stack([layer[0] for layer in seen.deepstack_features])))
+    return found
+
+
+def deep_inputs(visual: Bool[Tensor, "b s"], deep: Float[Tensor, "joins n d"]) -> dict[str, Any]:
+    """What the decoder is told of features that join after its first blocks; `deep` runs through the batch's rows."""
+    return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(deep)}
+
+
+def tower_states(hf: Qwen3VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+    """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger."""
+    return [torch.stack(merged_rows(hf, one)) for one in inputs]
