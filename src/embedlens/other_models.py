@@ -342,6 +342,7 @@ def clusters_figure(found: Mapping[str, Record]) -> Figure:
         axes.set_title(f"{name_of(model)}: {value[0]:.0%} in the largest", fontsize=11)
         axes.set_xlabel("cluster, by rank of size")
     panels[0][0].set_ylabel("share of the picture's tokens")
+    figures.headline(fig, f"The largest cluster holds {_span(found, ['share_0'])} of the visual tokens")
     return fig
 
 
@@ -354,7 +355,37 @@ def groups_figure(found: Mapping[str, Record]) -> Figure:
     parts = {name_of(model): {name: record.numbers[name] for name in GROUPS} for model, record in found.items()}
     figures.stacked_bars(axes, parts, {name: figures.GROUPS[name] for name in GROUPS})
     axes.set_xlabel("share of the visual tokens")
+    sinks = _span(found, ["ViT sink", "LLM sink"])
+    figures.headline(fig, f"Of the visual tokens {_span(found, ['dead'])} are dead and {sinks} are sinks")
     return fig
+
+
+def _span(found: Mapping[str, Record], names: Sequence[str]) -> str:
+    """Smallest to largest share among the models; one number where they agree."""
+    shares = [sum(record.numbers[name] for name in names) for record in found.values()]
+    ends = list(dict.fromkeys(f"{share:.0%}" for share in (min(shares), max(shares))))
+    return " to ".join(ends)
+
+
+def origin(found: Mapping[str, Record]) -> str:
+    """For the line under a figure: the number of pictures of each model."""
+    return "; ".join(f"{name_of(model)}: n = {record.n_images} pictures" for model, record in found.items())
+
+
+def told(found: Mapping[str, Record], model: str) -> dict[str, Any]:
+    """What the chapter says in words of the model it ran, and which models have records, by the keys of its prose."""
+    record = found[model]
+    absentees = [named.name for named in PAPER if named.repository not in found]
+    return {
+        "c0": interval(record, "share_0"),
+        "similarity": interval(record, "similarity"),
+        "random": interval(record, "random"),
+        "lead": interval(record, "lead"),
+        "dead": interval(record, "dead"),
+        "run_list": ", ".join(name_of(name) for name in found),
+        "not_run_list": ", ".join(absentees) or "none of those that the paper names",
+        "n_pictures": record.n_images,
+    }
 
 
 def _demand_records(found: Mapping[str, Record]) -> None:
