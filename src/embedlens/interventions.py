@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
@@ -194,6 +195,32 @@ class _Batch:
     pruned: bool
 
 
+def side_by_side(
+    parts: Sequence[Tensor], side: Literal["left", "right"], begins: Sequence[int] | None = None
+) -> Tensor:
+    """Rows of different lengths as one padded tensor [b, s, ...].
+
+    Args:
+        parts: one tensor [length, ...] per prompt.
+        side: where the padding stands.
+        begins: how many leading entries of each part are remembered from an earlier forward. They end at one common
+            column; what comes after them is padded on `side`.
+
+    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])], "left", begins=[2, 1]).tolist()
+    [[1, 2, 0, 3], [0, 4, 5, 6]]
+    """
+    begins = [0] * len(parts) if begins is None else begins
+    before = max(begins)
+    after = max(len(part) - begin for part, begin in zip(parts, begins, strict=True))
+    whole = parts[0].new_zeros(len(parts), before + after, *parts[0].shape[1:])
+    for row, (part, begin) in enumerate(zip(parts, begins, strict=True)):
+        new = len(part) - begin
+        first = before + (after - new if side == "left" else 0)
+        whole[row, before - begin : before] = part[:begin]
+        whole[row, first : first + new] = part[begin:]
+    return whole
+
+
 class Run:
     """What an `intervene` block hands out: how often its interventions acted.
 
@@ -226,17 +253,29 @@ class Run:
 
     @contextmanager
     def _admit(
-        self, prompts: Sequence[Prompt], start: int, total: int, side: Literal["left", "right"]
+        self,
+        prompts: Sequence[Prompt],
+        start: int,
+        total: int,
+        side: Literal["left", "right"],
+        begins: Sequence[int] | None = None,
     ) -> Iterator[Sequence[Prompt]]:
-        """Called by `model.running`: the prompts as they enter layer 0."""
-        self._batch = self._prepare(prompts, start, total, side)
+        """Called by `model.running`, and with `begins` by `embedlens.prefix`: the prompts as they enter layer 0."""
+        self._batch = self._prepare(prompts, start, total, side, begins)
         try:
             yield self._batch.entered
         finally:
             self._batch = None
             self._masks.clear()
 
-    def _prepare(self, prompts: Sequence[Prompt], start: int, total: int, side: Literal["left", "right"]) -> _Batch:
+    def _prepare(
+        self,
+        prompts: Sequence[Prompt],
+        start: int,
+        total: int,
+        side: Literal["left", "right"],
+        begins: Sequence[int] | None,
+    ) -> _Batch:
         masks = {
             index: _masks_of(value, prompts, start, total)
             for kind in (Prune, SkipSublayers)
@@ -255,14 +294,7 @@ class Run:
                     "pass positions='keep'"
                 )
         rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
-
-        def laid_out(parts: Sequence[Tensor]) -> Tensor:
-            longest = max(map(len, parts))
-            whole = parts[0].new_zeros(len(parts), longest)
-            for row, part in enumerate(parts):
-                begin = longest - len(part) if side == "left" else 0
-                whole[row, begin : begin + len(part)] = part
-            return whole
+        laid_out = partial(side_by_side, side=side, begins=begins)
 
         visual = laid_out([prompt.visual for prompt in entered])
         frozen = {}
@@ -320,11 +352,13 @@ class Run:
             )
         embeds, past = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         self._cached = 0 if past is None else past.get_seq_length()
-        self._prefill = self._cached == 0
+        # The first rows of a prompt may be remembered from an earlier forward; all others run at once.
+        self._prefill = self._cached < batch.visual.shape[1]
         self._masks.clear()
-        if self._prefill and embeds.shape[:2] != batch.visual.shape:
+        rows = embeds.shape[0], self._cached + embeds.shape[1]
+        if self._prefill and rows != batch.visual.shape:
             raise EmbedLensError(
-                f"the forward runs embeddings of shape {tuple(embeds.shape[:2])}, announced were "
+                f"the forward runs embeddings of shape {rows}, announced were "
                 f"{tuple(batch.visual.shape)}: run what model.running returned"
             )
         if self._prefill:
@@ -335,7 +369,7 @@ class Run:
             return None
         kwargs = dict(kwargs)
         if self._prefill:
-            kwargs["position_ids"] = batch.positions.to(embeds.device)
+            kwargs["position_ids"] = batch.positions[:, self._cached :].to(embeds.device)
             if kwargs.get("attention_mask") is None:
                 # Without a mask transformers takes a gap in the positions for the start of another sequence.
                 kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -353,7 +387,7 @@ class Run:
             if not acting:
                 return None
             update = output[0] if isinstance(output, tuple) else output
-            rows = torch.stack([batch.frozen[index] for index in acting]).any(0).to(update.device)
+            rows = torch.stack([batch.frozen[index] for index in acting]).any(0)[:, self._cached :].to(update.device)
             for index in acting:
                 self.counts[index] += 1
             update = update.masked_fill(rows[..., None], 0)
@@ -382,7 +416,9 @@ class Run:
         visual = cast(_Batch, self._batch).visual.to(device)
         hidden_keys = nn.functional.pad(visual, (0, keys - visual.shape[1]))[:, None, None, :]
         # Visual queries keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
-        text_queries = ~visual[:, None, :, None] if self._prefill else torch.ones((), dtype=torch.bool, device=device)
+        text_queries = torch.ones((), dtype=torch.bool, device=device)
+        if self._prefill:
+            text_queries = ~visual[:, None, self._cached :, None]
         seen = ~(hidden_keys & text_queries)
         kernel = self.model.decoder.config._attn_implementation
         if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
@@ -420,7 +456,7 @@ class Run:
             later, weights = stock(module, query, key, moved, mask, **options)
             bare, _ = stock(module, query, key, value.masked_fill(keys, 0), mask, **options)
             self.counts[index] += 1
-            return torch.where(visual[:, :, None, None], bare, later), weights
+            return torch.where(visual[:, self._cached :, None, None], bare, later), weights
 
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
         try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
-from embedlens.interventions import Intervention, Prune, SkipSublayers, intervene
+from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.patches import PatchGrid
+from embedlens.prefix import Case, answers, asked_of, identity
 from embedlens.samples import Sample
 from embedlens.tasks import ANSWER_TOKENS, Item, box_score, score
 
@@ -370,34 +371,31 @@ def _rows_of(
     if len(found) != len(pictures):
         raise EmbedLensError(f"groups gave {len(found)} results for {len(pictures)} prompts: return one for each")
     of_picture = dict(zip(pictures, found, strict=True))
-    # batches of like questions: short prompts need no padding, and short answers do not wait for long ones
-    order = sorted(items, key=lambda place: (items[place].question.kind, len(prompts[place]), place))
-
-    def answered(places: Sequence[int]) -> dict[int, str]:
-        texts = model.answers([prompts[place] for place in places], max_new_tokens, batch_size)
-        return dict(zip(places, texts, strict=True))
-
-    plain: dict[int, str] = {}
-    rows = []
+    plans = {
+        (arm.name, arm.seed, picture): _plan(arm, picture, of_picture[picture], prompts[first[picture]].grid)
+        for arm in arms
+        for picture in pictures
+    }
+    # a question is asked once for all arms that do the same to its picture
+    cases: dict[Any, Case] = {}
+    asked_as = {}
     for arm in arms:
-        plans = {
-            picture: _plan(arm, picture, of_picture[picture], prompts[first[picture]].grid) for picture in pictures
-        }
-        acting: dict[Any, list[int]] = {}
-        for place in order:
-            plan = plans[items[place].sample.id]
-            if plan:
-                acting.setdefault(tuple(map(_signature, plan)), []).append(place)
-        still = [place for place in order if not plans[items[place].sample.id]]
-        plain |= answered([place for place in still if place not in plain])
-        texts = {place: plain[place] for place in still}
-        for places in acting.values():
-            with intervene(model, *_merged([plans[items[place].sample.id] for place in places])):
-                texts |= answered(places)
         for place, item in items.items():
-            plan = plans[item.sample.id]
-            rows.append(_row(place, item, arm, _acted_on(plan, len(prompts[place].grid)), texts[place]))
-    return rows
+            plan = plans[arm.name, arm.seed, item.sample.id]
+            key = asked_as[arm.name, arm.seed, place] = place, identity(plan)
+            cases.setdefault(key, Case(prompts[place], plan, item.question.kind))
+    texts = dict(zip(cases, answers(model, list(cases.values()), max_new_tokens, batch_size), strict=True))
+    return [
+        _row(
+            place,
+            item,
+            arm,
+            _acted_on(plans[arm.name, arm.seed, item.sample.id], len(prompts[place].grid)),
+            texts[asked_as[arm.name, arm.seed, place]],
+        )
+        for arm in arms
+        for place, item in items.items()
+    ]
 
 
 def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int) -> dict[int, Prompt]:
@@ -413,9 +411,13 @@ def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int
         prompts |= dict(
             zip(batch, model.prompts(pictures, [items[place].question.text for place in batch]), strict=True)
         )
+    further: dict[int, list[int]] = {}
     for place, item in items.items():
         if place not in prompts:
-            prompts[place] = model.asked(prompts[first[item.sample.id]], item.question.text)
+            further.setdefault(first[item.sample.id], []).append(place)
+    for leader, places in further.items():
+        texts = [items[place].question.text for place in places]
+        prompts |= dict(zip(places, asked_of(model, prompts[leader], texts), strict=True))
     return prompts
 
 
@@ -424,7 +426,7 @@ def _picture(sample: Sample) -> Any:
     return sample.image if "image" in vars(sample) else replace(sample).image
 
 
-def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> Sequence[Intervention]:
+def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> tuple[Intervention, ...]:
     plan = arm.act(groups, grid, generator(picture, arm.name, arm.seed))
     if plan is None:
         return ()
@@ -433,25 +435,7 @@ def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> Seque
             raise EmbedLensError(
                 f"arm {arm.name!r} gave {type(value).__name__} a list of masks: pass the picture's one"
             )
-    return plan
-
-
-def _signature(value: Intervention) -> Any:
-    """What prompts must have in common to run together; masks may differ."""
-    if isinstance(value, (Prune, SkipSublayers)):
-        return type(value), *(getattr(value, field.name) for field in fields(value) if field.name != "mask")
-    return value
-
-
-def _merged(plans: Sequence[Sequence[Intervention]]) -> list[Intervention]:
-    """The interventions of several prompts as one each, with a mask per prompt."""
-    merged: list[Intervention] = []
-    for values in zip(*plans, strict=True):
-        first = values[0]
-        if isinstance(first, (Prune, SkipSublayers)):
-            first = replace(first, mask=[value.mask for value in values])
-        merged.append(first)
-    return merged
+    return tuple(plan)
 
 
 def _acted_on(plan: Sequence[Intervention], n: int) -> int:

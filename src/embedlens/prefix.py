@@ -1,0 +1,652 @@
+"""Many answers about few pictures: what prompts begin with runs once and is remembered.
+
+A prompt is text, a picture, a question. What a decoder computes for a row depends on the rows before it alone, so its
+keys and values for the leading text serve all pictures, those for the picture serve all its questions, and those before
+the first visual token that an intervention touches serve the intervention as well. Questions and answers then run on
+what is remembered, batched. The modules are the stock ones; only the order of the work is ours.
+
+A model for which this is not so (image rows that see later rows, caches of another kind, decoding that is more than
+greedy) is found out by a comparison on the first prompt; it answers prompt by prompt then, as `model.answers` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.interventions import (
+    EnterAt,
+    Intervention,
+    Prune,
+    ReleasedLayer0,
+    SkipSublayers,
+    intervene,
+    side_by_side,
+)
+
+if TYPE_CHECKING:
+    from embedlens.vlm import Prompt, VisionLanguageModel
+
+HELD = 2  # remembered pictures, in batches: under how many arms a picture is kept decides how many pictures those are
+PLAIN = {  # settings of a checkpoint that leave greedy decoding greedy
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
+    *("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens", "use_cache"),
+    *("_from_model_config", "output_attentions", "output_hidden_states", "return_dict_in_generate"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A prompt to answer, and what is done to its picture's tokens meanwhile."""
+
+    prompt: Prompt
+    plan: tuple[Intervention, ...] = ()
+    """Interventions, masks for this prompt alone; empty: none."""
+    kind: str = ""
+    """Answers of a kind are of like length; those run together."""
+
+
+@torch.no_grad()
+def answers(
+    model: VisionLanguageModel, cases: Sequence[Case], max_new_tokens: int = 16, batch_size: int = 32
+) -> list[str]:
+    """Greedy answers, the same as those of each prompt alone under its interventions.
+
+    Prompts share what the picture of `prompt.image` and equal interventions have in common; build further questions
+    on a picture with `model.asked`, or `asked_of`.
+
+    Args:
+        model: from `embedlens.load`.
+        cases: in any order.
+        max_new_tokens: of an answer.
+        batch_size: prompts that run together; about three times as many are held in memory.
+
+    Raises:
+        EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")
+    if not cases:
+        return []
+    alone = model.intervention is not None or not all(_plain(case.prompt) for case in cases)
+    shape = None if alone else _shape_of(model, cases[0].prompt)
+    if shape is None:
+        return _unshared(model, cases, max_new_tokens, batch_size)
+    found: dict[int, str] = {}
+    space = _Space(shape)
+    before: dict[bytes, Memory] = {}
+    for case in cases:
+        _leading(model, space, case.prompt, before)
+    for places in _groups(cases, HELD * batch_size):
+        with space.lent():
+            group = {place: cases[place] for place in places}
+            found |= _answered(model, space, group, before, max_new_tokens, batch_size)
+    return [found[place] for place in range(len(cases))]
+
+
+def asked_of(model: VisionLanguageModel, prompt: Prompt, questions: Sequence[str]) -> list[Prompt]:
+    """Further questions about a prompt's picture, which the processor does not see again if it need not."""
+    texts = _written(model, [prompt.question, *questions]) if _plain(prompt) else None
+    placeholder = int(prompt.ids[prompt.visual][0])
+    if texts is None or any(text.count(placeholder) != 1 for text in texts):
+        return [model.asked(prompt, question) for question in questions]
+    fronts, tails = zip(*(_around(text, placeholder) for text in texts), strict=True)
+    end = len(prompt) - len(tails[0])
+    as_written = prompt.ids[: len(fronts[0])].tolist() == fronts[0] and prompt.ids[end:].tolist() == tails[0]
+    if not as_written or len(set(map(tuple, fronts))) > 1 or _extent(prompt)[1] > end:
+        return [model.asked(prompt, question) for question in questions]
+    found = []
+    for question, tail in zip(questions, tails[1:], strict=True):
+        ids = torch.tensor(tail, device=prompt.ids.device)
+        with torch.no_grad():
+            embeds = model.hf.get_input_embeddings()(ids)
+        found.append(
+            replace(
+                prompt,
+                question=question,
+                ids=torch.cat([prompt.ids[:end], ids]),
+                embeds=torch.cat([prompt.embeds[:end], embeds]),
+                visual=torch.cat([prompt.visual[:end], torch.zeros_like(ids, dtype=torch.bool)]),
+            )
+        )
+    return found
+
+
+def _around(ids: list[int], placeholder: int) -> tuple[list[int], list[int]]:
+    place = ids.index(placeholder)
+    return ids[:place], ids[place + 1 :]
+
+
+def _plain(prompt: Prompt) -> bool:
+    """Whether the embeddings are all that a prompt brings: no rotary positions or deep features of its own."""
+    return getattr(prompt, "positions", None) is None and getattr(prompt, "deep", None) is None
+
+
+def _written(model: VisionLanguageModel, questions: Sequence[str]) -> list[list[int]] | None:
+    """Ids of the chat format with one placeholder for the picture; None if a question is not fit for it."""
+    if any(not isinstance(text, str) or not text.strip() or model.processor.image_token in text for text in questions):
+        return None  # `model.asked` says what is wrong
+    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+    texts = [
+        model.processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+        )
+        for parts in content
+    ]
+    # as the processor does: the template writes the special tokens that there are
+    bos = model.tokenizer.bos_token
+    special = bos is None or not texts[0].startswith(bos)
+    return model.tokenizer(texts, add_special_tokens=special)["input_ids"]
+
+
+# --- what is remembered ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """Keys and values of the first rows of a prompt, of all layers; one tensor per device that holds layers."""
+
+    banks: tuple[Float[Tensor, "layers 2 heads rows c"], ...]
+
+    def __len__(self) -> int:
+        return self.banks[0].shape[-2]
+
+    def first(self, rows: int) -> Memory:
+        """What is remembered of fewer rows."""
+        return Memory(tuple(bank[..., :rows, :] for bank in self.banks))
+
+
+class _Layer(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a model's cache consists of."""
+
+    layers: tuple[_Layer, ...]
+
+    @property
+    def banks(self) -> list[_Layer]:
+        """One per device, in order of first use."""
+        return list(dict.fromkeys(self.layers))
+
+    def empty(self) -> Memory:
+        return Memory(
+            tuple(
+                torch.zeros(self.layers.count(kind), 2, kind.heads, 0, kind.width, device=kind.device, dtype=kind.dtype)
+                for kind in self.banks
+            )
+        )
+
+
+class _Space:
+    """Memory that is taken in turn and given back: the system zeroes what it hands out, which takes as long as to
+    compute on it."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self.shape = shape
+        self.blocks: list[list[Tensor]] = [[] for _ in shape.banks]
+        self.taken = 0
+
+    def take(self, rows: int, columns: int) -> list[Float[Tensor, "layers 2 rows heads columns c"]]:
+        """One bank per device. What lies in them is finite, as a masked key still counts with weight zero."""
+        found = []
+        for kind, blocks in zip(self.shape.banks, self.blocks, strict=True):
+            sides = (self.shape.layers.count(kind), 2, rows, kind.heads, columns, kind.width)
+            size = math.prod(sides)
+            blocks += [torch.empty(0)] * (self.taken + 1 - len(blocks))
+            if len(blocks[self.taken]) < size:
+                blocks[self.taken] = torch.zeros(size, device=kind.device, dtype=kind.dtype)
+            found.append(blocks[self.taken][:size].view(sides))
+        self.taken += 1
+        return found
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """What is taken in the block is free after it."""
+        before = self.taken
+        try:
+            yield
+        finally:
+            self.taken = before
+
+
+class _Table:
+    """Keys and values of a batch while it runs: what is remembered, then what is new, with room for answers."""
+
+    def __init__(
+        self, space: _Space, memories: Sequence[Memory], lengths: Sequence[int], side: str, room: int = 0
+    ) -> None:
+        from transformers.cache_utils import Cache
+
+        shape = space.shape
+
+        self.begins = [len(memory) for memory in memories]
+        self.before, self.after = max(self.begins), max(lengths)
+        columns = self.before + self.after + room
+        self.kinds = shape.banks
+        self.banks = space.take(len(memories), columns)
+        self.mask = torch.zeros(len(memories), columns, dtype=torch.long)
+        self.mask[:, self.before + self.after :] = 1
+        for row, (memory, begin, length) in enumerate(zip(memories, self.begins, lengths, strict=True)):
+            for bank, part in zip(self.banks, memory.banks, strict=True):
+                bank[:, :, row, :, : self.before - begin] = 0
+                bank[:, :, row, :, self.before - begin : self.before] = part
+            self.mask[row, self.before - begin : self.before] = 1
+            first = self.before + (self.after - length if side == "left" else 0)
+            self.mask[row, first : first + length] = 1
+        self.mask = self.mask.to(self.kinds[0].device)
+        self.of_layer = []
+        seen = dict.fromkeys(self.kinds, 0)
+        for kind in shape.layers:
+            self.of_layer.append((self.kinds.index(kind), seen[kind]))
+            seen[kind] += 1
+        self.cache = Cache(layers=[])
+        self._laid(self.before)
+
+    def _laid(self, used: int) -> None:
+        self.cache.layers = [
+            _stored()(self.banks[bank][layer, 0], self.banks[bank][layer, 1], used) for bank, layer in self.of_layer
+        ]
+
+    def keep(self, rows: Int[Tensor, " left"]) -> None:
+        """Go on with some rows of the batch."""
+        used = self.cache.get_seq_length()
+        self.banks = [bank[:, :, rows.to(bank.device)] for bank in self.banks]
+        self.mask = self.mask[rows.to(self.mask.device)]
+        self._laid(used)
+
+    def memory(self, row: int, length: int) -> Memory:
+        """What a row of a batch that is padded on the right will be remembered by."""
+        begin = self.before - self.begins[row]
+        return Memory(tuple(bank[:, :, row, :, begin : self.before + length] for bank in self.banks))
+
+
+@cache
+def _stored() -> type:
+    """The class of a cache layer that writes into a place kept for it, where a dynamic one copies itself every step."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Stored(DynamicLayer):
+        def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+            super().__init__()
+            self.place, self.used = (keys, values), used
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            end = self.used + key_states.shape[-2]
+            for place, states in zip(self.place, (key_states, value_states), strict=True):
+                place[:, :, self.used : end] = states
+            self.used = end
+            self.keys, self.values = (place[:, :, :end] for place in self.place)
+            return self.keys, self.values
+
+        def get_seq_length(self) -> int:
+            return self.used
+
+    return Stored
+
+
+_SHAPES: WeakKeyDictionary[VisionLanguageModel, _Shape | None] = WeakKeyDictionary()
+
+
+def _shape_of(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
+    """What the model's cache consists of; None if prompts cannot be shared. Found out once per model."""
+    if model not in _SHAPES:
+        _SHAPES[model] = _probed(model, prompt) if _plainly_greedy(model) else None
+    return _SHAPES[model]
+
+
+def _plainly_greedy(model: VisionLanguageModel) -> bool:
+    """Whether the next token is the likeliest, whatever came before."""
+    return set(model.hf.generation_config.to_diff_dict()) <= PLAIN
+
+
+@torch.no_grad()
+def _probed(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
+    """Runs a prompt in four pieces; None if that gives other logits than in one."""
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+    whole = model.logits(prompt)[-1].float()
+    found = DynamicCache()
+    first, end = _extent(prompt)
+    borders = sorted({0, first, (first + end) // 2, end, len(prompt)})
+    hidden = torch.zeros(0)
+    for start, stop in zip(borders, borders[1:], strict=False):
+        positions = torch.arange(start, stop, device=model.device)[None]
+        hidden = model.decoder(
+            inputs_embeds=prompt.embeds[None, start:stop], position_ids=positions, past_key_values=found, use_cache=True
+        ).last_hidden_state
+    head = model.unembed.head
+    logits = head(hidden[0, -1].to(head.weight.device))[: len(whole)].float()
+    alike = torch.allclose(logits, whole.to(logits.device), rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+    layers = [layer for layer in found.layers if type(layer) is DynamicLayer and layer.keys is not None]
+    if not alike or not isinstance(found, Cache) or len(layers) != model.n_layers:
+        return None
+    kinds = [_Layer(layer.keys.device, layer.keys.dtype, layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
+    same = all(layer.keys.shape == layer.values.shape for layer in layers)
+    per_device = {kind.device for kind in kinds}
+    return _Shape(tuple(kinds)) if same and len(per_device) == len(set(kinds)) else None
+
+
+def _extent(prompt: Prompt) -> tuple[int, int]:
+    """(the first row of the picture, the row after its last)."""
+    rows = prompt.visual.nonzero()[:, 0]
+    return int(rows[0]), int(rows[-1]) + 1
+
+
+# --- which prompts have what in common -------------------------------------------------------------------------------
+
+
+def signature(value: Intervention) -> Any:
+    """What interventions of several prompts must have in common to run together; masks may differ."""
+    if isinstance(value, (Prune, SkipSublayers)):
+        return type(value), *(getattr(value, field.name) for field in fields(value) if field.name != "mask")
+    return value
+
+
+def identity(plan: Sequence[Intervention]) -> tuple[Any, ...]:
+    """Equal for plans that do the same to a picture."""
+    return tuple((signature(value), _mask_of(value).cpu().numpy().tobytes()) for value in plan)
+
+
+def _mask_of(value: Intervention) -> Tensor:
+    """The mask of an intervention on one prompt; empty if it has none."""
+    if not isinstance(value, (Prune, SkipSublayers)):
+        return torch.zeros(0, dtype=torch.bool)
+    if not isinstance(value.mask, Tensor):
+        raise EmbedLensError(f"{type(value).__name__} has a list of masks: pass each prompt's plan its own mask")
+    return value.mask
+
+
+def merged(plans: Sequence[Sequence[Intervention]]) -> list[Intervention]:
+    """The interventions of several prompts as one each, with a mask per prompt."""
+    together: list[Intervention] = []
+    for values in zip(*plans, strict=True):
+        first = values[0]
+        if isinstance(first, (Prune, SkipSublayers)):
+            first = replace(first, mask=[value.mask for value in values])
+        together.append(first)
+    return together
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """What several cases share: everything up to the end of the picture, under one plan."""
+
+    prompt: Prompt
+    """Of one of them, cut off behind the picture."""
+    plan: tuple[Intervention, ...]
+    cases: list[int]
+
+    @property
+    def touched(self) -> int:
+        """The first row that the plan may change."""
+        first, _ = _extent(self.prompt)
+        if not all(isinstance(value, (Prune, SkipSublayers)) for value in self.plan):
+            return first
+        return min((int(self.prompt.spread(_mask_of(value)).int().argmax()) for value in self.plan), default=first)
+
+    @property
+    def pruned(self) -> int:
+        """Rows that the plan takes out."""
+        return sum(int(_mask_of(value).sum()) for value in self.plan if isinstance(value, Prune))
+
+    @property
+    def gap(self) -> int:
+        """By how much the positions of what follows the picture close up."""
+        renumbered = any(isinstance(value, Prune) and value.positions == "renumber" for value in self.plan)
+        return self.pruned if renumbered else 0
+
+
+def _picture_of(prompt: Prompt) -> tuple[int, bytes]:
+    """Equal for prompts that begin alike: the same picture, after the same text."""
+    _, end = _extent(prompt)
+    return id(prompt.pixel_values), prompt.ids[:end].cpu().numpy().tobytes()
+
+
+def _groups(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
+    """Places of cases, all of a picture together, so that at most about `most` pictures under a plan are remembered."""
+    of_picture: dict[Any, list[int]] = {}
+    for place, case in enumerate(cases):
+        of_picture.setdefault(_picture_of(case.prompt), []).append(place)
+    # pictures whose questions are alike come together: their answers end together
+    order = sorted(of_picture.values(), key=lambda own: (cases[own[0]].kind, len(cases[own[0]].prompt), own[0]))
+    group: list[int] = []
+    held = 0
+    for places in order:
+        plans = len({identity(cases[place].plan) for place in places})
+        if group and held + plans > most:
+            yield group
+            group, held = [], 0
+        group += places
+        held += plans
+    if group:
+        yield group
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _unshared(model: VisionLanguageModel, cases: Sequence[Case], max_new_tokens: int, batch_size: int) -> list[str]:
+    """Whole prompts in batches of like interventions."""
+    found: dict[int, str] = {}
+    alike: dict[Any, list[int]] = {}
+    order = sorted(range(len(cases)), key=lambda place: (cases[place].kind, len(cases[place].prompt), place))
+    for place in order:
+        alike.setdefault(tuple(map(signature, cases[place].plan)), []).append(place)
+    for places in alike.values():
+        prompts = [cases[place].prompt for place in places]
+        with _intervening(model, [cases[place].plan for place in places]):
+            found |= dict(zip(places, model.answers(prompts, max_new_tokens, batch_size), strict=True))
+    return [found[place] for place in range(len(cases))]
+
+
+@contextmanager
+def _intervening(model: VisionLanguageModel, plans: Sequence[tuple[Intervention, ...]]) -> Iterator[None]:
+    if not plans[0]:
+        yield
+        return
+    with intervene(model, *merged(plans)):
+        yield
+
+
+@contextmanager
+def _entering(
+    model: VisionLanguageModel, prompts: Sequence[Prompt], begins: Sequence[int], side: str
+) -> Iterator[Sequence[Prompt]]:
+    """`model.running`, for prompts whose first rows are remembered."""
+    if model.intervention is None:
+        yield prompts
+        return
+    with model.intervention(prompts, 0, len(prompts), side, begins) as entered:
+        yield entered
+
+
+def _answered(
+    model: VisionLanguageModel,
+    space: _Space,
+    cases: dict[int, Case],
+    before: dict[bytes, Memory],
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[int, str]:
+    """Answers to cases whose pictures are remembered at the same time."""
+    units = _units(cases)
+    memories = _remembered(model, space, units, before, batch_size)
+    of_case = {place: number for number, unit in enumerate(units) for place in unit.cases}
+    alike: dict[Any, list[int]] = {}
+    for place in sorted(cases, key=lambda place: (cases[place].kind, _asked_rows(cases[place].prompt), place)):
+        plan = cases[place].plan
+        # most interventions are over when the picture has run: their questions run together with all others
+        ongoing = any(isinstance(value, (EnterAt, ReleasedLayer0)) for value in plan)
+        alike.setdefault(tuple(map(signature, plan)) if ongoing else (), []).append(place)
+    found: dict[int, str] = {}
+    for kind, places in alike.items():
+        for start in range(0, len(places), batch_size):
+            batch = places[start : start + batch_size]
+            numbers = [of_case[place] for place in batch]
+            prompts = [cases[place].prompt for place in batch]
+            gaps = [units[number].gap for number in numbers]
+            own = [memories[number] for number in numbers]
+            with _intervening(model, [cases[place].plan if kind else () for place in batch]), space.lent():
+                texts = _decoded(model, space, prompts, own, gaps, max_new_tokens)
+            found |= dict(zip(batch, texts, strict=True))
+    return found
+
+
+def _asked_rows(prompt: Prompt) -> int:
+    return len(prompt) - _extent(prompt)[1]
+
+
+def _units(cases: dict[int, Case]) -> list[_Unit]:
+    shared: dict[Any, list[int]] = {}
+    for place, case in cases.items():
+        shared.setdefault((_picture_of(case.prompt), identity(case.plan)), []).append(place)
+    return [
+        _Unit(_cut(cases[places[0]].prompt, _extent(cases[places[0]].prompt)[1]), cases[places[0]].plan, places)
+        for places in shared.values()
+    ]
+
+
+def _cut(prompt: Prompt, end: int) -> Prompt:
+    return replace(prompt, ids=prompt.ids[:end], embeds=prompt.embeds[:end], visual=prompt.visual[:end])
+
+
+def _remembered(
+    model: VisionLanguageModel, space: _Space, units: Sequence[_Unit], before: dict[bytes, Memory], batch_size: int
+) -> list[Memory]:
+    """Every unit's rows, run on top of what it shares with others."""
+    found: dict[int, Memory] = {}
+    plain: dict[Any, Memory] = {}
+    alike: dict[Any, list[int]] = {(): []}  # without a plan first: the others build on them
+    for number, unit in enumerate(units):
+        alike.setdefault(tuple(map(signature, unit.plan)), []).append(number)
+    for numbers in alike.values():
+        for start in range(0, len(numbers), batch_size):
+            batch = numbers[start : start + batch_size]
+            known = []
+            for number in batch:
+                unit = units[number]
+                picture = plain.get(_picture_of(unit.prompt)) if unit.plan else None
+                if picture is None:
+                    picture = _leading(model, space, unit.prompt, before)
+                # one row is left to run, so that the plan acts where nothing remains behind what it prunes
+                left = len(unit.prompt) - unit.pruned - 1
+                known.append(picture.first(min(unit.touched, len(picture), left)))
+            with _intervening(model, [units[number].plan for number in batch]):
+                memories = _extended(model, space, [units[number].prompt for number in batch], known)
+            found |= dict(zip(batch, memories, strict=True))
+            plain |= {_picture_of(units[number].prompt): found[number] for number in batch if not units[number].plan}
+    return [found[number] for number in range(len(units))]
+
+
+def _leading(model: VisionLanguageModel, space: _Space, prompt: Prompt, before: dict[bytes, Memory]) -> Memory:
+    """What stands before the picture: the same for all pictures."""
+    first, _ = _extent(prompt)
+    key = prompt.ids[:first].cpu().numpy().tobytes()
+    if key not in before:
+        empty = space.shape.empty()
+        before[key] = _extended(model, space, [_cut(prompt, first)], [empty])[0] if first else empty
+    return before[key]
+
+
+def _extended(
+    model: VisionLanguageModel, space: _Space, prompts: Sequence[Prompt], known: Sequence[Memory]
+) -> list[Memory]:
+    """What is remembered of whole prompts, of whose first rows it is known."""
+    begins = [len(memory) for memory in known]
+    with _entering(model, prompts, begins, "right") as entered:
+        new = [len(prompt) - begin for prompt, begin in zip(entered, begins, strict=True)]
+        table = _Table(space, known, new, "right")
+        embeds = [prompt.embeds[begin:] for prompt, begin in zip(entered, begins, strict=True)]
+        positions = [torch.arange(begin, len(prompt)) for prompt, begin in zip(entered, begins, strict=True)]
+        _forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
+    return [table.memory(row, length) for row, length in enumerate(new)]
+
+
+def _forward(
+    model: VisionLanguageModel, table: _Table, embeds: Float[Tensor, "b s d"], positions: Int[Tensor, "b s"]
+) -> Float[Tensor, "b s d"]:
+    seen = table.cache.get_seq_length() + embeds.shape[1]
+    return model.decoder(
+        inputs_embeds=embeds,
+        attention_mask=table.mask[:, :seen],
+        position_ids=positions.to(embeds.device),
+        past_key_values=table.cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+def _decoded(
+    model: VisionLanguageModel,
+    space: _Space,
+    prompts: Sequence[Prompt],
+    memories: Sequence[Memory],
+    gaps: Sequence[int],
+    max_new_tokens: int,
+) -> list[str]:
+    """Answers to the questions that follow remembered pictures."""
+    begins = [len(memory) for memory in memories]
+    with _entering(model, prompts, begins, "left"):
+        ends = [_extent(prompt)[1] for prompt in prompts]
+        asked = [prompt.embeds[end:] for prompt, end in zip(prompts, ends, strict=True)]
+        rows = zip(prompts, ends, gaps, strict=True)
+        positions = [torch.arange(end - gap, len(prompt) - gap) for prompt, end, gap in rows]
+        table = _Table(space, memories, [len(part) for part in asked], "left", room=max_new_tokens - 1)
+        hidden = _forward(model, table, side_by_side(asked, "left"), side_by_side(positions, "left"))
+        following = torch.tensor([len(prompt) - gap for prompt, gap in zip(prompts, gaps, strict=True)])
+        ids = _greedy(model, table, hidden, following, max_new_tokens)
+    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _greedy(
+    model: VisionLanguageModel,
+    table: _Table,
+    hidden: Float[Tensor, "b s d"],
+    following: Int[Tensor, " b"],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The likeliest token, again and again, until each row has ended."""
+    head, embedding = model.unembed.head, model.hf.get_input_embeddings()
+    ends = _end_ids(model)
+    written: list[list[int]] = [[] for _ in following]
+    going = list(range(len(written)))  # which row of the batch each row of the table is
+    open_rows = set(going)
+    for step in range(max_new_tokens):
+        chosen = head(hidden[:, -1].to(head.weight.device)).argmax(-1)
+        for row, token in zip(going, chosen.tolist(), strict=True):
+            if row in open_rows:
+                written[row].append(token)
+                if token in ends:
+                    open_rows.discard(row)
+        if not open_rows or step == max_new_tokens - 1:
+            break
+        if model.intervention is None and 2 * len(open_rows) <= len(going):
+            left = torch.tensor([place for place, row in enumerate(going) if row in open_rows])
+            table.keep(left)
+            chosen, following = chosen[left.to(chosen.device)], following[left]
+            going = [row for row in going if row in open_rows]
+        embeds = embedding(chosen.to(model.device))[:, None]
+        hidden = _forward(model, table, embeds, (following + step)[:, None])
+    return written
+
+
+def _end_ids(model: VisionLanguageModel) -> set[int]:
+    own = model.hf.generation_config.eos_token_id
+    found = own if own is not None else model.tokenizer.eos_token_id
+    return set(found) if isinstance(found, (list, tuple)) else {found}

@@ -1,0 +1,334 @@
+"""Answers that share the beginning of their prompts are those of each prompt alone, token by token."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import embedlens as el
+from embedlens import EmbedLensError, EnterAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, prefix
+from embedlens.prefix import Case, asked_of
+from embedlens.samples import miniworld
+
+QUESTIONS = (
+    "What is it?",
+    "Is there a red dog on the green grass?",
+    "How many cats are there in the picture, and how many of them are blue?",
+)
+N_TOKENS = 7
+
+
+@pytest.fixture
+def ids(monkeypatch):
+    """Answers as token ids: two answers may differ where their texts do not."""
+
+    def of(model):
+        pad = model.tokenizer.pad_token_id
+
+        def written(rows, **options):
+            kept = [[int(token) for token in row if int(token) != pad] for row in rows]
+            return [" ".join(map(str, row)) for row in kept]
+
+        monkeypatch.setattr(type(model.tokenizer), "batch_decode", lambda self, rows, **options: written(rows))
+
+    return of
+
+
+def prompts_of(model, n_pictures: int = 3, n_questions: int = 3):
+    """Picture by picture, its questions of unequal lengths."""
+    pictures = [sample.image for sample in el.samples.load("miniworld", n=n_pictures)]
+    first = model.prompts(pictures, [QUESTIONS[0]] * n_pictures)
+    return [prompt for one in first for prompt in (one, *asked_of(model, one, QUESTIONS[1:n_questions]))]
+
+
+def drawn(rng, n: int) -> torch.Tensor:
+    mask = torch.from_numpy(rng.random(n) < rng.uniform(0.05, 0.9))
+    mask[rng.integers(n)] = True
+    mask[rng.integers(n)] = False
+    return mask if bool(mask.any()) else ~mask
+
+
+def plan_of(rng, n: int, n_layers: int) -> tuple:
+    """Any interventions, alone and together."""
+    sublayers = [0.5 * place for place in range(2 * n_layers)]
+    found = []
+    if rng.random() < 0.5:
+        found.append(Prune(drawn(rng, n), positions=str(rng.choice(["keep", "renumber"]))))
+    if rng.random() < 0.4:
+        at = rng.choice(sublayers, rng.integers(1, 4), replace=False)
+        mask = drawn(rng, n)
+        if found:  # something must be left to act on
+            mask[int((~found[0].mask).int().argmax())] = True
+        found.append(SkipSublayers(mask, at=[float(place) for place in at]))
+    if rng.random() < 0.25:
+        found.append(Silence(str(rng.choice(["attention", "mlp"]))))
+    if rng.random() < 0.25:
+        found.append(EnterAt(int(rng.integers(n_layers))))
+    if rng.random() < 0.25:
+        found.append(Rescale(float(rng.uniform(0.2, 2))))
+    if rng.random() < 0.25:
+        found.append(ReleasedLayer0())
+    rng.shuffle(found)
+    return tuple(found)
+
+
+def alone(model, case: Case, max_new_tokens: int = N_TOKENS) -> str:
+    """One answer, by nothing but the stock model and its own `generate`."""
+    if not case.plan:
+        return model.answer(case.prompt, max_new_tokens)
+    pruned = [index for index, value in enumerate(case.plan) if isinstance(value, (Prune, SkipSublayers))]
+    assert all(isinstance(case.plan[index].mask, torch.Tensor) for index in pruned)
+    with el.intervene(model, *case.plan):
+        return model.answer(case.prompt, max_new_tokens)
+
+
+def cases_of(model, rng, n_plans: int = 3) -> list[Case]:
+    prompts = prompts_of(model)
+    layers = model.n_layers
+    plans = {id(p.pixel_values): [(), *(plan_of(rng, len(p.grid), layers) for _ in range(n_plans))] for p in prompts}
+    cases = [Case(p, plan, str(rng.integers(2))) for p in prompts for plan in plans[id(p.pixel_values)]]
+    rng.shuffle(cases)
+    return cases[: rng.integers(1, 17)]
+
+
+# --- the same answers ------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**32 - 1), batch_size=st.sampled_from([1, 2, 5, 32]))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_tokens(tiny, ids, seed, batch_size):
+    ids(tiny)
+    cases = cases_of(tiny, np.random.default_rng(seed))
+    found = prefix.answers(tiny, cases, N_TOKENS, batch_size)
+    assert prefix._shape_of(tiny, cases[0].prompt) is not None
+    for case, answer in zip(cases, found, strict=True):
+        assert answer == alone(tiny, case), case.plan
+    assert len(set(found)) > 1 or len(cases) < 4
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_the_miniature_answers_the_same_under_every_kind_of_intervention(miniature, ids, kernel):
+    ids(miniature)
+    prompts = prompts_of(miniature, 2)
+    n, rng = len(prompts[0].grid), np.random.default_rng(0)
+    plans = [
+        (),
+        (Prune(drawn(rng, n)),),
+        (Prune(drawn(rng, n), positions="renumber"),),
+        (SkipSublayers(drawn(rng, n), at=[0.5, 1, 1.5]),),
+        (Silence("attention"),),
+        (Silence("mlp", layers=[miniature.n_layers - 1]),),
+        (EnterAt(3),),
+        (Rescale(0.1),),
+        (Silence("attention"), ReleasedLayer0()),
+        (Prune(drawn(rng, n)), SkipSublayers(drawn(rng, n), at=[0]), EnterAt(2), Rescale(2)),
+    ]
+    if kernel == "eager":
+        plans = [plan for plan in plans if not any(isinstance(value, ReleasedLayer0) for value in plan)]
+    cases = [Case(prompt, plan) for plan in plans for prompt in prompts]
+    miniature.hf.set_attn_implementation(kernel)
+    try:
+        assert prefix.answers(miniature, cases, N_TOKENS) == [alone(miniature, case) for case in cases]
+    finally:
+        miniature.hf.set_attn_implementation("sdpa")
+
+
+def test_rows_that_end_early_leave_the_batch_and_change_no_other(tiny, ids, monkeypatch):
+    ids(tiny)
+    vocabulary = tiny.hf.get_output_embeddings().out_features
+    monkeypatch.setattr(tiny.hf.generation_config, "eos_token_id", list(range(2, vocabulary, 6)))
+    kept = []
+    keep = prefix._Table.keep
+    monkeypatch.setattr(prefix._Table, "keep", lambda table, rows: kept.append(len(rows)) or keep(table, rows))
+    rng = np.random.default_rng(1)
+    prompts = prompts_of(tiny, 6)
+    cases = [Case(p, plan) for p in prompts for plan in ((), (Prune(drawn(rng, len(p.grid))),), (EnterAt(1),))]
+    found = prefix.answers(tiny, cases, 12)
+    assert found == [alone(tiny, case, 12) for case in cases]
+    assert len({len(answer.split()) for answer in found}) > 3
+    assert kept  # and some did leave
+
+
+def test_an_answer_of_one_token_comes_from_the_question_alone(tiny, ids):
+    ids(tiny)
+    cases = [Case(prompt) for prompt in prompts_of(tiny)]
+    assert prefix.answers(tiny, cases, 1) == [alone(tiny, case, 1) for case in cases]
+
+
+def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_share(tiny, ids):
+    ids(tiny)
+    prompts = []
+    for prompt in prompts_of(tiny):
+        first = int(prompt.visual.int().argmax())
+        parts = {name: getattr(prompt, name)[first:] for name in ("ids", "embeds", "visual")}
+        prompts.append(replace(prompt, **parts))
+    mask = drawn(np.random.default_rng(0), len(prompts[0].grid))
+    mask[0] = True
+    cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Prune(mask),), (Rescale(2.0),))]
+    assert prefix.answers(tiny, cases, N_TOKENS) == [alone(tiny, case) for case in cases]
+
+
+# --- the work that is saved ------------------------------------------------------------------------------------------
+
+
+def test_what_prompts_have_in_common_runs_once(tiny):
+    prompts = [prompt for prompt in prompts_of(tiny, n_pictures=2)]
+    prefix._shape_of(tiny, prompts[0])
+    n = len(prompts[0].grid)
+    first, end = prefix._extent(prompts[0])
+    late = torch.zeros(n, dtype=torch.bool)
+    late[10:] = True
+    cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Silence("mlp"),), (Prune(late[:n]),))]
+
+    def counted(chosen):
+        counts = []
+        hook = tiny.blocks[0].register_forward_hook(
+            lambda module, args, out: counts.append((out if isinstance(out, torch.Tensor) else out[0]).shape[:2])
+        )
+        try:
+            prefix.answers(tiny, chosen, 1, batch_size=64)
+        finally:
+            hook.remove()
+        return [tuple(shape) for shape in counts]
+
+    longest = max(len(prompt) for prompt in prompts) - end
+    leading, pictures, silenced, pruned, questions = counted(cases)
+    assert leading == (1, first)  # for all pictures and arms
+    assert pictures == (2, n)
+    assert silenced == (2, n)
+    assert pruned == (2, 1)  # nothing behind the first pruned token is left, so the last row before it runs again
+    assert questions == (18, longest)
+    assert counted(cases[:1] * 2)[-1][0] == 2
+
+
+def test_equal_interventions_on_a_picture_run_once(tiny, monkeypatch):
+    prompts = prompts_of(tiny, n_pictures=1)
+    mask = drawn(np.random.default_rng(0), len(prompts[0].grid))
+    seen = []
+    extended = prefix._extended
+    monkeypatch.setattr(
+        prefix,
+        "_extended",
+        lambda model, space, own, known: seen.append(len(own)) or extended(model, space, own, known),
+    )
+    cases = [Case(prompt, (Prune(mask.clone()),)) for prompt in prompts for _ in range(2)]
+    prefix.answers(tiny, cases, 1)
+    assert seen == [1, 1]  # the text before the picture, the picture
+
+
+def test_no_more_pictures_are_remembered_than_two_batches(tiny):
+    cases = [Case(prompt) for prompt in prompts_of(tiny, n_pictures=9)]
+    groups = list(prefix._groups(cases, most=4))
+    assert sorted(place for group in groups for place in group) == list(range(len(cases)))
+    assert [len(group) for group in groups] == [12, 12, 3]  # four pictures of three questions
+    whole = prefix.answers(tiny, cases, 3)
+    assert prefix.answers(tiny, cases, 3, batch_size=1) == whole
+
+
+def test_further_questions_are_those_that_the_processor_writes(tiny, miniature, monkeypatch):
+    for model in (tiny, miniature):
+        prompt = model.prompt(miniworld.sample(3, "heldout").image, QUESTIONS[0])
+        wanted = [model.asked(prompt, question) for question in QUESTIONS]
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "asked", None)  # it is not needed
+            found = asked_of(model, prompt, QUESTIONS)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.question == theirs.question and ours.image is theirs.image
+            for name in ("ids", "embeds", "visual", "pixel_values"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    with pytest.raises(EmbedLensError, match="the question is empty"):
+        asked_of(tiny, tiny.prompt(miniworld.sample(3, "heldout").image, "a"), [""])
+
+
+def test_a_chat_format_that_the_texts_alone_do_not_give_is_left_to_the_processor(tiny, monkeypatch):
+    prompt = tiny.prompt(miniworld.sample(3, "heldout").image, QUESTIONS[0])
+    wanted = tiny.asked(prompt, QUESTIONS[1])
+    monkeypatch.setattr(prefix, "_written", lambda model, questions: [[5, int(prompt.ids[prompt.visual][0]), 6]] * 2)
+    assert torch.equal(asked_of(tiny, prompt, QUESTIONS[1:2])[0].ids, wanted.ids)
+
+
+# --- models that cannot share ----------------------------------------------------------------------------------------
+
+
+def asked_without_sharing(model, monkeypatch) -> list[int]:
+    monkeypatch.setattr(prefix, "_SHAPES", weakref.WeakKeyDictionary())
+    asked = []
+    answers = model.answers
+    monkeypatch.setattr(model, "answers", lambda prompts, *rest: asked.append(len(prompts)) or answers(prompts, *rest))
+    return asked
+
+
+def test_more_than_greedy_decoding_is_left_to_the_stock_model(tiny, ids, monkeypatch):
+    ids(tiny)
+    prompts = prompts_of(tiny)
+    cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Silence("mlp"),))]
+    plain = prefix.answers(tiny, cases, N_TOKENS)
+    monkeypatch.setattr(tiny.hf.generation_config, "repetition_penalty", 5.0)
+    asked = asked_without_sharing(tiny, monkeypatch)
+    found = prefix.answers(tiny, cases, N_TOKENS, batch_size=1)
+    assert sum(asked) == len(cases)
+    assert found == [alone(tiny, case) for case in cases] != plain
+
+
+def test_a_model_whose_picture_sees_what_follows_is_found_out(tiny, ids, monkeypatch):
+    ids(tiny)
+    asked = asked_without_sharing(tiny, monkeypatch)
+
+    def looks_ahead(module, args, output):
+        states = output[0] if isinstance(output, tuple) else output
+        mixed = states + states.flip(1).cumsum(1).flip(1) / states.shape[1]
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    hook = tiny.blocks[1].register_forward_hook(looks_ahead)
+    try:
+        cases = [Case(prompt) for prompt in prompts_of(tiny, 1)]
+        found = prefix.answers(tiny, cases, 1, batch_size=1)
+        assert sum(asked) == len(cases)
+        assert found == [alone(tiny, case, 1) for case in cases]
+    finally:
+        hook.remove()
+
+
+def test_an_intervention_around_it_acts_and_nothing_is_shared(tiny, ids, monkeypatch):
+    ids(tiny)
+    prompts = prompts_of(tiny, 2)
+    asked = asked_without_sharing(tiny, monkeypatch)
+    with el.intervene(tiny, Rescale(3.0)):
+        found = prefix.answers(tiny, [Case(prompt) for prompt in prompts], N_TOKENS)
+    assert sum(asked) == len(prompts)
+    assert found == [alone(tiny, Case(prompt, (Rescale(3.0),))) for prompt in prompts]
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_answered_is_refused_and_leaves_the_model_as_it_was(tiny):
+    prompts = prompts_of(tiny, 1)
+    with pytest.raises(EmbedLensError, match="batch_size 0"):
+        prefix.answers(tiny, [Case(prompts[0])], batch_size=0)
+    assert prefix.answers(tiny, []) == []
+    short = Prune(torch.tensor([True, False]))
+    with pytest.raises(EmbedLensError, match="the mask has shape"):
+        prefix.answers(tiny, [Case(prompts[0], (short,))])
+    with pytest.raises(EmbedLensError, match="there is no layer 9"):
+        prefix.answers(tiny, [Case(prompts[0], (EnterAt(9),))])
+    broken = tiny.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prefix.answers(tiny, [Case(prompts[0], (Silence("mlp"),))])
+    broken.remove()
+    assert tiny.intervention is None
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in tiny.blocks)
+
+
+def test_nothing_is_remembered_afterwards(tiny):
+    cases = [Case(prompt) for prompt in prompts_of(tiny, 1)]
+    prefix.answers(tiny, cases, 2)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, (prefix.Memory, prefix._Space))]
