@@ -1,0 +1,441 @@
+"""The redundancy codebook: visual tokens that say nothing and that nothing misses, and what is near them.
+
+Identify, probe, prune (2503.20540 and its released code):
+
+    identify    tokens of low confidence alone and low cascade divergence, rare within their picture, whose like recurs
+                over many pictures: `build`
+    probe       a token's redundancy is its largest cosine to a prototype: `Codebook.redundancy`
+    prune       a fixed number of the least redundant tokens stays, or those below a threshold: `keep_lowest`,
+                `keep_below`
+
+Nothing is trained, and nothing depends on the question.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from embedlens.errors import EmbedLensError
+from embedlens.redundancy import VARIANTS, Protocol, TokenScores, dpc_knn
+
+if TYPE_CHECKING:
+    from embedlens.vlm import VisionLanguageModel
+else:
+    VisionLanguageModel = object
+
+FORMAT = "embedlens codebook 1"
+COLUMNS = ("image_ids", "patches", "probability", "region", "picture", "clusters")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """A token below both is a candidate."""
+
+    probability: float
+    divergence: float
+
+
+#: The released thresholds, for the released divergence.
+RELEASED_THRESHOLDS = {
+    "LLaVA-NeXT-8B": Thresholds(0.10, 2e-3),
+    "LLaVA-1.5-7B": Thresholds(0.15, 2e-3),
+    "LLaVA-1.5-13B": Thresholds(0.077, 1.8e-3),
+    "LLaVA-OneVision-7B": Thresholds(0.08, 1.8e-3),
+}
+
+
+def quantile_thresholds(
+    scores: Sequence[TokenScores], probability: float = 0.2, divergence: float = 0.3, variant: str = "released"
+) -> Thresholds:
+    """Thresholds of a model that has none: the values below which these shares of its tokens lie.
+
+    Not the paper's; the released ones span a factor of two between models.
+    """
+    if not scores or not (0 < probability <= 1 and 0 < divergence <= 1):
+        raise EmbedLensError(
+            f"{len(scores)} pictures, shares {probability} and {divergence}: pass at least one picture, shares above 0 "
+            "up to 1"
+        )
+    p = torch.cat([score.probability for score in scores]).double()
+    d = torch.cat([score.cascade(variant) for score in scores]).double()
+    return Thresholds(float(p.quantile(probability)), float(d.quantile(divergence)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `build` asks of a prototype. The numbers are the release's for LLaVA-1.5; shares scale to fewer pictures."""
+
+    picture_clusters: int = 8
+    most_in_picture: int | float = 8
+    """Largest cluster of its own picture that a prototype may belong to: tokens, or as a float a share of those
+    scored (the release's 8 of 96 is 1/12)."""
+    clusters: int = 64
+    """Over all pictures; an eighth of the pool where it is small."""
+    more_pictures: int | float = 64
+    """A cluster stays if it has members from more pictures than this: a number, or as a float a share of the pictures
+    (the release's 64 of 500 is 0.128). This is the condition of context independence."""
+    variant: str = "released"
+    neighbours: int = 5
+    rms: float | None = None
+    """Unit of the tokens while they are clustered; see `dpc_knn`."""
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise EmbedLensError(f"unknown variant {self.variant!r}: use 'released' or 'textbook'")
+        for name in ("most_in_picture", "more_pictures"):
+            value = getattr(self, name)
+            if value < 0 or (isinstance(value, float) and value > 1):
+                raise EmbedLensError(f"{name} is {value}: pass a count, or a share from 0.0 to 1.0")
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """How many tokens each step of `build` leaves; "codebook" is the last."""
+
+    scored: int
+    candidates: int
+    """Below both thresholds."""
+    rare: int
+    """Of them, those in a small cluster of their picture."""
+    codebook: int
+    """Of these, those whose cluster recurs over enough pictures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """Redundant prototypes as they left the projector, with where each comes from."""
+
+    prototypes: Float[Tensor, "n d"]
+    image_ids: Int[Tensor, " n"]
+    patches: Int[Tensor, " n"]
+    """Place in its picture; -1: not known."""
+    probability: Float[Tensor, " n"]
+    region: Float[Tensor, " n"]
+    picture: Float[Tensor, " n"]
+    clusters: Int[Tensor, " n"]
+    model: str
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prototypes.ndim != 2 or not len(self.prototypes):
+            raise EmbedLensError(
+                "the codebook is empty: raise the thresholds, or lower Recipe.more_pictures, so that a token passes"
+            )
+        n = len(self.prototypes)
+        for name in COLUMNS:
+            if getattr(self, name).shape != (n,):
+                raise EmbedLensError(
+                    f"{name} has shape {tuple(getattr(self, name).shape)}: one entry a prototype ({n})"
+                )
+        if not bool((self.prototypes.float().norm(dim=-1) > 0).all()):
+            raise EmbedLensError("a prototype has length zero, which is like nothing: leave it out")
+
+    def __len__(self) -> int:
+        return len(self.prototypes)
+
+    @property
+    def width(self) -> int:
+        """Width d of the tokens it can be compared with."""
+        return self.prototypes.shape[1]
+
+    def check(self, model: VisionLanguageModel) -> None:
+        """Refuse another model's codebook: its directions mean nothing here, even where the width agrees.
+
+        Raises:
+            EmbedLensError: another width or another model.
+        """
+        if self.width != model.width:
+            raise EmbedLensError(
+                f"the codebook has width {self.width}, {model.name} {model.width}: build one for this model"
+            )
+        if self.model != model.name:
+            raise EmbedLensError(f"the codebook is of {self.model}, not of {model.name}: build one for this model")
+
+    def redundancy(self, tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Largest cosine to a prototype; a token of length zero has 0."""
+        return self.cosines(tokens).amax(-1)
+
+    def cosines(self, tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n"]:
+        """Cosine to every prototype."""
+        if tokens.shape[-1] != self.width:
+            raise EmbedLensError(
+                f"tokens of width {tokens.shape[-1]}, a codebook of width {self.width}: use the model's own codebook"
+            )
+        unit = functional.normalize(self.prototypes.float().to(tokens.device), dim=-1)
+        return functional.normalize(tokens.float(), dim=-1) @ unit.T
+
+    def double_softmax(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """The released score for OneVision: softmax over tokens times softmax over prototypes, largest per token."""
+        cosines = self.cosines(tokens)
+        return (cosines.softmax(0) * cosines.softmax(1)).amax(-1)
+
+    def extend(
+        self, other: Codebook, more_pictures: int | float | None = None, recipe: Recipe | None = None
+    ) -> Codebook:
+        """Both codebooks' prototypes, without any training.
+
+        Args:
+            other: of the same model.
+            more_pictures: if given, clusters are made anew over all rows and asked to span more pictures than this.
+            recipe: of those clusters.
+
+        Raises:
+            EmbedLensError: another model or width, or no cluster spans that many pictures.
+        """
+        if (other.model, other.width) != (self.model, self.width):
+            raise EmbedLensError(
+                f"codebooks of {self.model} (width {self.width}) and {other.model} (width {other.width}): extend one "
+                "with another of the same model"
+            )
+        shift = int(self.clusters.max()) + 1
+        parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("prototypes", *COLUMNS)}
+        parts["clusters"] = torch.cat([self.clusters, other.clusters + shift])
+        provenance = {**self.provenance, "extended_with": json.dumps(other.provenance, sort_keys=True)}
+        both = replace(self, **parts, provenance=provenance)
+        if more_pictures is None:
+            return both
+        recipe = replace(recipe or Recipe(), more_pictures=more_pictures)
+        pictures = len(both.image_ids.unique())
+        labels, keep = _recurring(both.prototypes, both.image_ids, pictures, recipe)
+        if not bool(keep.any()):
+            raise EmbedLensError(f"no cluster has more than {more_pictures} pictures: lower more_pictures")
+        return replace(both, clusters=labels)._rows(keep)
+
+    def deduplicated(self, cosine: float = 0.999) -> Codebook:
+        """Without prototypes that point where an earlier one does. A lower cosine leaves a few directions.
+
+        What is dropped has a kept prototype within `cosine`, so no token's redundancy falls by more than the angle
+        between the two.
+        """
+        if not -1 <= cosine <= 1:
+            raise EmbedLensError(f"cosine is {cosine}: pass a number from -1 to 1")
+        unit = functional.normalize(self.prototypes.float(), dim=-1)
+        kept: list[int] = []
+        for row in range(len(unit)):
+            if not kept or float((unit[kept] @ unit[row]).max()) <= cosine:
+                kept.append(row)
+        keep = torch.zeros(len(self), dtype=torch.bool)
+        keep[kept] = True
+        return self._rows(keep)
+
+    def _rows(self, keep: Bool[Tensor, " n"]) -> Codebook:
+        return replace(self, **{name: getattr(self, name)[keep] for name in ("prototypes", *COLUMNS)})
+
+    def write(self, file: Path | str) -> None:
+        """As safetensors: half-precision prototypes, where each comes from, and how they were found."""
+        from safetensors.torch import save_file
+
+        tensors = {"prototypes": self.prototypes.half().contiguous()}
+        tensors |= {name: getattr(self, name).contiguous() for name in COLUMNS}
+        about = {"format": FORMAT, "model": self.model, "provenance": json.dumps(self.provenance, sort_keys=True)}
+        save_file(tensors, str(file), metadata=about)
+
+    @classmethod
+    def read(cls, file: Path | str, model: VisionLanguageModel | None = None) -> Codebook:
+        """What `write` wrote.
+
+        Args:
+            file: the codebook.
+            model: if given, a codebook of another one is refused.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(file).is_file():
+            raise EmbedLensError(f"no codebook at {file}: write one with build(...)[0].write(file)")
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                about = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            raise EmbedLensError(f"{file} is no safetensors file: write the codebook again ({error})") from None
+        if about.get("format") != FORMAT or set(tensors) != {"prototypes", *COLUMNS}:
+            raise EmbedLensError(f"{file} is no codebook of this version: write it again")
+        tensors["prototypes"] = tensors["prototypes"].float()
+        found = cls(**tensors, model=about["model"], provenance=json.loads(about["provenance"]))
+        if model is not None:
+            found.check(model)
+        return found
+
+    @classmethod
+    def read_released(cls, file: Path | str, ids: Path | str | Sequence[int | str], model: str) -> Codebook:
+        """A codebook as the authors release it: a `.pt` with the matrix, a `.json` with the picture of each row.
+
+        Only tensors are read from the `.pt` (`weights_only`), as a pickle may otherwise run code.
+
+        Args:
+            file: the matrix, [n, d].
+            ids: the `.json`, or its content.
+            model: what `embedlens.load` takes for the model that it is of; the file does not say.
+        """
+        try:
+            matrix = torch.load(file, map_location="cpu", weights_only=True)
+            listed = json.loads(Path(ids).read_text(encoding="utf-8")) if isinstance(ids, (str, Path)) else list(ids)
+        except FileNotFoundError as error:
+            raise EmbedLensError(f"no file {error.filename}: pass the released .pt and its .json") from None
+        except Exception as error:  # pickle, zip and JSON have no common error
+            raise EmbedLensError(
+                f"{file} and its ids cannot be read as a matrix and a list: download both again ({error})"
+            ) from None
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or len(matrix) != len(listed):
+            shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise EmbedLensError(f"{file} holds {shape} with {len(listed)} ids: pass a matrix [n, d] and n ids")
+        numbers = {name: place for place, name in enumerate(dict.fromkeys(map(str, listed)))}
+        own = [int(name) if str(name).isdigit() else numbers[str(name)] for name in listed]
+        unknown = torch.full((len(matrix),), torch.nan)
+        none = torch.full((len(matrix),), -1)
+        return cls(
+            matrix.float(), torch.tensor(own), none, unknown, unknown, unknown, none, model, {"read from": "a release"}
+        )
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def build(
+    model: VisionLanguageModel,
+    tokens: Sequence[Float[Tensor, "n d"]],
+    scores: Sequence[TokenScores],
+    image_ids: Sequence[int],
+    thresholds: Thresholds,
+    recipe: Recipe | None = None,
+    protocol: Protocol | None = None,
+) -> tuple[Codebook, Stages]:
+    """The codebook that some scored pictures give.
+
+    1. In every picture, all scored tokens are clustered. Candidates are below both thresholds (strictly); they stay if
+       their cluster is small.
+    2. What stays of all pictures is clustered, and clusters that span enough different pictures are kept whole.
+
+    Args:
+        model: whose tokens they are; only its name is read.
+        tokens: of each picture, all of them, as they leave the projector.
+        scores: of each picture, from `token_scores`.
+        image_ids: of each picture; the same id is the same picture.
+        thresholds: released ones, or `quantile_thresholds`.
+        recipe: default: the release's for LLaVA-1.5.
+        protocol: what the scores were made with, for the record.
+
+    Raises:
+        EmbedLensError: no token passes; the sentence names the step.
+    """
+    recipe = recipe or Recipe()
+    if not len(tokens) == len(scores) == len(image_ids) or not len(tokens):
+        raise EmbedLensError(
+            f"{len(tokens)} pictures' tokens, {len(scores)} scores, {len(image_ids)} ids: pass one each, at least one"
+        )
+    rows: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
+    candidates = 0
+    at = VARIANTS.index(recipe.variant)
+    for own, score, image_id in zip(tokens, scores, image_ids, strict=True):
+        sampled = own.detach().float().cpu()[score.places]
+        low = (score.probability < thresholds.probability) & (score.cascade(recipe.variant) < thresholds.divergence)
+        low = low.cpu()
+        candidates += int(low.sum())
+        labels = dpc_knn(sampled, recipe.picture_clusters, recipe.neighbours, recipe.rms)
+        sizes = labels.bincount()[labels]
+        most = recipe.most_in_picture
+        keep = low & (sizes <= (most * len(sampled) if isinstance(most, float) else most))
+        rows.append(sampled[keep])
+        columns["image_ids"].append(torch.full((int(keep.sum()),), int(image_id)))
+        columns["patches"].append(score.places.cpu()[keep])
+        columns["probability"].append(score.probability.cpu()[keep])
+        columns["region"].append(score.region[:, at].cpu()[keep])
+        columns["picture"].append(score.picture[:, at].cpu()[keep])
+    pool = torch.cat(rows)
+    if not candidates:
+        raise EmbedLensError(f"no token is below both thresholds ({thresholds}): raise them, or take quantiles")
+    if not len(pool):
+        raise EmbedLensError(
+            f"all {candidates} candidates lie in clusters of their picture beyond Recipe.most_in_picture = "
+            f"{recipe.most_in_picture}: raise it"
+        )
+    found = {name: torch.cat(parts) for name, parts in columns.items() if parts}
+    labels, keep = _recurring(pool, found["image_ids"], len(set(image_ids)), recipe)
+    if not bool(keep.any()):
+        raise EmbedLensError(
+            f"no cluster of the {len(pool)} tokens left spans more than {recipe.more_pictures} pictures: lower "
+            "Recipe.more_pictures, or score more pictures"
+        )
+    found["clusters"] = labels
+    provenance = {
+        "pictures": str(len(image_ids)),
+        "thresholds": f"{thresholds.probability:.6g} {thresholds.divergence:.6g}",
+        "recipe": repr(recipe),
+        "protocol": repr(protocol),
+    }
+    book = Codebook(
+        pool[keep], **{name: part[keep] for name, part in found.items()}, model=model.name, provenance=provenance
+    )
+    return book, Stages(sum(len(score.places) for score in scores), candidates, len(pool), len(book))
+
+
+def _recurring(
+    pool: Float[Tensor, "n d"], image_ids: Int[Tensor, " n"], pictures: int, recipe: Recipe
+) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
+    """Clusters over all pictures, and the rows whose cluster spans more pictures than asked."""
+    labels = dpc_knn(pool, max(1, min(recipe.clusters, len(pool) // 8)), recipe.neighbours, recipe.rms)
+    bar = recipe.more_pictures * pictures if isinstance(recipe.more_pictures, float) else recipe.more_pictures
+    spans = torch.tensor([len(image_ids[labels == label].unique()) for label in range(int(labels.max()) + 1)])
+    return labels, (spans > bar)[labels]
+
+
+# --- selecting -------------------------------------------------------------------------------------------------------
+
+
+def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
+    """The `budget` tokens of lowest value, in raster order as any mask; ties go to the lower place.
+
+    >>> keep_lowest(torch.tensor([0.5, 0.1, 0.5, 0.9]), 2).tolist()
+    [True, True, False, False]
+    """
+    checked_budget(budget, len(values))
+    order = values.float().cpu().sort(stable=True).indices
+    keep = torch.zeros(len(values), dtype=torch.bool)
+    keep[order[:budget]] = True
+    return keep
+
+
+def keep_below(redundancy: Float[Tensor, " n"], threshold: float) -> Bool[Tensor, " n"]:
+    """The tokens of redundancy below a threshold, strictly: as many as the picture has.
+
+    Raises:
+        EmbedLensError: none is; the release would feed an empty picture.
+    """
+    keep = (redundancy < threshold).cpu()
+    if not bool(keep.any()):
+        raise EmbedLensError(
+            f"all {len(redundancy)} tokens are above the threshold {threshold:g} (lowest "
+            f"{float(redundancy.min()):.3g}): raise it, or keep a fixed number with keep_lowest"
+        )
+    return keep
+
+
+def calibrated_threshold(redundancies: Sequence[Float[Tensor, " n"]], mean_kept: float) -> float:
+    """The threshold that keeps this many tokens a picture on average, over other pictures than those pruned with it.
+
+    >>> calibrated_threshold([torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.4])], mean_kept=1) < 0.300001
+    True
+    """
+    values = torch.cat([part.double().cpu() for part in redundancies]).sort().values
+    wanted = round(mean_kept * len(redundancies))
+    if not 1 <= wanted <= len(values):
+        most = len(values) / max(1, len(redundancies))
+        raise EmbedLensError(f"mean_kept is {mean_kept}: pass above 0 up to the {most:g} tokens a picture has")
+    return float(values[wanted]) if wanted < len(values) else float(values[-1]) + 1e-6
+
+
+def checked_budget(budget: int, n: int) -> int:
+    """The budget, if a picture of n tokens has it."""
+    if not 1 <= budget <= n:
+        raise EmbedLensError(f"the budget is {budget} of {n} visual tokens: keep at least 1 and at most {n}")
+    return budget

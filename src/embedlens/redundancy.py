@@ -1,0 +1,538 @@
+"""What one visual token says, and what the answer loses without it: the scores behind the redundancy codebook.
+
+Source: "Beyond Intermediate States: Explaining Visual Redundancy through Language" (2503.20540) and its released code.
+A token is read in three ways, each of them one step of the language model:
+
+    alone       the only visual token of the prompt: how sure is the first word of the answer?
+    region      its 3 x 3 neighbourhood alone, with and without it
+    picture     the whole picture, with and without that whole neighbourhood
+
+"Without" puts one fixed vector in a token's place; the length stays. `D = JSD(region) + 16 JSD(picture)` is what the
+answer loses. Where the release differs from its description, `Protocol` has both.
+
+The readings of a picture share all rows before the first that differs. Those run once and are kept as the cache; what
+follows runs in batches.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.vlm import MINIATURE, QUESTION
+
+if TYPE_CHECKING:
+    from embedlens.patches import PatchGrid
+    from embedlens.vlm import Prompt, VisionLanguageModel
+else:
+    PatchGrid = Prompt = VisionLanguageModel = object
+
+#: The released prompt for LLaVA-1.5, and the one in the paper's figure of the pipeline.
+RELEASED_QUESTION = "What does this image show? You must provide a single word that best describes the image."
+FIGURE_QUESTION = "What does this image show? You must provide a single word or phrase that best describes it."
+ARTICLES = ("A", "a", "An", "an", "The", "the")
+RELEASED_ARTICLES = ("A",)
+REPLACEMENTS = ("row 0", "zeros", "mean token")
+VARIANTS = ("released", "textbook")
+HEAD = 50  # logits that the released top-1 probability is taken over
+RANKS = (  # places in the order of similarity to CLS, of 576, that the release scores; counted from 0
+    *range(24), *range(36, 44), *range(72, 80), *range(144, 152), *range(216, 224), *range(288, 296),
+    *range(360, 368), *range(432, 440), *range(504, 512), *range(568, 576),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How tokens are read. The defaults are the release's, but for articles."""
+
+    question: str = RELEASED_QUESTION
+    replacement: str = "row 0"
+    """What stands in for a removed token: "row 0" of the input embeddings (the release's padding id), "zeros", or the
+    "mean token" of the picture."""
+    articles: tuple[str, ...] = ARTICLES
+    """Words that are skipped where the answer begins with one."""
+    aligned: bool = True
+    """True: the run without the token is read after the article that the intact run wrote. False, as released: each
+    run skips its own article, so that two runs may be compared at different steps."""
+    head: int = HEAD
+    side: int = 3
+    """Of the square neighbourhood, in patches."""
+    k: int = 10
+    """Words of the intact run that the divergence compares."""
+    weights: tuple[float, float] = (1.0, 16.0)
+    """Of region and picture in the cascade."""
+
+    def __post_init__(self) -> None:
+        if self.replacement not in REPLACEMENTS:
+            names = ", ".join(map(repr, REPLACEMENTS))
+            raise EmbedLensError(f"unknown replacement {self.replacement!r}: use one of {names}")
+        if min(self.head, self.side, self.k) < 1:
+            raise EmbedLensError(f"head {self.head}, side {self.side} and k {self.k}: each is at least 1")
+
+
+RELEASED = Protocol(articles=RELEASED_ARTICLES, aligned=False)
+
+
+def describing(model: VisionLanguageModel) -> str:
+    """The question that asks this model for one word: the paper's, or the miniature's own, which it was trained with.
+
+    The miniature answers the paper's prompt with a caption, whose first word is no object.
+    """
+    return QUESTION if model.name == MINIATURE else RELEASED_QUESTION
+
+
+# --- pure parts ------------------------------------------------------------------------------------------------------
+
+
+def window(place: int, grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
+    """The tokens around one, in raster order: a square of `side` patches, shifted inward where it would leave the grid.
+
+    A grid that is smaller than the square gives its whole side.
+
+    >>> from embedlens.patches import Frame, PatchGrid
+    >>> grid = PatchGrid(rows=4, cols=5, frame=Frame.stretch(50, 40))
+    >>> window(7, grid).tolist(), window(0, grid).tolist()
+    ([1, 2, 3, 6, 7, 8, 11, 12, 13], [0, 1, 2, 5, 6, 7, 10, 11, 12])
+    """
+    if not 0 <= place < len(grid):
+        raise EmbedLensError(f"there is no token {place} in a grid of {len(grid)}: pass 0 to {len(grid) - 1}")
+    row, col = divmod(place, grid.cols)
+
+    def along(at: int, length: int) -> Tensor:
+        size = min(side, length)
+        first = min(max(0, at - (size - 1) // 2), length - size)
+        return torch.arange(first, first + size)
+
+    rows, cols = along(row, grid.rows), along(col, grid.cols)
+    return (rows[:, None] * grid.cols + cols).flatten()
+
+
+def block_centres(grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
+    """Middle tokens of the disjoint blocks that tile a grid: the paper's 64 of 576 (Figure 4).
+
+    >>> from embedlens.patches import Frame, PatchGrid
+    >>> block_centres(PatchGrid(rows=24, cols=24, frame=Frame.stretch(24, 24)))[:3].tolist()
+    [25, 28, 31]
+    """
+    if min(grid.rows, grid.cols) < side:
+        return torch.arange(len(grid))
+    rows, cols = (torch.arange((side - 1) // 2, length - side // 2, side) for length in (grid.rows, grid.cols))
+    return (rows[:, None] * grid.cols + cols).flatten()
+
+
+def sampled_ranks(n: int) -> Int[Tensor, " m"]:
+    """Which places of an order of n tokens are scored: the released 96 of 576, as far along it; all of few.
+
+    >>> len(sampled_ranks(576)), len(sampled_ranks(64))
+    (96, 64)
+    """
+    if n <= len(RANKS):
+        return torch.arange(n)
+    return torch.tensor(sorted({round(rank * (n - 1) / 575) for rank in RANKS}))
+
+
+def top_probability(logits: Float[Tensor, "*batch V"], head: int | None = HEAD) -> Float[Tensor, "*batch"]:
+    """Probability of the likeliest word: over the `head` highest logits, as released, or over the whole vocabulary.
+
+    >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    >>> round(float(top_probability(logits, head=2)), 4), round(float(top_probability(logits, head=None)), 4)
+    (0.7311, 0.6439)
+    """
+    if head is not None:
+        logits = logits.topk(min(head, logits.shape[-1])).values
+    return logits.float().softmax(-1).amax(-1)
+
+
+def divergence(
+    intact: Float[Tensor, "*batch V"], without: Float[Tensor, "*batch V"], variant: str = "released", k: int = 10
+) -> Float[Tensor, "*batch"]:
+    """How far the answer's first word moves, on the k likeliest words of the intact run; in nats.
+
+    Both runs' logits at those k words are normalised to p and q, with m = (p + q) / 2.
+
+    Args:
+        intact: logits with the token.
+        without: logits without it.
+        variant: "textbook", the Jensen-Shannon divergence [KL(p|m) + KL(q|m)] / 2; or "released", which has the
+            arguments of KL turned around and a mean over the k words in place of the sum: about a tenth of it.
+        k: words compared; all of a smaller vocabulary.
+
+    >>> p, q = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.25, 0.75]).log()
+    >>> round(float(divergence(p, q, "textbook")), 6), round(float(divergence(p, q, "released")), 6)
+    (0.130812, 0.071921)
+    """
+    if variant not in VARIANTS:
+        raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
+    if intact.shape != without.shape:
+        raise EmbedLensError(
+            f"logits of shapes {tuple(intact.shape)} and {tuple(without.shape)}: pass both runs of the same tokens"
+        )
+    ids = intact.topk(min(k, intact.shape[-1])).indices
+    log_p, log_q = (logits.gather(-1, ids).double().log_softmax(-1) for logits in (intact, without))
+    p, q = log_p.exp(), log_q.exp()
+    m = (p + q) / 2
+    log_m = m.log()
+    if variant == "textbook":
+        value = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
+    else:
+        value = (m * (2 * log_m - log_p - log_q)).mean(-1) / 2
+    return value.clamp_min(0).float()
+
+
+def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float | None = None) -> Int[Tensor, " n"]:
+    """Clusters by density peaks with nearest neighbours; 0 is that of the first centre. The same on every run.
+
+    Distances are Euclidean over √d. A token's density is exp(-mean square distance to its k nearest, itself among
+    them); its separation is the distance to the nearest denser token; the tokens of largest product are the centres,
+    and every token goes to the nearest. The release breaks ties by noise, this by index, and products are compared as
+    logarithms, as densities of long vectors would all be zero.
+
+    Args:
+        tokens: one per row.
+        clusters: how many; as many as there are tokens if they are fewer.
+        k: neighbours that make a density.
+        rms: bring the tokens' median root mean square to this first, as densities depend on the unit; None: as they
+            are, which is what the release does at the `LLAVA_RMS` of its model.
+
+    Source: Du, Ding and Jia, Knowledge-Based Systems 99 (2016); as in TCFormer and Chat-UniVi.
+
+    >>> dpc_knn(torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]), clusters=2, k=2).tolist()
+    [0, 0, 0, 1, 1, 1]
+    """
+    if not len(tokens) or clusters < 1 or k < 1:
+        raise EmbedLensError(f"{len(tokens)} tokens, {clusters} clusters, k = {k}: each is at least 1")
+    tokens = tokens.detach().double().cpu()
+    if rms is not None:
+        own = float(tokens.pow(2).mean(-1).sqrt().median())
+        tokens = tokens * (rms / own) if own > 0 else tokens
+    n = len(tokens)
+    distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[1] ** 0.5
+    log_density = -distance.topk(min(k, n), largest=False).values.pow(2).mean(-1)
+    order = torch.arange(n)
+    denser = (log_density[None] > log_density[:, None]) | (
+        (log_density[None] == log_density[:, None]) & (order[None] < order[:, None])
+    )
+    separation = distance.masked_fill(~denser, torch.inf).amin(-1)
+    separation = torch.where(denser.any(-1), separation, distance.max())
+    product = log_density + separation.log()  # a duplicate of a denser token is no centre: its log is -inf
+    centres = product.sort(descending=True, stable=True).indices[: min(clusters, n)]
+    labels = distance[:, centres].argmin(-1)
+    labels[centres] = torch.arange(len(centres))
+    return labels
+
+
+LLAVA_RMS = 31 / 4096**0.5  # median norm of LLaVA-1.5's stored tokens over the root of their width
+
+
+# --- readings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """Logits of the first word of the answer, of one picture. Row i is about token `places[i]`."""
+
+    places: Int[Tensor, " m"]
+    alone: Float[Tensor, "m V"]
+    region: Float[Tensor, "m V"]
+    region_without: Float[Tensor, "m V"]
+    """The region with the one token replaced."""
+    picture: Float[Tensor, "m V"]
+    """The intact picture: the same run in every row where nothing depends on the token."""
+    picture_without: Float[Tensor, "m V"]
+    """The picture with the token's whole region replaced."""
+    protocol: Protocol = field(repr=False, default_factory=Protocol)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """The scores of some visual tokens of one picture."""
+
+    places: Int[Tensor, " m"]
+    word: Int[Tensor, " m"]
+    """Likeliest first word of the token alone."""
+    probability: Float[Tensor, " m"]
+    """Its probability over the head vocabulary, which thresholds are calibrated to."""
+    probability_full: Float[Tensor, " m"]
+    """Over the whole vocabulary."""
+    logit: Float[Tensor, " m"]
+    region: Float[Tensor, "m 2"]
+    """Divergence of the region, "released" and "textbook"."""
+    picture: Float[Tensor, "m 2"]
+    """Divergence of the picture, likewise."""
+    weights: tuple[float, float]
+
+    def cascade(self, variant: str = "released") -> Float[Tensor, " m"]:
+        """D: weighted sum of both divergences (Section 3 of the facts; weights 1 and 16 in every released config)."""
+        if variant not in VARIANTS:
+            raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
+        at = VARIANTS.index(variant)
+        return self.weights[0] * self.region[:, at] + self.weights[1] * self.picture[:, at]
+
+
+def scored(readings: Readings) -> TokenScores:
+    """The scores that logits give."""
+    protocol = readings.protocol
+
+    def both(intact: Tensor, without: Tensor) -> Tensor:
+        return torch.stack([divergence(intact, without, variant, protocol.k) for variant in VARIANTS], -1)
+
+    logit, word = readings.alone.max(-1)
+    return TokenScores(
+        places=readings.places,
+        word=word,
+        probability=top_probability(readings.alone, protocol.head),
+        probability_full=top_probability(readings.alone, None),
+        logit=logit,
+        region=both(readings.region, readings.region_without),
+        picture=both(readings.picture, readings.picture_without),
+        weights=protocol.weights,
+    )
+
+
+def token_scores(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    places: Sequence[Int[Tensor, " _"]] | None = None,
+    protocol: Protocol | None = None,
+    batch_size: int = 64,
+) -> list[TokenScores]:
+    """Scores of the tokens of several pictures; `readings_of` says what is run.
+
+    Args:
+        model: from `embedlens.load`.
+        prompts: one per picture; their question is replaced by the protocol's.
+        places: tokens of each picture; default: all.
+        protocol: default: the release's with the model's own question (`describing`), articles aligned.
+        batch_size: readings that run together; the scores do not depend on it, up to rounding.
+    """
+    if places is not None and len(places) != len(prompts):
+        raise EmbedLensError(f"{len(prompts)} pictures but {len(places)} sets of places: pass one set per picture")
+    chosen = [None] * len(prompts) if places is None else places
+    return [
+        scored(readings_of(model, prompt, at, protocol, batch_size)) for prompt, at in zip(prompts, chosen, strict=True)
+    ]
+
+
+@torch.no_grad()
+def readings_of(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    places: Int[Tensor, " _"] | Sequence[int] | None = None,
+    protocol: Protocol | None = None,
+    batch_size: int = 64,
+) -> Readings:
+    """Read tokens of one picture alone, in their region and in the whole picture.
+
+    Four readings a token and one of the picture. The text before the picture runs once, and a reading of the whole
+    picture starts at the first row that differs within its batch.
+
+    Raises:
+        EmbedLensError: a place that is not in the picture, an active intervention, a batch size below 1.
+    """
+    protocol = Protocol(question=describing(model)) if protocol is None else protocol
+    if model.intervention is not None:
+        raise EmbedLensError("tokens are read without interventions: leave the intervene block first")
+    if batch_size < 1:
+        raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
+    if prompt.rows is not None:
+        raise EmbedLensError("this prompt has lost visual tokens already: pass the whole prompt")
+    if len(prompt.grid) != prompt.grid.rows * prompt.grid.cols:
+        raise EmbedLensError("the picture's tokens are no single grid, so they have no neighbourhood: use a base view")
+    prompt = prompt if prompt.question == protocol.question else model.asked(prompt, protocol.question)
+    n = len(prompt.grid)
+    at = torch.arange(n) if places is None else torch.as_tensor(places, dtype=torch.long)
+    if not len(at) or int(at.min()) < 0 or int(at.max()) >= n:
+        raise EmbedLensError(f"places {at.tolist()} in a picture of {n} tokens: pass some of 0 to {n - 1}")
+    # own positions or features added at depth: each reading is a prompt of its own
+    plain = prompt.positions is None and prompt.deep is None
+    reader = (_Reader if plain else PromptReader)(model, prompt, protocol, batch_size)
+    regions = torch.stack([window(int(place), prompt.grid, protocol.side) for place in at])
+    tokens, blank = reader.tokens, reader.blank
+    alone, _ = reader.read(tokens[at][:, None], at[:, None])
+    # tokens at the border share their windows, which are read once
+    windows, of_token = regions.unique(dim=0, return_inverse=True)
+    region, wrote = reader.read(tokens[windows], windows)
+    hit = (regions == at[:, None])[..., None].to(tokens.device)
+    region_without, _ = reader.read(torch.where(hit, blank, tokens[regions]), regions, wrote[of_token])
+    whole, wrote = reader.read(tokens[None], torch.arange(n)[None])
+    gone = torch.zeros(len(windows), n, dtype=torch.bool).scatter_(1, windows, True)
+    without = reader.read_whole(gone, wrote.expand(len(windows)))
+    return Readings(at, alone, region[of_token], region_without, whole.expand(len(at), -1), without[of_token], protocol)
+
+
+class _Reader:
+    """One prompt whose visual rows are exchanged: it keeps what all readings share, and runs the rest."""
+
+    def __init__(self, model: VisionLanguageModel, prompt: Prompt, protocol: Protocol, batch_size: int) -> None:
+        self.model, self.protocol, self.batch_size = model, protocol, batch_size
+        self.embeds, self.visual = prompt.embeds, prompt.visual.nonzero()[:, 0].cpu()
+        self.start = int(self.visual[0])
+        self.text = torch.tensor([i for i in range(self.start, len(prompt)) if not prompt.visual[i]])
+        self.tokens = prompt.embeds[prompt.visual]
+        self.blank = {
+            "row 0": model.input_embeddings[0],
+            "zeros": torch.zeros_like(self.tokens[0]),
+            "mean token": self.tokens.mean(0),
+        }[protocol.replacement].to(self.tokens)
+        skipped = [index for index, word in enumerate(model.tokens) if word.removeprefix("·") in protocol.articles]
+        self.articles = torch.tensor(skipped, dtype=torch.long)
+        self.prompt = prompt
+        self.prefix: Any = None
+
+    def read(
+        self, rows: Float[Tensor, "m w d"], at: Int[Tensor, "m w"], wrote: Int[Tensor, " m"] | None = None
+    ) -> tuple[Float[Tensor, "m V"], Int[Tensor, " m"]]:
+        """Logits at the first content word of prompts with these visual rows, and the article before it (-1: none).
+
+        Args:
+            rows: visual rows in raster order.
+            at: which tokens' places they have; text between visual rows stays where it is.
+            wrote: the articles of the intact runs, which are read after where the protocol aligns.
+        """
+        if self.prefix is None:
+            self.prefix = self._run(self.embeds[None, : self.start], None)[1]
+        before = self.text[None] < self.visual[at][:, -1:]
+        if bool(before.any()):  # text between visual rows, such as line breaks of the grid, in order of position
+            parts = [self._tail(row, self.visual[place]) for row, place in zip(rows, at, strict=True)]
+            tails = torch.stack(parts)
+        else:
+            tails = torch.cat([rows, self.embeds[self.text].expand(len(rows), -1, -1)], 1)
+        return self._content(wrote, len(rows), lambda keep: (tails[keep], self.prefix, None))
+
+    def read_whole(self, gone: Any, wrote: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        """Logits of the whole picture with some tokens replaced; Bool[m, n] says which."""
+        whole = self._run(self.embeds[None], None)[1]
+        first = self.visual[gone.int().argmax(1)]
+        order = first.argsort(stable=True)  # those that differ early run together
+
+        def tails(keep: Tensor) -> tuple[Tensor, Any, int | None]:
+            rows = order[keep]
+            shared = int(first[rows].min())
+            tail = self.embeds[shared:].repeat(len(rows), 1, 1)
+            for place, row in enumerate(rows):
+                tail[place, self.visual[gone[row]] - shared] = self.blank
+            return tail, whole, shared
+
+        # smaller batches, as the rows before the first that differs are run for none of a batch
+        logits, _ = self._content(wrote[order], len(order), tails, max(1, self.batch_size // 8))
+        return torch.empty_like(logits).index_copy_(0, order.to(logits.device), logits)
+
+    def _tail(self, row: Tensor, places: Tensor) -> Tensor:
+        positions = torch.cat([places, self.text])
+        order = positions.argsort(stable=True)
+        return torch.cat([row, self.embeds[self.text]])[order]
+
+    def _content(self, wrote: Tensor | None, m: int, tails: Any, size: int | None = None) -> tuple[Tensor, Tensor]:
+        """First step, then a second one for rows whose first word is an article."""
+        given = wrote if wrote is not None and self.protocol.aligned else None
+        article = torch.full((m,), -1) if given is None else given.clone()
+        logits: list[Tensor] = []
+        for keep in torch.arange(m).split(size or self.batch_size):
+            if given is None:
+                found = self._logits(*tails(keep))
+                best = found.argmax(-1).cpu()
+                article[keep] = torch.where(torch.isin(best, self.articles), best, -1)
+            else:
+                found = None
+            late = keep[article[keep] >= 0]
+            early = keep[article[keep] < 0]
+            if found is None:
+                found = torch.empty(len(keep), self.model.unembed.n_rows, device=self.embeds.device)
+                if len(early):
+                    found[early - keep[0]] = self._logits(*tails(early)).to(found)
+            if len(late):
+                tail, cache, shared = tails(late)
+                found[late - keep[0]] = self._logits(self._longer(tail, article[late]), cache, shared).to(found)
+            logits.append(found)
+        return torch.cat(logits).float(), article
+
+    def _longer(self, tail: Any, words: Int[Tensor, " b"]) -> Any:
+        """The tails with one more word each."""
+        return torch.cat([tail, self.model.input_embeddings[words.to(self.embeds.device)][:, None].to(tail)], 1)
+
+    def _logits(self, tail: Float[Tensor, "b s d"], cache: Any, shared: int | None) -> Float[Tensor, "b V"]:
+        """Next-token logits after a tail that follows the first `shared` rows of what the cache holds (None: all)."""
+        return self.model.unembed(self._run(tail, cache, shared)[0][:, -1], norm=False)  # the decoder has normed it
+
+    def _run(self, tail: Float[Tensor, "b s d"], cache: Any, shared: int | None = None) -> tuple[Tensor, Any]:
+        from transformers import DynamicCache
+
+        own = DynamicCache() if cache is None else copy.deepcopy(cache)
+        if cache is not None:
+            beyond = 0 if shared is None else own.get_seq_length() - shared
+            if beyond:
+                own.crop(-beyond)
+            if len(tail) > 1:
+                own.batch_repeat_interleave(len(tail))
+        output = self.model.decoder(inputs_embeds=tail, past_key_values=own, use_cache=True)
+        return output.last_hidden_state, own
+
+
+class PromptReader(_Reader):
+    """The same readings as whole prompts, by the model's own way of running them: slower, and right for any family.
+
+    Models whose visual rows have positions of their own, or features that are added at depth, are read like this.
+    """
+
+    def read(
+        self, rows: Float[Tensor, "m w d"], at: Int[Tensor, "m w"], wrote: Int[Tensor, " m"] | None = None
+    ) -> tuple[Float[Tensor, "m V"], Int[Tensor, " m"]]:
+        def shorter(row: Tensor, places: Tensor) -> Prompt:
+            gone = torch.ones(len(self.visual), dtype=torch.bool, device=self.prompt.visual.device)
+            gone[places] = False
+            prompt = self.prompt.without(gone) if bool(gone.any()) else self.prompt
+            embeds = prompt.embeds.clone()
+            embeds[prompt.visual] = row
+            deep = None
+            if prompt.deep is not None:  # what replaces a token brings no features of its own
+                deep = prompt.deep * (row != self.blank).any(-1)[:, None].to(prompt.deep)
+            return replace(prompt, embeds=embeds, deep=deep)
+
+        return self._prompts([shorter(row, places) for row, places in zip(rows, at, strict=True)], wrote)
+
+    def read_whole(self, gone: Any, wrote: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
+        rows = torch.where(gone[..., None].to(self.tokens.device), self.blank, self.tokens)
+        return self.read(rows, torch.arange(len(self.tokens)).expand(len(rows), -1), wrote)[0]
+
+    def _prompts(self, prompts: list[Prompt], wrote: Int[Tensor, " m"] | None) -> tuple[Tensor, Tensor]:
+        def tails(keep: Tensor) -> tuple[Any, Any, int | None]:
+            return [prompts[int(i)] for i in keep], None, None
+
+        return self._content(wrote, len(prompts), tails)
+
+    def _longer(self, tail: Any, words: Int[Tensor, " b"]) -> Any:
+        return [_with_word(self.model, prompt, int(word)) for prompt, word in zip(tail, words, strict=True)]
+
+    def _logits(self, tail: Any, cache: Any, shared: int | None) -> Float[Tensor, "b V"]:
+        with self.model.running(tail) as entered:
+            embeds, mask = self.model.padded(entered)
+            output = self.model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        ends = torch.tensor([len(prompt) - 1 for prompt in entered], device=output.last_hidden_state.device)
+        return self.model.unembed(
+            output.last_hidden_state[torch.arange(len(ends), device=ends.device), ends], norm=False
+        )
+
+
+def _with_word(model: VisionLanguageModel, prompt: Prompt, word: int) -> Prompt:
+    """A prompt that goes on with one more word."""
+
+    def grown(rows: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([rows, last.to(rows)[None]])
+
+    return replace(
+        prompt,
+        ids=grown(prompt.ids, torch.tensor(word)),
+        embeds=grown(prompt.embeds, model.input_embeddings[word]),
+        visual=grown(prompt.visual, torch.tensor(False)),
+        rows=None if prompt.rows is None else grown(prompt.rows, prompt.rows.max() + 1),
+        positions=None
+        if prompt.positions is None
+        else torch.cat([prompt.positions, prompt.positions.max(1, keepdim=True).values + 1], 1),
+    )
