@@ -233,6 +233,22 @@ def test_tower_states_are_in_the_order_of_the_visual_tokens(case):
             assert int(changes.argmax()) == index
 
 
+def test_the_projector_makes_visual_tokens_of_the_towers_rows(case):
+    """But where a token of a large picture mixes several, which is done after projecting."""
+    model, made = case.model, 0
+    for prompt in case.prompts:
+        rows = model.tower_states_of([prompt])[0][model.feature_layer]
+        with torch.no_grad():
+            tokens = model.projector(rows)
+        patches = prompt.grid.views[-1]
+        if case.name == "llava_onevision":
+            patches = model.family.tiles_grid(model.hf, prompt.image.size)
+        if len(patches) == len(prompt.grid.views[-1]):
+            assert_close(tokens, prompt.embeds[prompt.visual], **CLOSE)
+            made += 1
+    assert made
+
+
 # --- interventions ---------------------------------------------------------------------------------------------------
 
 

@@ -55,10 +55,10 @@ def membership_for(model: VisionLanguageModel, samples: Sequence[Sample], refere
     if reference.dead_id is None:
         return "cluster"
     lens = EmbedLens.from_model(model)
-    tokens = model.visual_features([sample.image for sample in samples])
-    near = torch.stack([near_word(rows, lens, reference.dead_id) for rows in tokens]).float()
+    tokens = model.visual_features_of([sample.image for sample in samples])
+    near = [near_word(rows, lens, reference.dead_id).float() for rows in tokens]
     parts = [part for part in (near[: len(near) // 2], near[len(near) // 2 :]) if len(part)]
-    return "top3" if all(float(part.mean()) >= RARE for part in parts) else "cluster"
+    return "top3" if all(float(torch.cat(part).mean()) >= RARE for part in parts) else "cluster"
 
 
 def pairwise_cosine(
@@ -225,7 +225,7 @@ def common(
     for prompts, found, tower in _batches(model, samples, reference, membership, batch_size):
         streams = model.hidden_states_of(prompts, batch_size)
         for i, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
-            masks = arms(found[i], tower[i, -1].norm(dim=-1), (0, pictures + i))
+            masks = arms(found[i], tower[i][-1].norm(dim=-1), (0, pictures + i))
             masks["all"] = torch.ones_like(found[i].dead)
             members = torch.stack(list(masks.values())).to(stream.device).float()
             by_layer = members @ normalize(stream[:, prompt.visual].float(), dim=-1)  # [layers, groups, d]
@@ -268,7 +268,7 @@ def group_study(
     words = torch.tensor([is_word(entry) for entry in model.tokens])
     rows: list[dict[str, np.ndarray]] = []
     for prompts, found, tower in _batches(model, samples, reference, membership, batch_size):
-        named = [arms(groups, tower[i, -1].norm(dim=-1), (seed, len(rows) + i)) for i, groups in enumerate(found)]
+        named = [arms(groups, tower[i][-1].norm(dim=-1), (seed, len(rows) + i)) for i, groups in enumerate(found)]
         masks = [
             {
                 name: prompt.spread(mask)
@@ -286,14 +286,14 @@ def group_study(
 
 def _batches(
     model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, membership: str, batch_size: int
-) -> Iterator[tuple[list[Prompt], list[TokenGroups], Float[Tensor, "pictures tower n v"]]]:
+) -> Iterator[tuple[list[Prompt], list[TokenGroups], list[Float[Tensor, "tower n v"]]]]:
     stream = iter(samples)
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
         yield (
             prompts,
             token_groups_of(model, prompts, reference, membership, batch_size=batch_size),
-            model.tower_states(prompts),
+            model.tower_states_of(prompts),
         )
 
 
@@ -413,7 +413,7 @@ def selection_study(
     found: list[Float[np.ndarray, " columns"]] = []
     stream = iter(samples)
     while batch := list(islice(stream, batch_size)):
-        for tokens in model.visual_features([sample.image for sample in batch], batch_size).float():
+        for tokens in map(torch.Tensor.float, model.visual_features_of([s.image for s in batch], batch_size)):
             each = []
             for (chosen, rest), lens in zip(columns, lenses, strict=True):
                 if membership == "cluster":

@@ -8,7 +8,7 @@ sphere, and directions that share nothing with the tokens but their mean and cov
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,20 +155,34 @@ class Hubness:
         }
 
 
-def hubness(lens: Lens, tokens: Float[Tensor, "pictures n d"], k: int = 1, repeats: int = 10, seed: int = 0) -> Hubness:
+def _of_pictures(
+    lens: Lens, tokens: Float[Tensor, "pictures n d"] | Sequence[Float[Tensor, "_ d"]], k: int
+) -> Int[np.ndarray, "pictures V"]:
+    if len({len(rows) for rows in tokens}) == 1:  # all at once, where they stack
+        return occurrences(lens, torch.stack(list(tokens)), k)
+    return np.stack([occurrences(lens, rows, k) for rows in tokens])
+
+
+def hubness(
+    lens: Lens,
+    tokens: Float[Tensor, "pictures n d"] | Sequence[Float[Tensor, "_ d"]],
+    k: int = 1,
+    repeats: int = 10,
+    seed: int = 0,
+) -> Hubness:
     """Count the answers of a lens on visual tokens and, as often, on directions that hold no picture.
 
     Args:
-        tokens: visual tokens of several pictures, as `model.visual_features` gives them.
+        tokens: visual tokens of several pictures, as `model.visual_features_of` gives them.
         k: answers per vector.
         repeats: draws of the directions, each as large as `tokens`.
 
     Raises:
         EmbedLensError: no pictures, no repeats, or what `Lens.topk` refuses.
     """
-    if repeats < 1 or not tokens.shape[0] * tokens.shape[1]:
+    if repeats < 1 or not sum(map(len, tokens)):
         raise EmbedLensError("hubness needs visual tokens of at least one picture and at least one repeat")
-    flat = tokens.flatten(0, 1)
+    flat = torch.cat(list(tokens))
     n, d = flat.shape
     seeds = [seed * repeats + i for i in range(repeats)]
 
@@ -176,7 +190,7 @@ def hubness(lens: Lens, tokens: Float[Tensor, "pictures n d"], k: int = 1, repea
         return np.stack([occurrences(lens, directions, k) for directions in drawn])
 
     return Hubness(
-        tokens=occurrences(lens, tokens, k),
+        tokens=_of_pictures(lens, tokens, k),
         matched=counted(matched_directions(flat, n, at) for at in seeds),
         random=counted(random_directions(n, d, at) for at in seeds),
         k=k,

@@ -192,7 +192,7 @@ def _pictures(
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
         found = token_groups_of(model, prompts, reference, membership, batch_size=batch_size)
-        read = model.tower_states(prompts)[:, model.feature_layer]
+        read = [states[model.feature_layer] for states in model.tower_states_of(prompts)]
         for sample, prompt, groups, before in zip(batch, prompts, found, read, strict=True):
             yield sample, prompt.grid, (groups.dead.numpy(), groups.alive.numpy()), before
 
@@ -206,14 +206,8 @@ def projected(projector: nn.Module, before: Float[Tensor, "tokens v"]) -> Float[
 
 
 def projector_of(model: VisionLanguageModel) -> nn.Module:
-    """The model's own projector.
-
-    Raises:
-        EmbedLensError: the family has none of its own, or it takes more than a tower's state per patch.
-    """
-    if "projector" not in model.family.MODULES:
-        raise EmbedLensError(f"{model.name} has no module that is named its projector: add it to MODULES of its family")
-    return model.hf.get_submodule(model.family.MODULES["projector"])
+    """The model's own projector, taking the tower's states of a token as `model.tower_states_of` gives them."""
+    return model.projector
 
 
 @dataclass(frozen=True, eq=False)

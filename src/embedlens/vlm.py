@@ -374,6 +374,12 @@ class VisionLanguageModel:
         return _stacked(self.tower_states_of(prompts), "tower_states")
 
     @property
+    def projector(self) -> nn.Module:
+        """The model's own projector, taking rows of `tower_states_of` at `feature_layer`, one per visual token."""
+        module = self._module("projector")
+        return self.family.of_tokens(module) if hasattr(self.family, "of_tokens") else module
+
+    @property
     def canvas_side(self) -> int:
         """Side of a square picture that the vision tower reads without resizing, px."""
         return self.family.canvas_side(self.hf, self.processor)

@@ -58,7 +58,7 @@ def patch_grid(
     preprocessing: str,
     picture_size: tuple[int, int],
 ) -> PatchGrid:
-    """The grids of a picture of (width, height) px: tiles in raster order, then the thumbnail; one grid for one tile."""
+    """The grids of a picture of (width, height) px: tiles in raster order, then the thumbnail; a grid for one tile."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
     width, height = picture_size

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import plain
@@ -95,11 +95,28 @@ def tower_states(hf: Qwen2_5_VLForConditionalGeneration, inputs: Sequence[Inputs
 
 
 def merged_rows(hf: Any, one: Inputs) -> list[Float[Tensor, "n v"]]:
-    """Every layer of the vision tower for one picture, the patches of a block side by side; blocks as the tower runs."""
+    """Every layer of the vision tower for one picture, patches of a block side by side, blocks in its order."""
     block = hf.config.vision_config.spatial_merge_size**2
     tower = hf.get_submodule(MODULES["vision_tower"])
     layers = tower(one["pixel_values"], grid_thw=one["image_grid_thw"], output_hidden_states=True).hidden_states
     return [layer.reshape(len(layer) // block, -1) for layer in layers]
+
+
+class OfTokens(nn.Module):
+    """A merger that takes a token's patches side by side, as `tower_states` hands them out."""
+
+    def __init__(self, merger: nn.Module) -> None:
+        super().__init__()
+        self.merger = merger
+
+    def forward(self, rows: Float[Tensor, "n v"]) -> Float[Tensor, "n d"]:
+        norm: Any = self.merger.ln_q if hasattr(self.merger, "ln_q") else self.merger.norm
+        return self.merger(rows.reshape(-1, norm.weight.shape[0]))
+
+
+def of_tokens(merger: nn.Module) -> nn.Module:
+    """The merger as a projector of tokens."""
+    return OfTokens(merger)
 
 
 def feature_layer(hf: Any) -> int:
