@@ -21,10 +21,14 @@ FLOORS |= {"printed": 0, "paired": 3.2, "sweep": 3.8}
 FLOORS |= {"consistency": 3.7, "readout": 3.7}
 FLOORS |= {"sinks": 3.7}
 FLOORS |= {"groups": 3.5}
+FLOORS |= {"prefix": 2.5}
 FLOORS |= {"norms": 3.7}
+FLOORS |= {"redundancy": 3, "codebook": 3.1, "pruners": 3.7, "shootout": 3.9}
 FLOORS |= {"trajectories": 3.7, "late_entry": 3.8}
-FLOORS |= {"memory": 2, "other_models": 6, "studies": 6.5}
-FLOORS |= {"book": 0, "scenes": 7, "page": 7}
+FLOORS |= {"memory": 2, "other_models": 6, "studies": 6.5, "parameters": 2, "address": -1, "launch": 1}
+FLOORS |= {"book": 0, "scenes": 7, "page": 7, "grounding": 6, "lengths": 6}
+FLOORS |= {"one_patch": 7, "colour_sources": 6, "recurrence": 6, "census": 6}
+FLOORS |= {"retrieval": 6, "hub_words": 6}
 
 
 def seconds(code: str) -> float:

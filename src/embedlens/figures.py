@@ -157,25 +157,28 @@ def dots(
         face: fill of the markers, such as "white"; default: the look's colour.
     """
     several = Interval(*(np.array([float(part) for part in parts]) for parts in zip(*found, strict=True)))
-    style = {"color": look.colour, "marker": look.marker, "markerfacecolor": face or look.colour, "capsize": 3}
-    style |= {"linestyle": "none", "label": label or None}
+    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "capsize": 3}
+    style |= {"markerfacecolor": face or look.colour, "linestyle": "none", "label": label or None}
     if along == "y":
         axes.errorbar(places, several.value, yerr=reach(several), **style)
     else:
         axes.errorbar(several.value, places, xerr=reach(several), **style)
 
 
-def interval_bars(axes: Axes, found: Mapping[str, Interval], looks: Mapping[str, Look], digits: int = 0) -> None:
+def interval_bars(
+    axes: Axes, found: Mapping[str, Interval], looks: Mapping[str, Look], digits: int = 0, edge: str = "white"
+) -> None:
     """Shares as lying bars with their intervals and per cent, the first at the top.
 
     Args:
         found: name → share, 0-d.
         looks: colour and hatch of each name.
         digits: decimals of the per cent written beside a bar.
+        edge: colour of the bars' edges and hatches.
     """
     for at, (name, share) in enumerate(found.items()):
         look, spread = looks[name], reach(share)[:, None]
-        axes.barh(at, share.value, xerr=spread, color=look.colour, hatch=look.hatch, edgecolor="white", capsize=4)
+        axes.barh(at, share.value, xerr=spread, color=look.colour, hatch=look.hatch, edgecolor=edge, capsize=4)
         axes.annotate(
             f"{share.value:.{digits}%}", (float(share.high), at), (6, 0), textcoords="offset points", va="center"
         )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from embedlens.errors import EmbedLensError
-from embedlens.figures import patch_figure, signature
+from embedlens.figures import group_figure, patch_figure, signature
+from embedlens.groups import TokenGroups
 from embedlens.labels import label_ids, named_patches
 from embedlens.probe import PictureProbe
 from embedlens.samples import Sample
@@ -55,7 +56,7 @@ def nearest_words(model: VisionLanguageModel, sample: Sample, seen: PictureProbe
     named, objects = named_patches(model, sample, seen.grid, seen.ids[:, :1])
     title = f"{int(named.sum())} of {int(objects.sum())} object patches are nearest to their object's name"
     words = [row[0] for row in seen.words]
-    return patch_figure(seen.image, seen.grid, words, title, named, _footer(seen, "one held-out picture"))
+    return patch_figure(seen.image, seen.grid, words, title, named, _footer(seen))
 
 
 def named_objects(model: VisionLanguageModel, sample: Sample, seen: PictureProbe) -> Figure:
@@ -75,8 +76,22 @@ def named_objects(model: VisionLanguageModel, sample: Sample, seen: PictureProbe
     return patch_figure(seen.image, seen.grid, words, title, named, footer)
 
 
-def _footer(seen: PictureProbe, of: str) -> str:
-    return signature(seen.model, f"{LENS_NAMES[seen.lens]}, layer {seen.layer}, {of}")
+def in_groups(seen: PictureProbe, groups: TokenGroups, title: str = "", stand_in: str = "") -> Figure:
+    """Every patch outlined by its group, with the nearest word at its foot.
+
+    Args:
+        seen: `probe_picture` of the picture.
+        groups: `token_groups` of the same picture.
+        title: the message; default: how many tokens are alive and dead.
+        stand_in: said behind that, where "dead" is no group of this model.
+    """
+    alive, dead = int(groups.alive.sum()), int(groups.dead.sum())
+    title = title or f"{alive} of {len(groups.alive)} tokens are alive, {dead} dead{stand_in}"
+    return group_figure(seen.image, seen.grid, groups.named, [row[0] for row in seen.words], title, _footer(seen))
+
+
+def _footer(seen: PictureProbe) -> str:
+    return signature(seen.model, f"{LENS_NAMES[seen.lens]}, layer {seen.layer}, one held-out picture")
 
 
 def _number(words: int) -> str:
