@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedlens.address import address_of, configured
 from embedlens.errors import EmbedLensError
 
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
@@ -563,6 +564,8 @@ def build(
     chosen = chapters(root, notebooks) if execute else []
     values = parameters_for([root / page for page in chosen], parameters or {})
     source = stage(root, out / "src")
+    config = source / "_config.yml"
+    config.write_text(configured(config.read_text(encoding="utf-8"), address_of(root)), encoding="utf-8")
     for page in chosen:
         say(f"running {page}")
         run(source / page, source / page, values[root / page])

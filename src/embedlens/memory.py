@@ -303,3 +303,10 @@ def table(batch_size: int = 1) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("model")
+
+
+def markdown(batch_size: int = 1) -> str:
+    """`table` as the page "Run it on a GPU" shows it."""
+    found = table(batch_size).reset_index()
+    lines = [list(found.columns), ["---"] * len(found.columns), *found.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

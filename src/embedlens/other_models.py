@@ -333,15 +333,21 @@ def clusters_figure(found: Mapping[str, Record]) -> Figure:
     from matplotlib import pyplot as plt
 
     _demand_records(found)
-    fig, panels = plt.subplots(1, len(found), figsize=(figures.WIDTH, 3.8), sharey=True, squeeze=False)
-    for axes, (model, record) in zip(panels[0], found.items(), strict=True):
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    size = (figures.WIDTH, 0.6 + 3.2 * rows)
+    fig, panels = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for axes in panels.flat[len(found) :]:
+        axes.set_axis_off()
+    for axes, (model, record) in zip(panels.flat, found.items(), strict=False):
         value, low, high = np.array([[float(part) for part in interval(record, f"share_{r}")] for r in range(RANKS)]).T
         spread = np.clip([value - low, high - value], 0, None)
         axes.bar(range(RANKS), value, yerr=spread, color=figures.ORDER[0], capsize=3, ecolor="#333333")
-        figures.paper_line(axes, 0.3, "paper (7B), C0: about 30 %", RANKS - 0.5, ha="right")
-        axes.set_title(f"{name_of(model)}: {value[0]:.0%} in the largest", fontsize=11)
+        figures.paper_line(axes, 0.3, "paper (7B), C0: ~30 %", RANKS - 0.5, ha="right")
+        axes.set_title(name_of(model), fontsize=11)
         axes.set_xlabel("cluster, by rank of size")
-    panels[0][0].set_ylabel("share of the picture's tokens")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("share of the tokens")
     figures.headline(fig, f"The largest cluster holds {_span(found, ['share_0'])} of the visual tokens")
     return fig
 
@@ -351,7 +357,7 @@ def groups_figure(found: Mapping[str, Record]) -> Figure:
     from matplotlib import pyplot as plt
 
     _demand_records(found)
-    fig, axes = plt.subplots(figsize=(figures.WIDTH, 1.9 + 0.6 * len(found)))
+    fig, axes = plt.subplots(figsize=(figures.WIDTH, 2.1 + 0.6 * len(found)))
     parts = {name_of(model): {name: record.numbers[name] for name in GROUPS} for model, record in found.items()}
     figures.stacked_bars(axes, parts, {name: figures.GROUPS[name] for name in GROUPS})
     axes.set_xlabel("share of the visual tokens")
@@ -378,8 +384,8 @@ def told(found: Mapping[str, Record], model: str) -> dict[str, Any]:
     absentees = [named.name for named in PAPER if named.repository not in found]
     return {
         "c0": interval(record, "share_0"),
-        "similarity": interval(record, "similarity"),
-        "random": interval(record, "random"),
+        "similarity": record.numbers["similarity"],
+        "random": record.numbers["random"],
         "lead": interval(record, "lead"),
         "dead": interval(record, "dead"),
         "run_list": ", ".join(name_of(name) for name in found),

@@ -1,0 +1,147 @@
+"""A notebook's parameters are checked in its first cells: a misspelt name or an impossible value stops it at once.
+
+Papermill only logs a name that the notebook does not declare, and runs on with the defaults.
+
+>>> check({"n_images": 0})
+Traceback (most recent call last):
+    ...
+embedlens.errors.EmbedLensError: n_images is 0: pass a whole number of at least 2, so that there is something to ...
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from embedlens.errors import EmbedLensError
+
+INJECTED = "# Parameters"  # the first line of the cell that papermill puts behind the parameters
+LEAST_PICTURES = 2
+TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
+    """Refuse what a run cannot mean, before anything is loaded.
+
+    Args:
+        namespace: the notebook's variables: `globals()`.
+        history: the cells run so far, as IPython keeps them: `In`. From it the names and types that the notebook
+            declares are read, and those that papermill was given.
+
+    Raises:
+        EmbedLensError: a name that is not declared, a value of another type, or one that is out of bounds; all of them
+            in one message.
+    """
+    declared, given = _declared(history)
+    faults = [
+        f"there is no parameter {name!r}: this notebook has {', '.join(declared)}"
+        for name in given
+        if declared and name not in declared
+    ]
+    for name, annotation in declared.items():
+        value, kind = namespace.get(name), TYPES.get(annotation)
+        if kind is not None and not _is_a(value, kind):
+            faults.append(f"{name} is {value!r}: pass {'an' if annotation == 'int' else 'a'} {annotation}")
+    wrong = {fault.split(" is ")[0] for fault in faults}
+    for name, rule in RULES.items():
+        if name in namespace and name not in wrong:
+            fault = rule(name, namespace[name])
+            faults += [fault] if fault else []
+    if faults:
+        raise EmbedLensError("; ".join(faults))
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _declared(history: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Name → annotation of the parameters cell, and the names in the cell that papermill injected after it."""
+    for number, source in enumerate(history):
+        if number and source.startswith(INJECTED):
+            return _assigned(history[number - 1]), list(_assigned(source))
+    return {}, []
+
+
+def _assigned(source: str) -> dict[str, str]:
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    found: dict[str, str] = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id: "" for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+# --- what each parameter may be --------------------------------------------------------------------------------------
+
+
+def _count(name: str, value: Any) -> str:
+    if _is_a(value, int) and value >= LEAST_PICTURES:
+        return ""
+    return (
+        f"{name} is {value!r}: pass a whole number of at least {LEAST_PICTURES}, so that there is something to average"
+    )
+
+
+def _seed(name: str, value: Any) -> str:
+    return "" if _is_a(value, int) and value >= 0 else f"{name} is {value!r}: pass a whole number, 0 or more"
+
+
+def _said(call: Callable[[Any], object], value: Any) -> str:
+    """The sentence with which a call refuses a value; empty: it does not."""
+    try:
+        call(value)
+    except EmbedLensError as error:
+        return str(error)
+    return ""
+
+
+def _model(name: str, value: Any) -> str:
+    from embedlens.vlm import _locate
+
+    return _said(_locate, value) if isinstance(value, str) else f"{name} is {value!r}: pass a name or a folder"
+
+
+def _device(name: str, value: Any) -> str:
+    from embedlens.vlm import _device as placed
+
+    return _said(placed, value)
+
+
+def _dataset(name: str, value: Any) -> str:
+    from embedlens.samples import coco
+
+    if not isinstance(value, str) or not value:
+        return f"{name} is {value!r}: pass 'miniworld' or a COCO folder such as 'coco:/data/coco/val2017'"
+    if value in ("miniworld", "patchbench"):
+        return ""
+    if value.startswith("coco:") or Path(value).expanduser().is_dir():
+        return _said(coco._layout, value.removeprefix("coco:"))
+    return f"unknown data set {value!r}: pass 'miniworld' or a COCO folder such as 'coco:/data/coco/val2017'"
+
+
+def _folder(name: str, value: Any) -> str:
+    if not isinstance(value, (str, Path)) or not str(value):
+        return f"{name} is {value!r}: pass a folder"
+    return f"{name} is {value!r}, which is a file: pass a folder" if Path(value).is_file() else ""
+
+
+RULES: Mapping[str, Callable[[str, Any], str]] = {
+    "model": _model,
+    "dataset": _dataset,
+    "n_images": _count,
+    "n_questions": _count,
+    "seed": _seed,
+    "device": _device,
+    "out": _folder,
+    "results": _folder,
+}

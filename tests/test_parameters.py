@@ -1,0 +1,89 @@
+"""A misspelt parameter or an impossible value stops a notebook in its first cells."""
+
+import shutil
+from pathlib import Path
+
+import papermill
+import pytest
+
+from embedlens import EmbedLensError, book, launch, parameters
+from embedlens.parameters import check
+
+ROOT = Path(__file__).parents[1]
+DECLARED = 'model: str = "miniature"  # a model\nn_images: int = 4  # pictures\nscale: float = 1.0  # of them'
+SOUND = {"model": "miniature", "dataset": "miniworld", "n_images": 4, "seed": 0, "device": "cpu", "out": "../results"}
+
+
+def test_sound_parameters_pass():
+    check(SOUND)
+    check({**SOUND, "scale": 2}, ["", DECLARED, f"{parameters.INJECTED}\nn_images = 4\nscale = 2"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"n_images": 1}, "n_images is 1: pass a whole number of at least 2"),
+        ({"n_images": True}, "n_images is True"),
+        ({"n_images": "many"}, "n_images is 'many'"),
+        ({"n_images": 2.5}, "n_images is 2.5"),
+        ({"seed": -1}, "seed is -1: pass a whole number, 0 or more"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"model": "no-such-model"}, "no-such-model"),
+        ({"model": None}, "model is None: pass a name or a folder"),
+        ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
+        ({"dataset": "coco:/nowhere"}, "no folder /nowhere"),
+        ({"out": str(Path(__file__))}, "which is a file"),
+        ({"seed": "x", "n_images": 0}, "n_images is 0.*seed is 'x'"),
+    ],
+)
+def test_an_impossible_value_is_refused_with_what_to_pass(changed, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        check({**SOUND, **changed})
+
+
+def test_a_name_that_the_notebook_does_not_declare_is_refused():
+    with pytest.raises(EmbedLensError, match="no parameter 'n_image': this notebook has model, n_images, scale"):
+        check({**SOUND, "n_image": 9}, ["", DECLARED, f"{parameters.INJECTED}\nn_image = 9"])
+
+
+def test_a_value_of_another_type_than_declared_is_refused():
+    with pytest.raises(EmbedLensError, match="scale is '2': pass a float"):
+        check({**SOUND, "scale": "2"}, ["", DECLARED, f'{parameters.INJECTED}\nscale = "2"'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [({"n_image": 9}, "no parameter 'n_image'"), ({"n_images": 0}, "n_images is 0"), ({"n_images": 3}, None)],
+)
+def test_papermill_itself_stops_at_the_check(tmp_path, given, sentence):
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    source, target = tmp_path / "chapter.ipynb", tmp_path / "run.ipynb"
+    cells = [
+        new_code_cell(DECLARED, metadata={"tags": ["parameters"]}),
+        new_code_cell("from pathlib import Path\nPath('measured').touch()"),
+    ]
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": book.KERNEL})
+    launch.begin(notebook)
+    book.write(notebook, source)
+    run = {"parameters": given, "cwd": str(tmp_path), "progress_bar": False, "kernel_name": "python3"}
+    if sentence is None:
+        papermill.execute_notebook(str(source), str(target), **run)
+    else:
+        with pytest.raises(papermill.exceptions.PapermillExecutionError, match=sentence):
+            papermill.execute_notebook(str(source), str(target), **run)
+    assert (tmp_path / "measured").exists() == (sentence is None)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda page: page.stem)
+def test_help_notebook_gives_every_parameter_a_type_and_a_meaning(page, tmp_path):
+    shutil.copy(page, tmp_path)
+    for name, entry in papermill.inspect_notebook(str(tmp_path / page.name)).items():
+        assert entry["inferred_type_name"] in parameters.TYPES, name
+        assert len(entry["help"]) > 5, name
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda page: page.stem)
+def test_every_parameter_of_the_book_has_a_rule(page):
+    assert set(book.declared_parameters(page)) <= set(parameters.RULES)
