@@ -63,6 +63,7 @@ VERDICTS = {
 }
 CHANCE = "#767676"
 FACT = "#C0392B"  # a target or a printed value
+SHADE = "#F4F4F0"  # ground of a range of layers that is spoken of
 ORDER = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#56B4E9", "#4D4D4D")  # for what has no meaning yet
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 WIDTH = 6.8  # inches; with DPI the width of the page's column

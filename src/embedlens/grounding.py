@@ -101,7 +101,7 @@ class Grounding:
     def told(self) -> dict[str, Any]:
         """What the prose says of it."""
         return {
-            "rate_first": Interval(*(part[0] for part in self.rate)),
+            "rate_first": self.rate.at(0),
             "plateau": self.plateau,
             "rise": self.rise,
             "peak": self.peak,

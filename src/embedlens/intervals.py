@@ -30,6 +30,14 @@ class Interval(NamedTuple):
         rows = np.round(np.stack([np.ravel(part) for part in self], -1), digits) + 0.0  # + 0.0: no "-0.00"
         return [f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})" for value, low, high in rows]
 
+    def at(self, place: int) -> Interval:
+        """One entry, such as that of one layer, 0-d.
+
+        >>> Interval(np.array([0.5, 0.25]), np.array([0.0, 0.125]), np.array([0.75, 0.5])).at(-1).texts()
+        ['0.25 (0.12 to 0.50)']
+        """
+        return Interval(*(part[place] for part in self))
+
 
 def ratio_interval(
     hits: Shaped[np.ndarray, "pictures *layers"],  # noqa: UP037 - a shape, no annotation to unquote

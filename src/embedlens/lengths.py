@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 VISUAL, TEXT = Look(figures.ORDER[4], "v"), figures.GROUPS["text"]
 STILL = 0.9  # cosine of a block that does little, a turn of 26 degrees; set before the run
 KINDS = ("object", "colour", "existence")  # what is asked of a model whose visual tokens are scaled
-SHADE = "#F4F4F0"
 Courses = Mapping[tuple[float, str], Course]  # as `norms.courses` gives them
 
 
@@ -67,8 +66,8 @@ class Longer:
     def told(self) -> dict[str, Any]:
         """What the prose says of it."""
         return {
-            "ratio_first": _at(self.ratio, 0),
-            "ratio_last": _at(self.ratio, -1),
+            "ratio_first": self.ratio.at(0),
+            "ratio_last": self.ratio.at(-1),
             "n_above": self.n_above,
             "text_growth": self.text.value[1] / self.text.value[0],
             "visual_growth": self.visual.value[1] / self.visual.value[0],
@@ -111,7 +110,7 @@ def course_figure(course: Courses, scale: float, shallow: int, title: str, model
     upper.set_ylabel("mean L2 norm")
     upper.set_title(title)
     upper.legend(loc="lower right")
-    lower.axvspan(-0.3, shallow - 0.5, color=SHADE, zorder=0)
+    lower.axvspan(-0.3, shallow - 0.5, color=figures.SHADE, zorder=0)
     lower.set_ylim(min(-0.05, lower.get_ylim()[0]), 1.02)
     lower.set_xlabel("block l (0 = the first); shallow ones shaded")
     lower.set_ylabel(r"cos($h_l$, $h_{l+1}$)")
@@ -351,7 +350,7 @@ class Arithmetic:
     def told(self) -> dict[str, Any]:
         """What the prose says of it."""
         return {
-            "attention_moved": _at(self.attention_moved, -1),
+            "attention_moved": self.attention_moved.at(-1),
             "mlp_moved": self.mlp_moved.value[-1],
             "n_few": self.n_pictures,
             "measured_small": self.measured.value[-1],
@@ -422,7 +421,7 @@ class Sight:
         return mean_interval(self.everything[:, :1] - self.everything, seed=self.seed)
 
     def finding(self) -> Finding:
-        asked, blind, lost = self.everything, np.concatenate(list(self.blind.values())), _at(self.lost, -1)
+        asked, blind, lost = self.everything, np.concatenate(list(self.blind.values())), self.lost.at(-1)
         sees = mean_interval(asked[:, 0] - blind, seed=self.seed)
         verdict = sight_verdict(float(lost.low), float(lost.high), float(sees.low))
         untold = ", so the unscaled model shows no sight that could be lost."
@@ -452,8 +451,8 @@ class Sight:
             "correct_plain": asked[:, 0].mean(),
             "correct_small": asked[:, -1].mean(),
             "correct_blind": np.concatenate(list(self.blind.values())).mean(),
-            "loss": _at(self.lost, -1),
-            "loss_mild": _at(self.lost, self.scales.index(mild)),
+            "loss": self.lost.at(-1),
+            "loss_mild": self.lost.at(self.scales.index(mild)),
         }
 
 
@@ -620,7 +619,7 @@ def match_figure(found: Match, model: str) -> Figure:
     n, layers = found.n_layers, np.arange(found.n_layers + 1)
     fig, (axes, bars) = plt.subplots(2, 1, figsize=(figures.WIDTH, 5.4), height_ratios=(3, 1), sharex=True)
     for part in (axes, bars):
-        part.axvspan(n / 4, 3 * n / 4, color=SHADE, zorder=0)
+        part.axvspan(n / 4, 3 * n / 4, color=figures.SHADE, zorder=0)
     figures.layer_curve(axes, *found.text, "text, by layer", TEXT)
     axes.axhspan(float(found.enter.low), float(found.enter.high), color=VISUAL.colour, alpha=0.2, linewidth=0)
     axes.axhline(float(found.enter.value), color=VISUAL.colour, label="visual, at the input")
@@ -666,10 +665,6 @@ def numbers(course: Courses, sight: Sight, match: Match, block: Arithmetic) -> d
     kept |= {"middle_by_accident": match.worth, "matching_norm_ratio": match.off.value}
     kept |= {"first_block_frozen": block.frozen.value[-1], "first_block_measured": block.measured.value[-1]}
     return {name: float(x) for name, x in kept.items()}
-
-
-def _at(found: Interval, place: int) -> Interval:
-    return Interval(*(part[place] for part in found))
 
 
 def _factor_curve(

@@ -56,7 +56,7 @@ class Dominance:
     def finding(self) -> Finding:
         value = self.of_totals.value
         return Finding.of(
-            _at(self.of_totals, 0),
+            self.of_totals.at(0),
             self.n_pictures,
             dominance_verdict(self.of_totals.low),
             f"Share of C0 in all tokens, bar one half; {value[1]:.3f} of ranks 0 to 4, {value[2]:.3f} of all clusters "
@@ -65,7 +65,7 @@ class Dominance:
 
     def told(self) -> dict[str, Any]:
         """What the prose says of it."""
-        return {"c0_share": _at(self.shares, 0)}
+        return {"c0_share": self.shares.at(0)}
 
     def numbers(self) -> dict[str, float]:
         """What the record keeps of it."""
@@ -168,14 +168,14 @@ class Alike:
         smaller = f"Mean similarity of ranks 1 to {ranks - 1}; {self.consistent} of them are above 0.9 and above random"
         return {
             "E06": Finding.of(
-                _at(self.raw, most),
+                self.raw.at(most),
                 n,
                 e06,
                 f"Similarity of the most alike rank ({most}), bar 0.99; random sets of its size "
                 f"{self.null.value[most]:.3f}.",
             ),
             "E07": Finding.of(
-                _at(self.raw, 0),
+                self.raw.at(0),
                 n,
                 e07,
                 f"Similarity of C0, bar 0.98; variance over pairs {self.variance:.6f}; random sets "
@@ -192,9 +192,9 @@ class Alike:
     def told(self) -> dict[str, Any]:
         """What the prose says of it."""
         return {
-            "s0": _at(self.raw, 0),
-            "lead0": _at(self.lead, 0),
-            "lead0_removed": _at(self.lead_removed, 0),
+            "s0": self.raw.at(0),
+            "lead0": self.lead.at(0),
+            "lead0_removed": self.lead_removed.at(0),
             "s0_null": self.null.value[0],
             "s0_removed": self.removed.value[0],
             "s0_null_removed": self.null_removed.value[0],
@@ -485,7 +485,3 @@ def framing_figure(found: Framing, model: str) -> Figure:
     axes.set_title(f"{found.in_bars.value:.0%} of C0 lies in bars")
     figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures")
     return fig
-
-
-def _at(found: Interval, place: int) -> Interval:
-    return Interval(*(part[place] for part in found))
