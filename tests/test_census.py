@@ -12,6 +12,7 @@ import pytest
 from embedlens import census, claims, samples
 from embedlens.census import Census, DeadWords
 from embedlens.clusters import cluster_study
+from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups
 from embedlens.intervals import Interval
 
@@ -134,3 +135,5 @@ def test_the_patch_of_several_meanings_has_the_nearest_fifth_word(tiny, pictures
     assert len(found.words) == 8 and (np.diff(found.cosines) <= 1e-6).all()
     assert not bool(found.prompt.grid.padded[found.patch])
     assert len(census.meanings_figure(found, "miniature").axes) == 2
+    with pytest.raises(EmbedLensError, match="at least one"):
+        census.several_meanings(tiny, [])

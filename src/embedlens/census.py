@@ -17,6 +17,7 @@ from embedlens import claims, figures
 from embedlens.claims import Finding
 from embedlens.clusters import ClusterStudy, text_centroid
 from embedlens.consistency import is_word
+from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.hubs import random_directions
 from embedlens.intervals import Interval, mean_interval
@@ -53,15 +54,14 @@ class Census:
     c0_share: float
     seed: int
 
-    def over(self, measure: str, group: str, less: str = "", one_minus: bool = False) -> Interval | None:
+    def over(self, measure: str, group: str, less: str = "") -> Interval | None:
         """Mean over pictures of a measure of one group, or of that less another group's; None: no picture has both.
 
         Args:
             less: the other group, of the same picture.
-            one_minus: of what is left to one.
         """
         values = self.table[measure, group]
-        values = values - self.table[measure, less] if less else 1 - values if one_minus else values
+        values = values - self.table[measure, less] if less else values
         return mean_interval(values.to_numpy(float), seed=self.seed) if values.notna().any() else None
 
     def shown(self) -> pd.DataFrame:
@@ -79,7 +79,8 @@ class Census:
         """E01 to E04, and E12."""
         dead = f"Share of visual tokens that are dead (by {self.membership}); C0 holds {self.c0_share:.3f}"
         nearer, alive = self.nearer, self.nearer_alive
-        known = [nearer] if self.membership == "cluster" or alive is None else [nearer, alive]
+        alive_low = None if self.membership == "cluster" or alive is None else float(alive.low)
+        far = claims.UNTESTABLE if nearer is None else far_verdict(float(nearer.low), alive_low)
         note = f"Cosine to the words' centroid, tokens outside C0 less C0; alive less dead: {texts(alive)}."
         return {
             "E01": self._about("alive", 0.6, NEAR, "Share of visual tokens that are alive"),
@@ -89,7 +90,7 @@ class Census:
             "E12": Finding.of(
                 nearer,
                 len(self.table),
-                claims.counted(found is not None and bool(found.low > 0) for found in known),
+                far,
                 "No picture has tokens both in C0 and outside." if nearer is None else note,
             ),
         }
@@ -105,8 +106,8 @@ class Census:
         return self.over("to text", "alive", less="dead")
 
     def _about(self, group: str, printed: float, near: float, note: str, one_minus: bool = False) -> Finding:
-        found = self.over("share", group, one_minus=one_minus)
-        assert found is not None  # a share is there even of a group without tokens
+        shares = self.table["share", group].to_numpy(float)
+        found = mean_interval(1 - shares if one_minus else shares, seed=self.seed)
         verdict = about_verdict(float(found.low), float(found.high), printed, near)
         return Finding.of(found, len(self.table), verdict, f"{note}; within {near:g} of {printed:g} holds.")
 
@@ -209,6 +210,22 @@ def about_verdict(low: float, high: float, printed: float, near: float) -> str:
     if printed - near <= low and high <= printed + near:
         return claims.HOLDS
     return claims.FAILS if low > printed + near or high < printed - near else claims.PARTLY
+
+
+def far_verdict(nearer_low: float, alive_low: float | None) -> str:
+    """E12, "dead tokens are far from words, alive ones near".
+
+    The first difference is of C0, chosen by size alone, since a dead word is discovered from a cluster that is chosen
+    to be far from words. It holds if both differences lie above zero, and in part if one of them does.
+
+    Args:
+        nearer_low: lower bound of the cosine to the words' centroid of tokens outside C0 less that of C0.
+        alive_low: the same of alive tokens less dead ones; None where "dead" is only a stand-in, or no token is.
+
+    >>> far_verdict(0.1, 0.2), far_verdict(0.1, -0.2), far_verdict(-0.1, None)
+    ('holds', 'partly', 'does not hold')
+    """
+    return claims.counted(low > 0 for low in (nearer_low, alive_low) if low is not None)
 
 
 def groups_figure(found: Census, stand_in: str, model: str) -> Figure:
@@ -367,6 +384,7 @@ class JointMap:
 
     @property
     def n_words(self) -> int:
+        """Points that are words."""
         return sum(kind == "text" for kind in self.kinds)
 
     def told(self) -> dict[str, Any]:
@@ -435,20 +453,23 @@ def several_meanings(model: VisionLanguageModel, samples: Sequence[Sample], word
     """The patch whose fifth word is nearest, among those in an object that have its label among their five.
 
     Where no patch qualifies, all patches outside the bars compete.
+
+    Raises:
+        EmbedLensError: no pictures.
     """
+    if not samples:
+        raise EmbedLensError("no pictures to look for a patch in: pass at least one")
     lens = EmbedLens.from_model(model)
     prompts = model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
-    best: tuple[float, Meanings] | None = None
+    found = []
     for sample, prompt in zip(samples, prompts, strict=True):
         cosines, ids = lens.topk(prompt.embeds[prompt.visual], words)
         named, _ = named_patches(model, sample, prompt.grid, ids[:, :5])
         score = np.where(prompt.grid.padded, -2, cosines[:, 4].cpu().numpy()) + 10 * named.numpy()
-        if best is None or score.max() > best[0]:
-            at = int(score.argmax())
-            heard = tuple(model.tokens[i] for i in ids[at].tolist())
-            best = float(score.max()), Meanings(prompt, at, heard, cosines[at].float().cpu().numpy())
-    assert best is not None  # prompts refuses an empty list
-    return best[1]
+        at = int(score.argmax())
+        heard = tuple(model.tokens[i] for i in ids[at].tolist())
+        found.append((float(score.max()), Meanings(prompt, at, heard, cosines[at].float().cpu().numpy())))
+    return max(found, key=lambda entry: entry[0])[1]
 
 
 def meanings_figure(found: Meanings, model: str) -> Figure:

@@ -98,6 +98,7 @@ class Twins:
 
     @property
     def background_chance(self) -> float:
+        """The same by chance."""
         return self.chance[GROUND] + self.chance[SURROUND]
 
     def names(self, kind: str) -> Interval:
@@ -357,6 +358,7 @@ class Recoloured:
         return mean_interval(self.turned(SURROUND).astype(float) - self.turned(INK), seed=self.seed)
 
     def finding(self) -> Finding:
+        """E56."""
         lows = [float(share(self.turned(part)).low) for part in self.changed]
         pattern = self.like_the_paper
         verdict = recolouring_verdict(float(self.more.low), bool(pattern.any()), lows)

@@ -54,6 +54,7 @@ class Longer:
         return int((self.ratio.low > 1).sum())
 
     def finding(self) -> Finding:
+        """E42."""
         ratio = self.ratio.value
         return Finding.of(
             self.above,
@@ -162,6 +163,7 @@ class Turning:
         return pd.DataFrame(columns, index=pd.RangeIndex(len(self.steps.value), name="block"))
 
     def finding(self) -> Finding:
+        """E60."""
         verdict = still_verdict(
             float(self.still.low), float(self.still.high), self.steps.low[: self.shallow], float(self.than_text.low)
         )
@@ -263,6 +265,7 @@ class Shrinking:
         return "more" if self.drop.value > 0 else "less"
 
     def finding(self) -> Finding:
+        """E43."""
         return Finding.of(
             self.drop,
             self.n_pictures,
@@ -421,6 +424,7 @@ class Sight:
         return mean_interval(self.everything[:, :1] - self.everything, seed=self.seed)
 
     def finding(self) -> Finding:
+        """E44."""
         asked, blind, lost = self.everything, np.concatenate(list(self.blind.values())), self.lost.at(-1)
         sees = mean_interval(asked[:, 0] - blind, seed=self.seed)
         verdict = sight_verdict(float(lost.low), float(lost.high), float(sees.low))
@@ -541,6 +545,7 @@ class Match:
         return float(norms.in_the_middle(self.drawn, self.n_layers).mean())
 
     def finding(self) -> Finding:
+        """E45."""
         found = Interval(*(np.array(x) for x in (self.layer, min(self.low, self.layer), max(self.high, self.layer))))
         return Finding.of(
             found,

@@ -195,6 +195,7 @@ class Together:
 
     @property
     def both(self) -> Bool[np.ndarray, " objects"]:
+        """Colour and count are right."""
         return self.colour & self.count
 
     @property
@@ -203,6 +204,7 @@ class Together:
         return share(self.both[self.named])
 
     def finding(self) -> Finding:
+        """E46."""
         named, among, by_habit = int(self.named.sum()), self.among_named, share(self.habit_both)
         verdict = together_verdict(
             named,
@@ -361,6 +363,7 @@ class Halves:
         return mean_interval(one - several, seed=self.seed)
 
     def finding(self) -> Finding:
+        """E47."""
         if self.lead is None:
             note = f"This vocabulary has two-letter strings of {' and '.join(self.own) or 'no kind'} only."
             return Finding.of(None, self.n, claims.UNTESTABLE, note)

@@ -54,6 +54,7 @@ class Dominance:
         return pd.DataFrame(columns, index=totals)
 
     def finding(self) -> Finding:
+        """E05."""
         value = self.of_totals.value
         return Finding.of(
             self.of_totals.at(0),
@@ -319,6 +320,7 @@ class Thresholds:
         return [found for (_, order), found in self.overlaps.items() if order == "greedy"]
 
     def finding(self) -> Finding:
+        """E09."""
         passing = sum(bool(found.low > SAME) for found in self.of_thresholds)
         return Finding.of(
             min(self.of_thresholds, key=lambda found: float(found.value)),

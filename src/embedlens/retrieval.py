@@ -65,6 +65,7 @@ class Retrieval:
 
     @property
     def ahead_beyond_chance(self) -> int:
+        """The same, chance taken off both lenses."""
         return int((self.lead_beyond_chance.low[: self.middle + 1] > 0).sum())
 
     def table(self) -> pd.DataFrame:
