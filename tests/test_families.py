@@ -19,7 +19,17 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 import embedlens as el
-from embedlens import EmbedLensError, EnterAt, Prune, Rescale, Silence, SkipSublayers, families, intervene
+from embedlens import (
+    EmbedLensError,
+    EnterAt,
+    Prune,
+    ReleasedLayer0,
+    Rescale,
+    Silence,
+    SkipSublayers,
+    families,
+    intervene,
+)
 from embedlens.groups import discover, token_groups_of
 from embedlens.probe import probe_picture
 from embedlens.samples import load as load_samples
@@ -341,6 +351,16 @@ def test_rescaling_scales_all_that_the_picture_brings(model, prompt):
     assert torch.equal(seen, model.logits(prompt.rescaled(0.01))) and not torch.equal(seen, model.logits(prompt))
     assert_close(prompt.rescaled(0.5).embeds[prompt.visual], prompt.embeds[prompt.visual] / 2)
     assert torch.equal(prompt.rescaled(0.5).embeds[prompt.text], prompt.embeds[prompt.text])
+
+
+def test_the_released_layer_0_acts_on_visual_rows_and_on_what_follows(model, prompt):
+    plain = el.trace(model, prompt)
+    with intervene(model, ReleasedLayer0()) as run:
+        seen = el.trace(model, prompt)
+    assert run.fired == 1
+    first = int(prompt.visual.nonzero()[0])
+    assert torch.equal(seen.resid_mid[0][:first], plain.resid_mid[0][:first])
+    assert not torch.isclose(seen.resid_mid[0], plain.resid_mid[0], atol=1e-3).all(-1)[prompt.visual].any()
 
 
 ARMS = {

@@ -69,12 +69,21 @@ def probe(
 
 @app.command()
 def models() -> None:
-    """List the supported families, and the facts of the shipped miniature."""
-    from embedlens.families import FAMILIES
+    """List the supported families with sizes, limits and tested versions, and the facts of the shipped miniature."""
+    from embedlens.families import FAMILIES, TESTED_WITH
+    from embedlens.released import size_lines
 
+    sizes = size_lines()
     for family in FAMILIES:
         typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
-        typer.echo(f"  for example {', '.join(family.EXAMPLES)}")
+        for example in family.EXAMPLES:
+            typer.echo(f"  {example}: {sizes[example]}")
+        for limit in family.LIMITS:
+            typer.echo(f"  note: {limit}")
+    typer.echo(
+        f"Tested with transformers {', '.join(TESTED_WITH)}, on small random checkpoints of these classes; sizes are "
+        "estimates from configs."
+    )
     typer.echo("")
     for line in _miniature_facts():
         typer.echo(line)

@@ -36,7 +36,7 @@ PROCESSOR = "Qwen2_5_VLProcessor"
 PREPROCESSINGS = (plain.OWN,)
 MODULES = plain.MODULES | {"vision_tower": "model.visual", "projector": "model.visual.merger"}
 LIMITS = (
-    "Prune with positions='renumber': patches stand at a row and a column, and gaps between those cannot be closed",
+    "no Prune(positions='renumber'): patches stand at a row and a column, and gaps between those cannot be closed",
     "a row of the vision tower is four patches side by side, as the merger reads them",
     "one picture, no video",
 )
