@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import clustering, retrieval, sweep, trace
+from benchmarks import clustering, prefill, retrieval, sweep, trace
 from benchmarks.measure import circumstances
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -27,13 +27,16 @@ def main() -> None:
     content["retrieval"] = [retrieval.retrieval(threads, dtype=dtype) for dtype in ("float32", "bfloat16")]
     content["trace"] = [trace.trace(threads, prompts=prompts) for prompts in (1, 8)]
     content["clustering"] = clustering.clustering(threads)
-    content["sweep"] = sweep.sweep(threads)
+    content["sweep"] = [sweep.sweep(threads, per_picture) for per_picture in (1, 6)]
+    content["prefill"] = prefill.prefill(threads)
     for found in content["retrieval"]:
         table += retrieval.lines(found)
     for found in content["trace"]:
         table += trace.lines(found)
     table += clustering.lines(content["clustering"])
-    table += sweep.lines(content["sweep"])
+    for found in content["sweep"]:
+        table += sweep.lines(found)
+    table += prefill.lines(content["prefill"])
 
     print(f"{content['machine']}, {threads} threads, load before: {content['load_before']}")
     header = ("measured", "times the bare way: median (range)", "extra memory at the peak")

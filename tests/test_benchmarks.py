@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clustering, measure, retrieval, sweep, trace
+from benchmarks import clustering, measure, prefill, retrieval, sweep, trace
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 def in_this_process(monkeypatch):
     """A fresh process for each measurement takes seconds to start; one test below starts one."""
     here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
-    for module in (retrieval, trace, clustering, sweep):
+    for module in (retrieval, trace, clustering, sweep, prefill):
         monkeypatch.setattr(module, "in_fresh_process", here)
 
 
@@ -56,12 +56,41 @@ def test_clustering_is_measured():
     assert len(clustering.lines(found)) == 2
 
 
-def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder):
-    found = sweep.sweep(1, per_family=5, repeats=1, batch_size=8, model=str(tiny_folder))
+@pytest.mark.parametrize(("per_picture", "pictures"), [(1, 20), (5, 2)])
+def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder, per_picture, pictures):
+    questions = 20 if per_picture == 1 else 10
+    found = sweep.sweep(1, per_picture, questions, repeats=1, batch_size=8, model=str(tiny_folder))
     complete(found["ways"])
-    assert (found["questions"], found["arms"]) == (20, 8)
+    assert (found["questions"], found["pictures"], found["arms"]) == (questions, pictures, 8)
     assert found["same_answers"] > 0.9  # other kernels and batches: a near tie may fall the other way
     assert len(sweep.lines(found)) == 1
+
+
+def test_prefill_is_measured_beside_the_rows_that_it_runs(tiny_folder):
+    found = prefill.prefill(1, pictures=2, repeats=2, side=112, width=64, model=str(tiny_folder))
+    assert len(prefill.lines(found)) == len(found["settings"]) == 3
+    for setting in found["settings"]:
+        complete(setting["ways"])
+        rows = setting["rows"]
+        assert 0 < rows["dead tokens pruned"] < rows["all tokens"]
+        assert setting["rows_ratio"] == pytest.approx(rows["dead tokens pruned"] / rows["all tokens"], rel=1e-3)
+    assert "64 visual tokens" in found["settings"][2]["name"]
+
+
+def test_pruning_runs_as_many_rows_as_it_says(tiny):
+    samples = [sample.image for sample in prefill.el.samples.load("miniworld", n=2)]
+    prompts = tiny.prompts(samples, ["What is it?"] * 2)
+    masks = [prefill._at_random(16, 0.25), prefill._at_random(16, 0.5)]
+    seen = []
+    hook = tiny.blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    try:
+        prefill._pruning(tiny, prompts, masks, batch_size=1)()
+    finally:
+        hook.remove()
+    assert seen == [len(prompt) - int(mask.sum()) for prompt, mask in zip(prompts, masks, strict=True)]
 
 
 def test_every_way_is_timed_equally_often_and_ratios_are_within_rounds():

@@ -50,9 +50,8 @@ def prompts_of(model, n_pictures: int = 3, n_questions: int = 3):
 
 def drawn(rng, n: int) -> torch.Tensor:
     mask = torch.from_numpy(rng.random(n) < rng.uniform(0.05, 0.9))
-    mask[rng.integers(n)] = True
-    mask[rng.integers(n)] = False
-    return mask if bool(mask.any()) else ~mask
+    mask[torch.from_numpy(rng.choice(n, 2, replace=False))] = torch.tensor([True, False])
+    return mask
 
 
 def plan_of(rng, n: int, n_layers: int) -> tuple:
@@ -102,7 +101,7 @@ def cases_of(model, rng, n_plans: int = 3) -> list[Case]:
 
 
 @given(seed=st.integers(0, 2**32 - 1), batch_size=st.sampled_from([1, 2, 5, 32]))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_tokens(tiny, ids, seed, batch_size):
     ids(tiny)
     cases = cases_of(tiny, np.random.default_rng(seed))
@@ -213,11 +212,12 @@ def test_equal_interventions_on_a_picture_run_once(tiny, monkeypatch):
     mask = drawn(np.random.default_rng(0), len(prompts[0].grid))
     seen = []
     extended = prefix._extended
-    monkeypatch.setattr(
-        prefix,
-        "_extended",
-        lambda model, space, own, known: seen.append(len(own)) or extended(model, space, own, known),
-    )
+
+    def counted(model, space, own, known, **options):
+        seen.append(len(own))
+        return extended(model, space, own, known, **options)
+
+    monkeypatch.setattr(prefix, "_extended", counted)
     cases = [Case(prompt, (Prune(mask.clone()),)) for prompt in prompts for _ in range(2)]
     prefix.answers(tiny, cases, 1)
     assert seen == [1, 1]  # the text before the picture, the picture

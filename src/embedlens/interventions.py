@@ -234,7 +234,7 @@ class Run:
         self.interventions = interventions
         self.counts = [0] * len(interventions)
         self._sublayers = {
-            index: _sublayers(value, model.n_layers, model.name) for index, value in enumerate(interventions)
+            index: sublayers_of(value, model.n_layers, model.name) for index, value in enumerate(interventions)
         }
         self._batch: _Batch | None = None
         self._prefill = False
@@ -492,7 +492,7 @@ def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Itera
             )
 
 
-def _sublayers(value: Intervention, n_layers: int, name: str) -> list[tuple[int, str]]:
+def sublayers_of(value: Intervention, n_layers: int, name: str) -> list[tuple[int, str]]:
     """(layer, role) of the sublayers whose update an intervention zeroes."""
     if isinstance(value, SkipSublayers):
         wanted = [(int(place), "attention" if place == int(place) else "mlp") for place in sorted(set(value.at))]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,7 @@ from embedlens.interventions import (
     SkipSublayers,
     intervene,
     side_by_side,
+    sublayers_of,
 )
 
 if TYPE_CHECKING:
@@ -259,9 +260,7 @@ class _Table:
         self._laid(self.before)
 
     def _laid(self, used: int) -> None:
-        self.cache.layers = [
-            _stored()(self.banks[bank][layer, 0], self.banks[bank][layer, 1], used) for bank, layer in self.of_layer
-        ]
+        self.cache.layers = [_stored()(*self.banks[bank][layer], used, last=False) for bank, layer in self.of_layer]
 
     def keep(self, rows: Int[Tensor, " left"]) -> None:
         """Go on with some rows of the batch."""
@@ -276,15 +275,19 @@ class _Table:
         return Memory(tuple(bank[:, :, row, :, begin : self.before + length] for bank in self.banks))
 
 
+class _Remembered(Exception):
+    """The last keys and values are there: the rest of a forward would be of no use."""
+
+
 @cache
 def _stored() -> type:
     """The class of a cache layer that writes into a place kept for it, where a dynamic one copies itself every step."""
     from transformers.cache_utils import DynamicLayer
 
     class Stored(DynamicLayer):
-        def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        def __init__(self, keys: Tensor, values: Tensor, used: int, last: bool) -> None:
             super().__init__()
-            self.place, self.used = (keys, values), used
+            self.place, self.used, self.last = (keys, values), used, last
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -292,6 +295,8 @@ def _stored() -> type:
             for place, states in zip(self.place, (key_states, value_states), strict=True):
                 place[:, :, self.used : end] = states
             self.used = end
+            if self.last:
+                raise _Remembered
             self.keys, self.values = (place[:, :, :end] for place in self.place)
             return self.keys, self.values
 
@@ -405,6 +410,11 @@ class _Unit:
     def pruned(self) -> int:
         """Rows that the plan takes out."""
         return sum(int(_mask_of(value).sum()) for value in self.plan if isinstance(value, Prune))
+
+    @property
+    def rows(self) -> int:
+        """Rows that remain."""
+        return len(self.prompt) - self.pruned
 
     @property
     def gap(self) -> int:
@@ -537,22 +547,35 @@ def _remembered(
     for number, unit in enumerate(units):
         alike.setdefault(tuple(map(signature, unit.plan)), []).append(number)
     for numbers in alike.values():
+        known = {number: _known(model, space, units[number], plain, before) for number in numbers}
+        # those with as many rows to run together, as nothing is padded then
+        numbers = sorted(numbers, key=lambda number: (units[number].rows - len(known[number]), number))
         for start in range(0, len(numbers), batch_size):
             batch = numbers[start : start + batch_size]
-            known = []
-            for number in batch:
-                unit = units[number]
-                picture = plain.get(_picture_of(unit.prompt)) if unit.plan else None
-                if picture is None:
-                    picture = _leading(model, space, unit.prompt, before)
-                # one row is left to run, so that the plan acts where nothing remains behind what it prunes
-                left = len(unit.prompt) - unit.pruned - 1
-                known.append(picture.first(min(unit.touched, len(picture), left)))
-            with _intervening(model, [units[number].plan for number in batch]):
-                memories = _extended(model, space, [units[number].prompt for number in batch], known)
+            plans = [units[number].plan for number in batch]
+            prompts, own = [units[number].prompt for number in batch], [known[number] for number in batch]
+            with _intervening(model, plans):
+                memories = _extended(model, space, prompts, own, short=not _acts_last(model, plans[0]))
             found |= dict(zip(batch, memories, strict=True))
             plain |= {_picture_of(units[number].prompt): found[number] for number in batch if not units[number].plan}
     return [found[number] for number in range(len(units))]
+
+
+def _known(
+    model: VisionLanguageModel, space: _Space, unit: _Unit, plain: dict[Any, Memory], before: dict[bytes, Memory]
+) -> Memory:
+    """What is remembered already of a unit's rows: the picture as it is, or the text before it."""
+    picture = plain.get(_picture_of(unit.prompt)) if unit.plan else None
+    if picture is None:
+        picture = _leading(model, space, unit.prompt, before)
+    # one row is left to run, so that the plan acts where nothing remains behind what it prunes
+    return picture.first(min(unit.touched, len(picture), unit.rows - 1))
+
+
+def _acts_last(model: VisionLanguageModel, plan: Sequence[Intervention]) -> bool:
+    """Whether a plan does something in the last layer."""
+    last = model.n_layers - 1
+    return not last or any(layer == last for value in plan for layer, _ in sublayers_of(value, model.n_layers, ""))
 
 
 def _leading(model: VisionLanguageModel, space: _Space, prompt: Prompt, before: dict[bytes, Memory]) -> Memory:
@@ -566,16 +589,21 @@ def _leading(model: VisionLanguageModel, space: _Space, prompt: Prompt, before: 
 
 
 def _extended(
-    model: VisionLanguageModel, space: _Space, prompts: Sequence[Prompt], known: Sequence[Memory]
+    model: VisionLanguageModel, space: _Space, prompts: Sequence[Prompt], known: Sequence[Memory], short: bool = True
 ) -> list[Memory]:
-    """What is remembered of whole prompts, of whose first rows it is known."""
+    """What is remembered of whole prompts, of whose first rows it is known.
+
+    `short`: the forward may end with the last layer's keys and values, as nothing acts on what comes after them.
+    """
     begins = [len(memory) for memory in known]
     with _entering(model, prompts, begins, "right") as entered:
         new = [len(prompt) - begin for prompt, begin in zip(entered, begins, strict=True)]
         table = _Table(space, known, new, "right")
+        table.cache.layers[-1].last = short
         embeds = [prompt.embeds[begin:] for prompt, begin in zip(entered, begins, strict=True)]
         positions = [torch.arange(begin, len(prompt)) for prompt, begin in zip(entered, begins, strict=True)]
-        _forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
+        with suppress(_Remembered):
+            _forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
     return [table.memory(row, length) for row, length in enumerate(new)]
 
 
