@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sink_references import both_found, none_found
 from torch.testing import assert_close
 
 from embedlens import samples
 from embedlens.errors import EmbedLensError
-from embedlens.groups import Reference, discover, phi, ratios
+from embedlens.groups import Reference, phi, ratios
 from embedlens.interventions import SkipSublayers, intervene
-from embedlens.lenses import EmbedLens
 from embedlens.sinks import (
     COLUMNS,
     KINDS,
@@ -67,26 +67,12 @@ def prompts(tiny, pictures):
 
 @pytest.fixture(scope="module")
 def without_sinks(tiny) -> Reference:
-    found = discover(tiny, samples.load("miniworld", n=4, split="train"))
-    nothing = {"vit_norm": None, "sink_dims": (), "sink_layer": None, "phi_threshold": None}
-    return replace(found, **nothing, dead_id=None, vit_sink_id=None, llm_sink_id=None)
+    return none_found(tiny)
 
 
 @pytest.fixture(scope="module")
 def with_sinks(tiny, prompts, without_sinks) -> Reference:
-    """A reference under which the random model has a few tokens of each kind."""
-    norms = tiny.tower_states(prompts)[:, -1].norm(dim=-1)
-    excited = torch.stack([phi(tiny.hidden_states(p)[1, p.visual], (3, 7)) for p in prompts])
-    words = EmbedLens.from_model(tiny).topk(torch.cat([p.embeds[p.visual] for p in prompts]), 1)[1]
-    return replace(
-        without_sinks,
-        vit_norm=float(norms.quantile(0.8)),
-        vit_sink_id=int(words[1, 0]),
-        sink_dims=(3, 7),
-        sink_layer=1,
-        phi_threshold=float(excited.quantile(0.8)),
-        llm_sink_id=int(words[2, 0]),
-    )
+    return both_found(tiny, prompts, without_sinks)
 
 
 # --- on numbers ------------------------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ def sink_groups(
     reference: Reference | None = None,
     few: int = FEW,
     batch_size: int = 8,
-    norms: Float[np.ndarray, "pictures n"] | None = None,
+    norms: Sequence[Float[np.ndarray, " _"]] | None = None,
 ) -> list[TokenGroups]:
     """`token_groups_of`, with stand-ins for the kinds that the model does not have.
 
@@ -310,7 +310,7 @@ def sink_groups(
     largest cluster. `TokenGroups.met` holds each set whole, before precedence makes them disjoint.
 
     Args:
-        norms: of the patches at the tower's last layer, if they are at hand.
+        norms: per picture, of its patches at the tower's last layer, if they are at hand.
     """
     reference = reference_of(model) if reference is None else reference
     found = found_kinds(reference)
@@ -319,7 +319,7 @@ def sink_groups(
     if found["ViT sink"] and found["LLM sink"]:
         return groups
     if norms is None:
-        norms = model.tower_states(prompts)[:, -1].float().norm(dim=-1).cpu().numpy()
+        norms = [states[-1].float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
     streams = [None] * len(prompts) if found["LLM sink"] else model.hidden_states_of(prompts, batch_size)
     filled = []
     for prompt, old, norm, stream in zip(prompts, groups, norms, streams, strict=True):
@@ -636,8 +636,8 @@ def _rows(
     lens, stream, index = EmbedLens.from_model(model), iter(samples), 0
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
-        towers = model.tower_states(prompts).float().norm(dim=-1).cpu().numpy()
-        groups = sink_groups(model, prompts, reference, few, batch_size, towers[:, -1])
+        towers = [states.float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
+        groups = sink_groups(model, prompts, reference, few, batch_size, [norms[-1] for norms in towers])
         masks = [_masks(prompt, found) for prompt, found in zip(prompts, groups, strict=True)]
         seen = traces(model, prompts, masks, batch_size)
         rows: list[dict] = []
