@@ -32,6 +32,7 @@ from embedlens import (
 )
 from embedlens.groups import discover, token_groups_of
 from embedlens.probe import probe_picture
+from embedlens.readout import random_projector
 from embedlens.samples import load as load_samples
 
 QUESTION = "what is in the picture ?"
@@ -257,6 +258,8 @@ def test_the_projector_makes_visual_tokens_of_the_towers_rows(case):
             assert_close(tokens, prompt.embeds[prompt.visual], **CLOSE)
             made += 1
     assert made
+    drawn = random_projector(model.projector, seed=0)  # a control of chapter 04
+    assert drawn(rows).shape == tokens.shape and not torch.allclose(drawn(rows), tokens, atol=1e-2)
 
 
 # --- interventions ---------------------------------------------------------------------------------------------------

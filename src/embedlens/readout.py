@@ -112,14 +112,18 @@ def random_projector(projector: nn.Module, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, part in drawn.named_modules():
-            if not list(part.parameters(recurse=False)):
+            own = list(part.parameters(recurse=False))
+            if not own:
                 continue
-            if not hasattr(part, "reset_parameters"):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+            elif "Norm" in type(part).__name__ and [weight.ndim for weight in own] == [1]:
+                nn.init.ones_(own[0])  # the gains of transformers' RMSNorms, which cannot reset themselves
+            else:
                 raise EmbedLensError(
                     f"{name or 'the projector'} ({type(part).__name__}) has weights but no reset_parameters: "
                     "initialise it by hand"
                 )
-            part.reset_parameters()
     first = next(projector.parameters())
     return drawn.to(first.device, first.dtype).eval()
 
