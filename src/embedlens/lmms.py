@@ -1,0 +1,316 @@
+"""Interventions inside lmms-eval: what the plugin answers with, and a task on the miniature's questions.
+
+lmms-eval finds the model by an entry point of its own (`lmms_eval.models`), so nothing of it is changed:
+
+    python -m lmms_eval --model embedlens --tasks pope,mme --batch_size 1 \\
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,intervention=prune_dead
+
+This module does not need lmms-eval; `lmms_model`, which the entry point leads to, does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from embedlens import samples, sweep, tasks
+from embedlens.errors import EmbedLensError
+from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
+from embedlens.interventions import EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers, intervene
+from embedlens.sweep import Arm, everywhere, members, pruning, random_alive, skipping
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from embedlens.vlm import Prompt, VisionLanguageModel
+
+MODEL = "embedlens"  # the name that lmms-eval knows the model by
+TASK = "embedlens_miniature"
+CALIBRATION = 64  # pictures in which a model's groups are found
+NEW_TOKENS = 128  # where a task does not say
+DEAD, SINKS = ("dead",), ("LLM sink", "ViT sink")
+
+#: Name → the arm, of a seed, a layer and a factor.
+INTERVENTIONS: Mapping[str, Callable[[int, int | None, float | None], Arm]] = {
+    "none": lambda seed, layer, factor: sweep.BASELINE,
+    "prune_dead": lambda seed, layer, factor: pruning("prune_dead", partial(members, names=DEAD)),
+    "prune_random": lambda seed, layer, factor: pruning("prune_random", partial(random_alive, matched=DEAD), seed),
+    "prune_sinks": lambda seed, layer, factor: pruning("prune_sinks", partial(members, names=SINKS)),
+    "prune_llm_sinks": lambda seed, layer, factor: pruning("prune_llm_sinks", partial(members, names=SINKS[:1])),
+    "prune_vit_sinks": lambda seed, layer, factor: pruning("prune_vit_sinks", partial(members, names=SINKS[1:])),
+    "skip_llm_sinks": lambda seed, layer, factor: skipping(
+        "skip_llm_sinks", partial(members, names=SINKS[:1]), at=(1.5,)
+    ),
+    "silence_attention": lambda seed, layer, factor: everywhere("silence_attention", Silence("attention")),
+    "silence_mlp": lambda seed, layer, factor: everywhere("silence_mlp", Silence("mlp")),
+    "enter_at": lambda seed, layer, factor: everywhere("enter_at", EnterAt(_given("layer", layer, "enter_at"))),
+    "rescale": lambda seed, layer, factor: everywhere("rescale", Rescale(_given("factor", factor, "rescale"))),
+}
+GROUPED = ("prune_", "skip_")  # interventions that need to know which token is dead or a sink
+
+
+def _given(name: str, value: Any, intervention: str) -> Any:
+    if value is None:
+        raise EmbedLensError(f"intervention={intervention} needs {name}: add {name}=… to --model_args")
+    return value
+
+
+def arm_of(intervention: str, seed: Any = 0, layer: Any = None, factor: Any = None) -> Arm:
+    """The arm that `--model_args intervention=…` names.
+
+    lmms-eval hands numbers over as it parses them: "-1" arrives as -1.0, so whole numbers are told from others here.
+
+    Raises:
+        EmbedLensError: unknown intervention, or a number that is missing or not whole.
+
+    >>> arm_of("prune_random", seed=3.0).seed
+    3
+    """
+    if intervention not in INTERVENTIONS:
+        raise EmbedLensError(f"unknown intervention {intervention!r}: use one of {', '.join(INTERVENTIONS)}")
+    whole = {}
+    for name, value in (("seed", seed), ("layer", layer)):
+        if value is not None and (isinstance(value, (str, bool)) or value != int(value) or value < 0):
+            raise EmbedLensError(f"{name} is {value!r}: pass a whole number, 0 or more")
+        whole[name] = None if value is None else int(value)
+    return INTERVENTIONS[intervention](whole["seed"] or 0, whole["layer"], factor)
+
+
+@dataclass(frozen=True)
+class Said:
+    """One answer, and on how many visual tokens of its picture the intervention acted."""
+
+    text: str
+    tokens: int
+
+
+class Answerer:
+    """A model that answers under one arm, and keeps count of how often the arm acted.
+
+    Attributes:
+        asked: questions answered.
+        acted: those whose picture the arm acted on; the others ran as the baseline.
+        tokens: visual tokens that it acted on, in all.
+    """
+
+    def __init__(self, model: VisionLanguageModel, arm: Arm, calibration: str | None = None) -> None:
+        self.model, self.arm = model, arm
+        self.asked = self.acted = self.tokens = 0
+        self._reference: Reference | None = None
+        if arm.name.startswith(GROUPED):
+            self._reference = (
+                discover(model, samples.load(calibration, CALIBRATION)) if calibration else reference_of(model)
+            )
+
+    def answer(self, picture: Any, question: str, key: int, max_new_tokens: int, stops: Sequence[str] = ()) -> Said:
+        """The greedy answer to one question.
+
+        Args:
+            key: of the picture; what is random about the arm is seeded by it.
+            stops: the answer ends before the first of these.
+
+        Raises:
+            EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was
+                to act and did not.
+        """
+        prompt = self.model.prompt(picture, question)
+        plan = self._plan(prompt, key)
+        tokens = _acted_on(plan, len(prompt.grid))
+        if plan:
+            with intervene(self.model, *plan) as run:
+                text = self.model.answer(prompt, max_new_tokens)
+            if not run.fired:
+                raise EmbedLensError(f"{self.arm.name} did not act on picture {key}: report this, and use no score")
+        else:
+            text = self.model.answer(prompt, max_new_tokens)
+        text = until(text, stops)
+        if not text:
+            raise EmbedLensError(
+                f"the answer to {question[:60]!r} about picture {key} is empty, and no score counts it as a wrong one: "
+                "allow more new tokens, or choose another intervention"
+            )
+        self.asked += 1
+        self.acted += bool(plan)
+        self.tokens += tokens
+        return Said(text, tokens)
+
+    def _plan(self, prompt: Prompt, key: int) -> tuple[Intervention, ...]:
+        if self.arm.name == sweep.BASELINE.name:
+            return ()
+        if self._reference is not None:
+            (groups,) = token_groups_of(self.model, [prompt], self._reference)
+        else:  # the arm does the same to all tokens
+            none = torch.zeros(len(prompt.grid), dtype=torch.bool)
+            groups = TokenGroups(none, none, none, ~none, {})
+        plan = self.arm.act(groups, prompt.grid, sweep.generator(key, self.arm.name, self.arm.seed))
+        return tuple(plan or ())
+
+    def report(self) -> str:
+        """How often the arm acted, in one sentence.
+
+        Raises:
+            EmbedLensError: it never did, so that all scores are the baseline's.
+        """
+        if self.arm.name == sweep.BASELINE.name:
+            return f"{self.asked} answers without an intervention"
+        if self.asked and not self.acted:
+            raise EmbedLensError(
+                f"{self.arm.name} found nothing to act on in any of {self.asked} pictures, so the scores would be the "
+                "plain model's: run intervention=none, or choose another"
+            )
+        mean = self.tokens / self.acted if self.acted else 0.0
+        return (
+            f"{self.arm.name} (seed {self.arm.seed}) acted on {self.acted} of {self.asked} pictures, on {mean:.1f} "
+            "visual tokens each; pruned positions keep their gaps, and the cache is short at every layer"
+        )
+
+
+def _acted_on(plan: Sequence[Intervention], n: int) -> int:
+    masks = [value.mask for value in plan if isinstance(value, (Prune, SkipSublayers))]
+    return sum(int(torch.as_tensor(mask).sum()) for mask in masks) if len(masks) == len(plan) else n
+
+
+def until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop, without spaces around it.
+
+    >>> until("a dog\\n\\nis here", ["\\n\\n"])
+    'a dog'
+    """
+    for stop in stops:
+        if stop:
+            text = text.split(stop)[0]
+    return text.strip()
+
+
+def generation(kwargs: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """(new tokens, stops) of a task's `generation_kwargs`; only greedy decoding is supported.
+
+    Raises:
+        EmbedLensError: the task samples or searches beams.
+    """
+    if kwargs.get("do_sample") or (kwargs.get("temperature") or 0) > 0 or (kwargs.get("num_beams") or 1) > 1:
+        raise EmbedLensError(
+            "the task asks for sampling or beams, and answers here are greedy: pass --gen_kwargs "
+            "do_sample=false,temperature=0,num_beams=1"
+        )
+    stops = kwargs.get("until") or ()
+    return int(kwargs.get("max_new_tokens") or NEW_TOKENS), (stops,) if isinstance(stops, str) else tuple(stops)
+
+
+def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
+    """Picture and text of one user turn, as this package asks them: the picture first.
+
+    Raises:
+        EmbedLensError: several turns, no picture or several, a video, or sound.
+    """
+    turns = [message for message in messages if message["role"] != "system"]
+    if len(turns) != 1 or turns[0]["role"] != "user" or len(turns) != len(messages):
+        raise EmbedLensError("the task has several turns or a system prompt: choose tasks of one question a picture")
+    parts = turns[0]["content"]
+    pictures = [part["url"] for part in parts if part["type"] == "image"]
+    other = [part["type"] for part in parts if part["type"] not in ("image", "text")]
+    if len(pictures) != 1 or other:
+        what = f"{', '.join(other)}" if other else f"{len(pictures)} pictures"
+        raise EmbedLensError(f"a question comes with {what}: choose tasks with one picture a question")
+    return pictures[0], "\n".join(part["text"] for part in parts if part["type"] == "text").strip()
+
+
+def manifests() -> Any:
+    """What lmms-eval's entry point asks for: the model's name and where its class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [ModelManifest(MODEL, chat_class_path="embedlens.lmms_model.EmbedLensModel")]
+
+
+# --- a task on the miniature's questions -----------------------------------------------------------------------------
+
+YAML = """\
+# A task of lmms-eval: {n} held-out questions of each kind about drawn pictures, seed {seed}. Run it with
+#   python -m lmms_eval --model embedlens --tasks {task} --include_path <this folder>
+task: {task}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {questions}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.pictures_of
+doc_to_text: !function utils.text_of
+doc_to_target: answer
+process_results: !function utils.scored
+generation_kwargs:
+  max_new_tokens: {tokens}
+  temperature: 0
+  do_sample: false
+metric_list:
+  - metric: right
+    aggregation: !function utils.mean
+    higher_is_better: true
+metadata:
+  - version: 1.0
+"""
+
+
+def write_task(folder: Path | str, kinds: Sequence[str], n: int = 20, seed: int = 0) -> Path:
+    """Write a task for `--include_path`: YAML, questions, and the functions that it names; pictures are drawn on use.
+
+    Args:
+        kinds: of `tasks.KINDS`.
+        n: questions of each.
+
+    Returns:
+        The YAML file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = folder / "questions.jsonl"
+    docs = [
+        {
+            "kind": kind,
+            "n": n,
+            "seed": seed,
+            "place": place,
+            "question": item.question.text,
+            "answer": item.question.answer,
+        }
+        for kind in kinds
+        for place, item in enumerate(tasks.questions(kind, n, seed))
+    ]
+    questions.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    names = "mean, pictures_of, scored, text_of"
+    (folder / "utils.py").write_text(f"from embedlens.lmms import {names}  # noqa: F401\n", encoding="utf-8")
+    text = YAML.format(task=TASK, n=n, seed=seed, questions=questions.resolve(), tokens=tasks.ANSWER_TOKENS)
+    file = folder / f"{TASK}.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@cache
+def _items(kind: str, n: int, seed: int) -> tuple[tasks.Item, ...]:
+    return tuple(tasks.questions(kind, n, seed))
+
+
+def pictures_of(doc: Mapping[str, Any]) -> list[Image]:
+    """doc_to_visual: the picture of a question."""
+    return [_items(doc["kind"], doc["n"], doc["seed"])[doc["place"]].sample.image]
+
+
+def text_of(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
+    """doc_to_text: the question."""
+    return doc["question"]
+
+
+def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """process_results: 1 for a right answer, as `tasks.score` has it."""
+    return {"right": tasks.score(_items(doc["kind"], doc["n"], doc["seed"])[doc["place"]].question, results[0])}
+
+
+def mean(values: Sequence[float]) -> float:
+    """aggregation."""
+    return sum(values) / len(values)

@@ -1,0 +1,180 @@
+"""Inside lmms-eval: the answers of `tasks`, firings counted, nothing swallowed, no empty answer scored."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from embedlens import EmbedLensError, Prune, intervene, lmms, tasks
+from embedlens.groups import token_groups
+from embedlens.interventions import Silence
+from embedlens.lmms import Answerer, arm_of, generation, one_question, until, write_task
+
+INSTALLED = importlib.util.find_spec("lmms_eval") is not None
+needs_lmms_eval = pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed: pip install lmms-eval")
+KINDS, N = ("colour", "word"), 4
+
+
+def asked(kinds=KINDS, n=N):
+    return [item for kind in kinds for item in tasks.questions(kind, n, 0)]
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+PICTURE, TEXT = {"type": "image", "url": "the picture"}, {"type": "text", "text": "What?"}
+
+
+# Without lmms-eval
+
+
+def test_the_answers_are_those_of_the_model_under_the_intervention(miniature):
+    item = tasks.questions("colour", 1, 3)[0]
+    prompt = miniature.prompt(item.sample.image, item.question.text)
+    plain = Answerer(miniature, arm_of("none")).answer(item.sample.image, item.question.text, 0, 12)
+    assert plain.text == miniature.answer(prompt, 12) and plain.tokens == 0
+    dead = token_groups(miniature, prompt).dead
+    said = Answerer(miniature, arm_of("prune_dead")).answer(item.sample.image, item.question.text, 0, 12)
+    with intervene(miniature, Prune(dead)):
+        assert said.text == miniature.answer(prompt, 12)
+    assert said.tokens == int(dead.sum())
+    silent = Answerer(miniature, arm_of("silence_mlp")).answer(item.sample.image, item.question.text, 0, 12)
+    with intervene(miniature, Silence("mlp")):
+        assert silent.text == miniature.answer(prompt, 12)
+    assert silent.tokens == len(prompt.grid)
+
+
+def test_what_acted_is_counted_and_what_never_acted_gives_no_score(miniature):
+    item = tasks.questions("colour", 1, 3)[0]
+    pruned = Answerer(miniature, arm_of("prune_random", seed=1))
+    pruned.answer(item.sample.image, item.question.text, 0, 12)
+    assert (pruned.asked, pruned.acted) == (1, 1) and "acted on 1 of 1 pictures" in pruned.report()
+    without = Answerer(miniature, arm_of("prune_llm_sinks"))  # the miniature has none
+    assert without.answer(item.sample.image, item.question.text, 0, 12).tokens == 0
+    with pytest.raises(EmbedLensError, match="found nothing to act on in any of 1 pictures"):
+        without.report()
+
+
+def test_an_empty_answer_ends_the_run(miniature, monkeypatch):
+    monkeypatch.setattr(type(miniature), "answer", lambda self, prompt, new_tokens: "  ")
+    picture = tasks.questions("colour", 1)[0].sample.image
+    with pytest.raises(EmbedLensError, match="about picture 7 is empty, and no score counts it"):
+        Answerer(miniature, arm_of("none")).answer(picture, "What?", 7, 12)
+
+
+def test_random_arms_are_seeded_by_picture_and_seed(miniature):
+    prompt = miniature.prompt(tasks.questions("colour", 1)[0].sample.image, "What?")
+
+    def mask(seed, key):
+        return Answerer(miniature, arm_of("prune_random", seed=seed))._plan(prompt, key)[0].mask
+
+    assert torch.equal(mask(1, 5), mask(1, 5))
+    assert not torch.equal(mask(1, 5), mask(2, 5)) and not torch.equal(mask(1, 5), mask(1, 6))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"intervention": "prune_all"}, "unknown intervention 'prune_all': use one of none, prune_dead"),
+        ({"intervention": "enter_at"}, "enter_at needs layer: add layer=… to --model_args"),
+        ({"intervention": "rescale"}, "rescale needs factor"),
+        ({"intervention": "none", "seed": 0.5}, "seed is 0.5"),
+        ({"intervention": "enter_at", "layer": -1.0}, "layer is -1.0: pass a whole number"),
+        ({"intervention": "none", "seed": "x"}, "seed is 'x'"),
+    ],
+)
+def test_model_args_that_mean_nothing_are_refused(given, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        arm_of(**given)
+
+
+def test_a_task_is_decoded_greedily_up_to_its_stops():
+    assert generation({"max_new_tokens": 16, "until": ["\n\n"], "temperature": 0}) == (16, ("\n\n",))
+    assert generation({})[0] == lmms.NEW_TOKENS
+    assert until("yes\nbecause", ["\n\n", "\n"]) == "yes"
+    for sampled in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 3}):
+        with pytest.raises(EmbedLensError, match="answers here are greedy"):
+            generation(sampled)
+
+
+def test_one_picture_and_one_question_are_read_from_a_turn():
+    assert one_question(user(PICTURE, TEXT)) == ("the picture", "What?")
+    refused = [user(TEXT), user(PICTURE, PICTURE, TEXT), user(PICTURE, TEXT, {"type": "video", "url": "v"})]
+    refused += [user(PICTURE, TEXT) * 2, [{"role": "system", "content": [TEXT]}, *user(PICTURE, TEXT)]]
+    for messages in refused:
+        with pytest.raises(EmbedLensError, match="choose tasks"):
+            one_question(messages)
+
+
+def test_the_task_asks_the_questions_of_tasks_and_scores_as_it_does(tmp_path):
+    file = write_task(tmp_path, KINDS, N)
+    docs = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    for doc, item in zip(docs, asked(), strict=True):
+        assert lmms.text_of(doc) == item.question.text and doc["answer"] == item.question.answer
+        assert lmms.pictures_of(doc)[0].tobytes() == item.sample.image.tobytes()
+        assert lmms.scored(doc, [item.question.answer]) == {"right": 1.0}
+        assert lmms.scored(doc, ["nonsense"]) == {"right": 0.0}
+    written = yaml.load(file.read_text().replace("!function ", ""), yaml.SafeLoader)
+    assert Path(written["dataset_kwargs"]["data_files"]["test"]).is_file()
+
+
+def test_without_lmms_eval_its_model_names_the_pip_command():
+    code = (
+        "import sys; sys.modules['lmms_eval'] = None; from embedlens.lmms_model import EmbedLensModel as Model; Model()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'embedlens[benchmarks]'" in done.stderr
+
+
+# With lmms-eval
+
+
+def evaluate(tmp_path, model_args, *more):
+    write_task(tmp_path / "task", KINDS, N)
+    command = [sys.executable, "-m", "lmms_eval", "--model", lmms.MODEL, "--model_args", model_args]
+    command += ["--tasks", lmms.TASK, "--include_path", str(tmp_path / "task"), "--batch_size", "1"]
+    command += ["--log_samples", "--output_path", str(tmp_path / "out"), *more]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+
+
+@needs_lmms_eval
+@pytest.mark.slow
+@pytest.mark.parametrize("intervention", ["none", "prune_dead"])
+def test_lmms_eval_scores_the_answers_that_tasks_scores(tmp_path, intervention, miniature):
+    assert "embedlens" in {entry.name for entry in entry_points(group="lmms_eval.models")}
+    done = evaluate(tmp_path, f"pretrained=miniature,intervention={intervention},device=cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (samples,) = (tmp_path / "out").rglob(f"*samples_{lmms.TASK}.jsonl")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    given = [row["filtered_resps"] for row in rows]
+    if intervention == "none":
+        expected = tasks.evaluate(miniature, asked(), batch_size=1)["prediction"].tolist()
+    else:
+        dead = Answerer(miniature, arm_of("prune_dead"))
+        expected = [
+            dead.answer(item.sample.image, item.question.text, place, tasks.ANSWER_TOKENS).text
+            for place, item in enumerate(asked())
+        ]
+        assert f"acted on {dead.acted} of {len(rows)} pictures" in done.stdout + done.stderr
+    assert given == expected
+    right = [tasks.score(item.question, answer) for item, answer in zip(asked(), given, strict=True)]
+    (results,) = (tmp_path / "out").rglob("*results.json")
+    score = json.loads(results.read_text())["results"][lmms.TASK]["right,none"]
+    assert score == pytest.approx(sum(right) / len(right))
+
+
+@needs_lmms_eval
+@pytest.mark.slow
+def test_an_intervention_that_never_acts_gives_no_score(tmp_path):
+    done = evaluate(tmp_path, "pretrained=miniature,intervention=prune_llm_sinks,device=cpu")
+    assert "found nothing to act on" in done.stderr and done.returncode != 0
+    assert not list((tmp_path / "out").rglob("*results.json"))
