@@ -306,6 +306,39 @@ def linear_readout(
     )
 
 
+def readouts(
+    model: VisionLanguageModel,
+    samples: Sequence[Sample],
+    reference: Reference,
+    membership: str = "top3",
+    projectors: int = 3,
+    seed: int = 0,
+) -> dict[tuple[str, str, str], Readout | None]:
+    """Every question to dead and to alive tokens, after the model's own projector and after random ones.
+
+    Args:
+        projectors: how many with new weights; their hits are averaged.
+
+    Returns:
+        (one of QUESTIONS, "dead" or "alive", "own projector" or "random projectors") → readout, None where too few
+        tokens qualify.
+    """
+    table = token_table(model, samples, reference, membership, seed=seed)
+    own = projector_of(model)
+    forms = {
+        "own projector": [projected(own, table.before)],
+        "random projectors": [projected(random_projector(own, seed + i), table.before) for i in range(projectors)],
+    }
+    return {
+        (asked, name, form): linear_readout(
+            [vector[mask] for vector in vectors], table.answers[asked][mask], table.picture[mask], seed=seed
+        )
+        for asked in QUESTIONS
+        for name, mask in (("dead", table.dead), ("alive", table.alive))
+        for form, vectors in forms.items()
+    }
+
+
 def _most_frequent(answers: Shaped[np.ndarray, " n"]) -> int:
     names, counts = np.unique(answers, return_counts=True)
     return int(names[counts.argmax()])
