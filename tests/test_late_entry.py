@@ -135,6 +135,12 @@ def test_an_adapter_of_another_shape_is_refused(tiny, tmp_path):
         pass
 
 
+def test_the_shipped_adapters_are_those_of_the_recipe(miniature):
+    found = late_entry.adapters(miniature)
+    wanted = [(seed, layer, LATE_ENTRY.stage.steps) for seed in range(LATE_ENTRY.seeds) for layer in LATE_ENTRY.layers]
+    assert [(adapter.seed, adapter.layer, adapter.steps) for adapter in found] == wanted
+
+
 def test_arms_trained_twice_or_resumed_get_the_same_weights_and_leave_the_rest_alone(tmp_path):
     whole = entry.train_arms(SHORT, 0, tmp_path / "whole")
     entry.train_arms(SHORT, 0, tmp_path / "parts", stop_after=1)

@@ -152,11 +152,13 @@ def written(model: Arms, late: LateEntry, seed: int, home: Path) -> None:
                 addition = module.parametrizations.weight[0]
                 tensors |= {f"language.{path}.down": addition.down.data, f"language.{path}.up": addition.up.data}
         facts = {"layer": arm.layer, "seed": seed, "steps": late.stage.steps, "rank": late.rank, "base": base}
+        file = home / f"entry{arm.layer}_seed{seed}.safetensors"
         save_file(
             {name: value.detach().cpu().half().contiguous() for name, value in tensors.items()},
-            home / f"entry{arm.layer}_seed{seed}.safetensors",
+            file,
             metadata={key: str(value) for key, value in facts.items()},
         )
+        file.chmod(0o644)  # safetensors writes for its owner alone
 
 
 def main() -> None:
