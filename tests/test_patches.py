@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from embedlens import EmbedLensError, Frame, PatchGrid
-from embedlens.patches import PREPROCESSINGS
+from embedlens.patches import PREPROCESSINGS, ManyViews, UnevenGrid
 
 ODD_SIZES = [(1, 1), (1, 7), (7, 1), (3, 4), (5, 8), (57, 112), (112, 57), (113, 62), (99, 98), (255, 31), (31, 255)]
 
@@ -125,6 +125,51 @@ def test_a_patch_is_inside_a_box_that_holds_its_centre():
     inside = grid.inside((0, 0, 112, 84))
     assert torch.equal(inside, ~grid.padded)
     assert grid.inside(grid.box(20)).nonzero().tolist() == [[20]]
+
+
+def many_views() -> ManyViews:
+    """A whole view of 2x3, then a finer one of 4x5 that leaves gaps between its columns."""
+    columns = tuple((Fraction(6 * c), Fraction(6 * c + 5)) for c in range(5))
+    lines = tuple((Fraction(5 * r), Fraction(5 * r + 5)) for r in range(4))
+    frame = Frame.stretch(30, 20)
+    return ManyViews.of([PatchGrid(2, 3, frame), UnevenGrid.of_spans(frame, columns, lines)])
+
+
+def test_several_views_are_one_grid_with_every_view_as_it_is_alone():
+    grid = many_views()
+    assert len(grid) == 26 == len(grid.boxes) == len(grid.centres) == len(grid.padded)
+    assert [len(view) for view in grid.views] == [6, 20]
+    for index in range(len(grid)):
+        number, inner = grid.view_of(index)
+        alone = grid.views[number]
+        assert inner == index - 6 * number
+        assert grid.cell(index) == alone.cell(inner) and grid.box(index) == alone.box(inner)
+        assert grid.neighbours(index) == [6 * number + other for other in alone.neighbours(inner)]
+    assert grid.overview == (0, grid.views[0])  # the finer one shows five sixths of the picture
+    with pytest.raises(EmbedLensError, match="no patch 26"):
+        grid.box(26)
+
+
+def test_a_point_belongs_to_the_smallest_patch_that_shows_it():
+    grid = many_views()
+    assert grid.patch_at(1, 1) == 6
+    assert grid.patch_at(5.5, 1) == 0  # in a gap of the finer view
+    with pytest.raises(EmbedLensError, match=r"no patch shows the point \(31, 1\)"):
+        grid.patch_at(31, 1)
+    with pytest.raises(EmbedLensError, match="0 views of different pictures"):
+        ManyViews.of([])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 2)])
+def test_neighbours_share_a_side_both_ways(shape):
+    grid = PatchGrid(*shape, Frame.stretch(30, 20))
+    for index in range(len(grid)):
+        x0, y0, x1, y1 = grid.cell(index)
+        sides = set(grid.neighbours(index))
+        for other in range(len(grid)):
+            a0, b0, a1, b1 = grid.cell(other)
+            beside = (x0, x1) == (a0, a1) and (y0 == b1 or y1 == b0) or (y0, y1) == (b0, b1) and (x0 == a1 or x1 == a0)
+            assert (other in sides) == beside
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
@@ -252,7 +252,7 @@ class UnevenGrid(PatchGrid):
     ((5.0, 0.0, 9.0, 4.0), 1)
     """
 
-    given: tuple[tuple[Span, ...], tuple[Span, ...]] = ((), ())
+    given: tuple[tuple[Span, ...], tuple[Span, ...]] = field(default=((), ()), repr=False)
 
     @classmethod
     def of_spans(cls, frame: Frame, columns: Sequence[Span], lines: Sequence[Span]) -> UnevenGrid:

@@ -132,7 +132,7 @@ def _connected_parts(pool: Bool[Tensor, " n"], grid: PatchGrid) -> list[list[int
         while border:
             place = border.pop()
             part.append(place)
-            new = [other for other in _neighbours(place, grid) if other in left]
+            new = [other for other in grid.neighbours(place) if other in left]
             left -= set(new)
             border += new
         parts.append(sorted(part))
@@ -140,18 +140,12 @@ def _connected_parts(pool: Bool[Tensor, " n"], grid: PatchGrid) -> list[list[int
 
 
 def _grown(start: int, part: set[int], size: int, grid: PatchGrid, rng: np.random.Generator) -> list[int]:
-    grown, border = [start], sorted(set(_neighbours(start, grid)) & part)
+    grown, border = [start], sorted(set(grid.neighbours(start)) & part)
     while len(grown) < size:
         place = border.pop(int(rng.integers(len(border))))
         grown.append(place)
-        border = sorted({*border, *_neighbours(place, grid)} & part - set(grown))
+        border = sorted({*border, *grid.neighbours(place)} & part - set(grown))
     return grown
-
-
-def _neighbours(place: int, grid: PatchGrid) -> list[int]:
-    row, col = divmod(place, grid.cols)
-    around = ((row - 1, col), (row, col - 1), (row, col + 1), (row + 1, col))
-    return [r * grid.cols + c for r, c in around if 0 <= r < grid.rows and 0 <= c < grid.cols]
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
