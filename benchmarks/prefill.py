@@ -30,7 +30,7 @@ def prefill(
     """Times of both ways in each setting, in a fresh process, and how many rows they run."""
     load = round(os.getloadavg()[0], 1)
     found = in_fresh_process(_times, threads, pictures=pictures, repeats=repeats, side=side, width=width, model=model)
-    return {"model": model, "load_before": load, "settings": found}
+    return {"model": model, "threads": threads, "load_before": load, "settings": found}
 
 
 def _times(pictures: int, repeats: int, side: int, width: int, model: str) -> list[dict[str, Any]]:

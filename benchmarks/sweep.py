@@ -46,7 +46,14 @@ def sweep(
         batch_size=batch_size,
         model=model,
     )
-    return {"model": model, "arms": len(sink_arms()), "batch_size": batch_size, "load_before": load, **found}
+    return {
+        "model": model,
+        "arms": len(sink_arms()),
+        "batch_size": batch_size,
+        "threads": threads,
+        "load_before": load,
+        **found,
+    }
 
 
 def _times(per_picture: int, questions: int, repeats: int, batch_size: int, model: str) -> dict[str, Any]:
