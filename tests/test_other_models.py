@@ -94,12 +94,31 @@ def test_every_model_has_its_row_and_what_was_not_run_its_command():
     assert not any("nan" in str(cell) for cell in table.to_numpy().ravel())
 
 
+def test_a_folder_called_as_the_repository_counts_as_the_model():
+    seven, thirteen = (record(f"/data/{name.rpartition('/')[2]}", 0.3) for name in (SEVEN, THIRTEEN))
+    assert judged(seven, thirteen)["E10"] == HOLDS
+    assert other_models.side_by_side({seven.model: seven}).loc["LLaVA-1.5-7B", "pictures"] == "100 photographs"
+
+
+def test_pictures_of_another_family_with_unequal_token_counts_are_measured(tmp_path):
+    from tiny_families import save_qwen2_5_vl
+
+    import embedlens as el
+
+    model = el.load(save_qwen2_5_vl(tmp_path / "qwen"), device="cpu")
+    table = other_models.measure(model, "miniworld", 4)
+    assert table["tokens"].nunique() > 1
+    assert numbers(table, False)["share_0"] > 0
+
+
 def test_figures_are_drawn_for_one_model_and_for_several():
     for found in ([record("miniature", 0.35)], [record(SEVEN, 0.3), record(OTHERS[0], 0.05, dead=0.0)]):
         by_model = {one.model: one for one in found}
         figure = other_models.clusters_figure(by_model)
         assert len(figure.axes) == len(found)
-        other_models.groups_figure(by_model)
+        signed = other_models.groups_figure(by_model).get_supxlabel().splitlines()
+        assert len(signed) == len(found)
+        assert all(claims.kind_of_result(one.model) in line for one, line in zip(found, signed, strict=True))
     with pytest.raises(EmbedLensError, match="run embedlens run other_models first"):
         other_models.groups_figure({})
 

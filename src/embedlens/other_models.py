@@ -62,6 +62,16 @@ PAPER = (
 )
 
 
+def named(model: str) -> Named | None:
+    """The paper's entry for a repository, or for a folder that is called as the repository is.
+
+    >>> named("/data/llava-1.5-13b-hf").name, named("miniature")
+    ('LLaVA-1.5-13B', None)
+    """
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    return next((entry for entry in PAPER if entry.repository.rpartition("/")[2].lower() == last), None)
+
+
 # --- the study -------------------------------------------------------------------------------------------------------
 
 
@@ -225,9 +235,14 @@ def findings(found: Mapping[str, Record]) -> dict[str, Finding]:
 
 def _of(found: Mapping[str, Record], claim: str) -> dict[str, Record]:
     """Paper's name → record, of the models that a claim is about."""
-    return {
-        named.name: found[named.repository] for named in PAPER if named.claim == claim and named.repository in found
-    }
+    of_paper = {entry.name: record for model, record in found.items() if (entry := named(model)) is not None}
+    return {entry.name: of_paper[entry.name] for entry in PAPER if entry.claim == claim and entry.name in of_paper}
+
+
+def _absentees(found: Mapping[str, Record]) -> list[Named]:
+    """Models that the paper names and that have no record."""
+    there = {named(model) for model in found}
+    return [entry for entry in PAPER if entry not in there]
 
 
 def _same_clusters(found: Mapping[str, Record]) -> Finding:
@@ -260,15 +275,15 @@ def absent(record: Record) -> bool:
 
 
 def _no_cluster(found: Mapping[str, Record]) -> Finding:
-    named = [model.name for model in PAPER if model.claim == "E11"]
+    wanted = [entry.name for entry in PAPER if entry.claim == "E11"]
     run = _of(found, "E11")
     if not run:
-        return Finding(None, None, None, 0, UNTESTABLE, f"Needs {', '.join(named)}, none of which was run.")
+        return Finding(None, None, None, 0, UNTESTABLE, f"Needs {', '.join(wanted)}, none of which was run.")
     without = [name for name, record in run.items() if absent(record)]
-    verdict = HOLDS if len(without) == len(named) else PARTLY if without else FAILS
+    verdict = HOLDS if len(without) == len(wanted) else PARTLY if without else FAILS
     largest = max(run.values(), key=lambda record: float(interval(record, "share_0").value))
     value, low, high = map(float, interval(largest, "share_0"))
-    missing = [name for name in named if name not in run]
+    missing = [name for name in wanted if name not in run]
     note = f"Largest share of C0 among {', '.join(run)}; absent in {', '.join(without) or 'none'}"
     note += f"; not run: {', '.join(missing)}." if missing else "."
     return Finding(value, low, high, min(record.n_images for record in run.values()), verdict, note)
@@ -279,7 +294,8 @@ def _no_cluster(found: Mapping[str, Record]) -> Finding:
 
 def name_of(model: str) -> str:
     """What the paper calls a model; else the last part of its name."""
-    return next((named.name for named in PAPER if named.repository == model), model.rstrip("/").rpartition("/")[2])
+    entry = named(model)
+    return entry.name if entry is not None else model.rstrip("/").rpartition("/")[2]
 
 
 def command(model: str) -> str:
@@ -295,17 +311,18 @@ def side_by_side(found: Mapping[str, Record]) -> pd.DataFrame:
         return interval(record, names[0]).texts(3)[0] if len(names) == 1 else _sum(record, names)
 
     rows = []
-    for model in dict.fromkeys([*(named.repository for named in PAPER), *found]):
-        record = found.get(model)
-        row = {"model": name_of(model)}
+    by_name = {name_of(model): record for model, record in found.items()}
+    for name in dict.fromkeys([*(entry.name for entry in PAPER), *by_name]):
+        record = by_name.get(name)
+        row = {"model": name}
         if record is None:
             rows.append(row | dict.fromkeys(COLUMNS, "–") | {"kind": "not run here"})
             continue
         rows.append(
             row
             | {
-                "kind": claims.kind_of_result(model),
-                "pictures": f"{record.n_images} {'photographs' if record.numbers['photographs'] else 'drawn'}",
+                "kind": claims.kind_of_result(record.model),
+                "pictures": f"{record.n_images} {_shown(record)}",
                 "share of C0": told(record, "share_0"),
                 "C0 across pictures": told(record, "similarity"),
                 "random sets": told(record, "random"),
@@ -325,7 +342,7 @@ def _sum(record: Record, names: Sequence[str]) -> str:
 
 def missing(found: Mapping[str, Record]) -> list[str]:
     """The commands that would fill in what was not run, one per model that the paper names."""
-    return [command(named.repository) for named in PAPER if named.repository not in found]
+    return [command(entry.repository) for entry in _absentees(found)]
 
 
 def clusters_figure(found: Mapping[str, Record]) -> Figure:
@@ -349,6 +366,7 @@ def clusters_figure(found: Mapping[str, Record]) -> Figure:
     for axes in panels[:, 0]:
         axes.set_ylabel("share of the tokens")
     figures.headline(fig, f"The largest cluster holds {_span(found, ['share_0'])} of the visual tokens")
+    _sign(fig, found)
     return fig
 
 
@@ -363,6 +381,7 @@ def groups_figure(found: Mapping[str, Record]) -> Figure:
     axes.set_xlabel("share of the visual tokens")
     sinks = _span(found, ["ViT sink", "LLM sink"])
     figures.headline(fig, f"Of the visual tokens {_span(found, ['dead'])} are dead and {sinks} are sinks")
+    _sign(fig, found)
     return fig
 
 
@@ -373,15 +392,23 @@ def _span(found: Mapping[str, Record], names: Sequence[str]) -> str:
     return " to ".join(ends)
 
 
-def origin(found: Mapping[str, Record]) -> str:
-    """For the line under a figure: the number of pictures of each model."""
-    return "; ".join(f"{name_of(model)}: n = {record.n_images} pictures" for model, record in found.items())
+def _sign(fig: Figure, found: Mapping[str, Record]) -> None:
+    """Under a figure of several models: which kind of result each of them is, and of how many pictures."""
+    lines = [
+        f"{name_of(model)}: {claims.kind_of_result(model)} result, n = {record.n_images} {_shown(record)}"
+        for model, record in found.items()
+    ]
+    fig.supxlabel("\n".join(lines), fontsize=10, color="#555555", x=0.99, ha="right")
+
+
+def _shown(record: Record) -> str:
+    return "photographs" if record.numbers["photographs"] else "drawn pictures"
 
 
 def told(found: Mapping[str, Record], model: str) -> dict[str, Any]:
     """What the chapter says in words of the model it ran, and which models have records, by the keys of its prose."""
     record = found[model]
-    absentees = [named.name for named in PAPER if named.repository not in found]
+    absentees = [entry.name for entry in _absentees(found)]
     return {
         "c0": interval(record, "share_0"),
         "similarity": record.numbers["similarity"],
