@@ -5,15 +5,14 @@ every question about it can share; so here each picture is asked once by every f
 not independent, which intervals over pictures allow for.
 
 >>> items = questionnaires(n=15)
->>> pictures_of(items), len(items)
-(15, 60)
+>>> len(items), len({item.sample.id for item in items})
+(60, 15)
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -65,11 +64,6 @@ def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     raise EmbedLensError(
         f"n is {n}: {MOST_DRAWN} pictures do not hold so many questions; ask fewer, with several seeds"
     )
-
-
-def pictures_of(items: Sequence[Item]) -> int:
-    """How many different pictures are asked about."""
-    return len({item.sample.id for item in items})
 
 
 def _quotas(family: str, n: int) -> Quotas:
