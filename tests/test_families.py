@@ -31,6 +31,7 @@ from embedlens import (
     intervene,
 )
 from embedlens.groups import discover, token_groups_of
+from embedlens.patches import PREPROCESSINGS
 from embedlens.probe import probe_picture
 from embedlens.readout import random_projector
 from embedlens.samples import load as load_samples
@@ -195,20 +196,22 @@ def squares(grid):
     """(number of the view, patch in it, its box) of patches that lie in the picture as a whole, at most 24 a view."""
     for number, view in enumerate(grid.views):
         shown = [index for index in range(len(view)) if view.box(index) == view.cell(index)]
-        assert len(shown) >= 4
+        assert len(shown) >= 3 or view.padded.any()
         for index in shown[:: 1 + len(shown) // 24]:
             yield number, index, view.box(index)
 
 
-def test_a_bright_square_changes_its_own_token_most(case):
+@pytest.mark.parametrize("preprocessing", ["own", *PREPROCESSINGS])
+def test_a_bright_square_changes_its_own_token_most(case, preprocessing):
     """In every view, of pictures of every shape; no grid that is turned or in another order would pass."""
-    model = case.model
-    for size in case.sizes:
+    model = case.model if preprocessing == "own" else el.load(case.folder, device="cpu", preprocessing=preprocessing)
+    for size in case.sizes if preprocessing == "own" else [(168, 120)]:
         grey = Image.new("RGB", size, (90, 90, 90))
         grid = model.prompt(grey, QUESTION).grid
         starts = np.cumsum([0, *map(len, grid.views)])
         (before,) = model.visual_features_of([grey])
         places = list(squares(grid))
+        assert len(places) >= 8
         pictures = []
         for _, _, (x0, y0, x1, y1) in places:
             bright = np.asarray(grey).copy()
@@ -428,9 +431,14 @@ def test_lenses_and_groups_run(case):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_preprocessing_of_a_family_that_has_its_own_is_refused_with_the_fix(case):
-    with pytest.raises(EmbedLensError, match="cuts pictures in its own way: leave preprocessing out"):
-        el.load(case.folder, device="cpu", preprocessing="letterbox")
+def test_an_unknown_preprocessing_is_refused_with_those_there_are(case):
+    with pytest.raises(EmbedLensError, match="unknown preprocessing 'pad': choose one of letterbox, centre-crop, str"):
+        el.load(case.folder, device="cpu", preprocessing="pad")
+
+
+def test_a_preprocessing_that_llava_does_not_have_is_refused(tiny_folder):
+    with pytest.raises(EmbedLensError, match="unknown preprocessing 'own': choose one of letterbox, centre-crop, stre"):
+        el.load(tiny_folder, device="cpu", preprocessing="own")
 
 
 def broken(case, tmp_path, file: str, **changes):

@@ -265,6 +265,23 @@ class UnevenGrid(PatchGrid):
         return self.given
 
 
+def within(grid: PatchGrid, frame: Frame, canvas: int) -> PatchGrid:
+    """A grid over a square canvas of `canvas` px as a grid over the picture of which the canvas shows a window.
+
+    >>> seen = within(PatchGrid(1, 2, Frame.stretch(4, 4)), Frame.letterbox(8, 4), canvas=4)
+    >>> seen.cell(1), seen.box(1)
+    ((4.0, -2.0, 8.0, 6.0), (4.0, 0.0, 8.0, 4.0))
+    """
+    if len(grid.views) > 1:
+        return ManyViews.of([within(view, frame, canvas) for view in grid.views])
+    x0, y0, x1, y1 = frame.window
+    columns, lines = (
+        [(start + a * (stop - start) / canvas, start + b * (stop - start) / canvas) for a, b in spans]
+        for spans, start, stop in zip(grid.spans, (x0, y0), (x1, y1), strict=True)
+    )
+    return UnevenGrid.of_spans(frame, columns, lines)
+
+
 @dataclass(frozen=True)
 class ManyViews(PatchGrid):
     """Several grids over one picture, their tokens one after the other: the whole picture and its tiles.

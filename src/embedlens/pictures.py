@@ -120,3 +120,31 @@ def _from_array(array: np.ndarray) -> Image:
             f"the picture array has shape {tuple(array.shape)}: pass [h, w], [h, w, 3] or [h, w, 4] (channels last)"
         )
     return _upright_rgb(Image.fromarray(np.ascontiguousarray(array)), "this array")
+
+
+def squared(picture: Image, way: str, colour: tuple[int, ...]) -> Image:
+    """A picture made square, as `embedlens.patches.Frame` describes it.
+
+    Args:
+        picture: upright RGB.
+        way: "letterbox" puts bars of `colour` around it, "centre-crop" cuts its middle out, "stretch" scales its sides
+            apart to the longer one.
+
+    >>> import PIL.Image
+    >>> squared(PIL.Image.new("RGB", (6, 3)), "letterbox", (1, 2, 3)).getpixel((0, 0))
+    (1, 2, 3)
+    """
+    from PIL import Image as images
+
+    width, height = picture.size
+    longer, shorter = max(picture.size), min(picture.size)
+    if way == "letterbox":
+        canvas = images.new("RGB", (longer, longer), colour)
+        canvas.paste(picture, ((longer - width) // 2, (longer - height) // 2))
+        return canvas
+    if way == "centre-crop":
+        left, top = (width - shorter) // 2, (height - shorter) // 2
+        return picture.crop((left, top, left + shorter, top + shorter))
+    if way == "stretch":
+        return picture.resize((longer, longer), images.Resampling.BICUBIC)
+    raise EmbedLensError(f"there is no way {way!r} to make a picture square: pass letterbox, centre-crop or stretch")

@@ -419,28 +419,30 @@ class Framing:
     shares: Mapping[str, Interval]
     """Way of preprocessing → share of C0."""
     change: Mapping[str, Interval]
-    """The same less that of the letterboxed pictures, paired."""
+    """The same less that of the first way, paired."""
 
     def table(self) -> pd.DataFrame:
         """Share of C0 by the way pictures are made square."""
         import pandas as pd
 
+        first = next(iter(self.shares))
         columns = {
             "share of C0": [found.texts()[0] for found in self.shares.values()],
-            "less letterbox": [found.texts()[0] for found in self.change.values()],
+            f"less {first}": [found.texts()[0] for found in self.change.values()],
         }
         return pd.DataFrame(columns, index=list(self.shares))
 
     def told(self) -> dict[str, Any]:
         """What the prose says of it."""
         change = float(self.change["stretch"].value)
+        first = {"letterbox": "letterboxed"}.get(next(iter(self.shares)), "as the model cuts pictures itself")
         caught = None if self.caught is None else f"C0 takes {self.caught.value:.0%} of the tokens in bars."
         return {
             "in_bars": self.in_bars.value,
             "bars": self.bars.value,
             "caught_sentence": caught or "No picture has bars.",
             "stretch_share": self.shares["stretch"].value,
-            "stretch_change": "more than letterboxed" if change > 0 else "less than letterboxed",
+            "stretch_change": f"{'more' if change > 0 else 'less'} than {first}",
             "stretch_points": f"{abs(100 * change):.1f}",
         }
 
@@ -451,12 +453,12 @@ class Framing:
 
 
 def framing(framed: Mapping[str, ClusterStudy], seed: int = 0) -> Framing:
-    """C0 of the same pictures, letterboxed and otherwise.
+    """C0 of the same pictures, framed as the model is used to and otherwise.
 
     Args:
-        framed: way of preprocessing → clusters of the same pictures; "letterbox" first.
+        framed: way of preprocessing → clusters of the same pictures; the model's own first.
     """
-    study = framed["letterbox"]
+    study = next(iter(framed.values()))
     barred: Bool[np.ndarray, " pictures"] = study.bars > 0
     held = study.in_bars[barred, 0] * study.sizes[barred, 0] / (study.bars * study.tokens)[barred]
     return Framing(
@@ -477,9 +479,10 @@ def framing_figure(found: Framing, model: str) -> Figure:
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(figures.WIDTH, 3.4))
-    lines = {"share of C0: letterbox": found.shares["letterbox"]}
+    first = next(iter(found.shares))
+    lines = {f"share of C0: {first}": found.shares[first]}
     lines |= {} if found.square is None else {"square pictures only": found.square}
-    lines |= {f"share of C0: {way}": share for way, share in found.shares.items() if way != "letterbox"}
+    lines |= {f"share of C0: {way}": share for way, share in found.shares.items() if way != first}
     lines |= {"of C0, in bars": found.in_bars, "of all tokens, in bars": found.bars}
     looks = {name: Look("#DDDDDD", "s", hatch="//") if "bars" in name else Look(NEUTRAL, "o") for name in lines}
     figures.interval_bars(axes, lines, looks, edge="#777777")

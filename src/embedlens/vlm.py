@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
 from embedlens.families.plain import OWN, Features
-from embedlens.patches import PREPROCESSINGS, PatchGrid
-from embedlens.pictures import Picture, open_picture
+from embedlens.patches import PREPROCESSINGS, Frame, PatchGrid, within
+from embedlens.pictures import Picture, open_picture, squared
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -159,7 +159,7 @@ class VisionLanguageModel:
         self.processor = processor
         self.name = name
         self.family = _family(type(hf).__name__, name)
-        self.preprocessing = _preprocessing(preprocessing, self.family, name)
+        self.preprocessing = _preprocessing(preprocessing, self.family)
         self.family.check_config(hf, processor, name)
         self.family.set_preprocessing(processor, hf, self.preprocessing)
         if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
@@ -289,7 +289,7 @@ class VisionLanguageModel:
                 f"the question holds the image placeholder {self.processor.image_token}: leave it out, "
                 "the chat format puts the picture in"
             )
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        content = [{"type": "image", "image": self._squared(picture)}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -313,8 +313,19 @@ class VisionLanguageModel:
     def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Features]:
         return self.family.visual_features(self.hf, inputs)
 
+    def _squared(self, picture: Image) -> Image:
+        """The picture as the processor gets it: as it is, or square where the family's own cutting follows."""
+        if OWN not in self.family.PREPROCESSINGS or self.preprocessing == OWN:
+            return picture
+        mean = self.processor.image_processor.image_mean
+        return squared(picture, self.preprocessing, tuple(int(255 * part) for part in mean))
+
     def _grid(self, picture: Image) -> PatchGrid:
-        return self.family.patch_grid(self.hf, self.processor, self.preprocessing, picture.size)
+        side = self._squared(picture).size
+        grid = self.family.patch_grid(self.hf, self.processor, self.preprocessing, side)
+        if OWN not in self.family.PREPROCESSINGS or self.preprocessing == OWN:
+            return grid
+        return within(grid, Frame.of(self.preprocessing, *picture.size, side=min(picture.size)), side[0])
 
     @torch.no_grad()
     def _assemble(
@@ -348,7 +359,8 @@ class VisionLanguageModel:
         for start in range(0, len(images), batch_size):
             pictures = [open_picture(image) for image in images[start : start + batch_size]]
             inputs = [
-                self._of_picture(self.processor.image_processor(picture, return_tensors="pt")) for picture in pictures
+                self._of_picture(self.processor.image_processor(self._squared(picture), return_tensors="pt"))
+                for picture in pictures
             ]
             for picture, features in zip(pictures, self._features(inputs), strict=True):
                 shows = self.family.shows_patch(self._grid(picture))
@@ -617,7 +629,7 @@ def load(
         quantize: `"4bit"` or `"8bit"` weights through bitsandbytes (needs a CUDA GPU).
         preprocessing: how LLaVA-1.5 makes a picture a square. It was trained with `"letterbox"`, the default; the
             stock processor of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
-            Other families cut pictures in their own way, which is the only one they have.
+            Other families cut pictures in their own way, `"own"`; the three make a picture square before that.
 
     Raises:
         EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
@@ -635,7 +647,7 @@ def load(
     source = _locate(name_or_folder)
     name = str(name_or_folder)
     family = _family(_class_name(source, name), name)
-    _preprocessing(preprocessing, family, name)
+    _preprocessing(preprocessing, family)
     if isinstance(source, Path):
         _check_weight_files(source, name)
     hf = _load_weights(source, name, place, weights_dtype, quantization)
@@ -651,14 +663,12 @@ def _family(class_name: str, name: str) -> ModuleType:
     return family
 
 
-def _preprocessing(wanted: str | None, family: ModuleType, name: str) -> str:
+def _preprocessing(wanted: str | None, family: ModuleType) -> str:
     """One that the family has; its first by default."""
     if wanted is None:
         return family.PREPROCESSINGS[0]
     if wanted in family.PREPROCESSINGS:
         return wanted
-    if len(family.PREPROCESSINGS) == 1:
-        raise EmbedLensError(f"{name} is a {family.NAME}, which cuts pictures in its own way: leave preprocessing out")
     raise EmbedLensError(f"unknown preprocessing {wanted!r}: choose one of {', '.join(family.PREPROCESSINGS)}")
 
 

@@ -32,7 +32,7 @@ NAME = "InternVL3"
 CLASSES = ("InternVLForConditionalGeneration",)
 EXAMPLES = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3-1B-hf")
 PROCESSOR = "InternVLProcessor"
-PREPROCESSINGS = (plain.OWN,)
+PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
 LIMITS = (
     "the picture is shown in tiles and once more as a whole, so a box holds patches of both",

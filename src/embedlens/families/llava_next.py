@@ -32,7 +32,7 @@ else:  # transformers takes seconds to import and is not needed before a model i
 NAME = "LLaVA-NeXT"
 CLASSES = ("LlavaNextForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf")
-PREPROCESSINGS = (plain.OWN,)
+PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",

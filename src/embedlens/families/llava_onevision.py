@@ -39,7 +39,7 @@ NAME = "LLaVA-OneVision"
 CLASSES = ("LlavaOnevisionForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-hf/llava-onevision-qwen2-0.5b-ov-hf")
 PROCESSOR = "LlavaOnevisionProcessor"
-PREPROCESSINGS = (plain.OWN,)
+PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",

@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from embedlens.patches import PatchGrid
+from embedlens.patches import PREPROCESSINGS, PatchGrid
 
 Inputs = Mapping[str, Tensor]
 """What the processor made of one picture: `pixel_values` and, in some families, sizes or counts beside it."""
 
 OWN = "own"
-"""The one preprocessing of families that have no choice."""
+"""The preprocessing of families that cut pictures in a way that belongs to them."""
+
+CUTTING = (OWN, *PREPROCESSINGS)
+"""Theirs is the default; the others make a picture square before it is cut that way."""
 
 #: Canonical role → module path below the Hugging Face model.
 MODULES = {

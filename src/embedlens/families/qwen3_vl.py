@@ -36,7 +36,7 @@ NAME = "Qwen3-VL"
 CLASSES = ("Qwen3VLForConditionalGeneration",)
 EXAMPLES = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-4B-Instruct")
 PROCESSOR = "Qwen3VLProcessor"
-PREPROCESSINGS = (plain.OWN,)
+PREPROCESSINGS = plain.CUTTING
 MODULES = dict(qwen2_5_vl.MODULES)
 LIMITS = (
     *qwen2_5_vl.LIMITS,
