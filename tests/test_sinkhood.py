@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from sink_references import both_found, none_found
+from tiny_families import save_llava_next
 
 from embedlens import claims, samples, sinkhood
 from embedlens.sinks import KINDS, sink_study
@@ -155,3 +156,20 @@ def test_the_first_lines_say_what_is_looked_at(readings):
     text = sinkhood.looked_at(readings["none"])
     assert all(f"{kind}s: {readings['none'].study.reference.notes[kind]}" in text for kind in KINDS)
     assert "5 highest-phi tokens, 3.0 of 16 tokens a picture" in text
+
+
+def test_pictures_of_unequal_token_counts_are_read_and_drawn(tmp_path, pictures):
+    from embedlens import load
+    from embedlens.sink_removal import attention_moved, moved_finding
+
+    model = load(save_llava_next(tmp_path / "next"), device="cpu")
+    reference = none_found(model)
+    seen = sinkhood.sinkhood(model, sink_study(model, pictures, reference, repeats=2))
+    assert len(set(seen.study.tokens)) > 1
+    texts = sinkhood.told(seen, sinkhood.findings(seen))
+    assert not any("nan" in text for text in texts.values())
+    for draw in FIGURES:
+        matplotlib.pyplot.close(draw(seen))
+    moved = attention_moved(model, pictures, seen.study.groups, reference=reference)
+    np.testing.assert_allclose(moved.mass.sum(-1), 1, atol=1e-4)
+    assert moved_finding(moved).n == len(pictures)

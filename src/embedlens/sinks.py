@@ -470,7 +470,7 @@ class SinkStudy:
     words: Int[np.ndarray, "kinds pictures"] = field(repr=False)
     """Entry nearest to `means`; -1 where there is none."""
     random_words: Int[np.ndarray, "kinds pictures repeats"] = field(repr=False)
-    nearest: tuple[Int[np.ndarray, "_ k"], ...] = field(repr=False)
+    nearest: tuple[Int[np.ndarray, "_ words"], ...] = field(repr=False)
     """The three entries nearest to every visual token at layer 0, best first."""
     clusters: tuple[Int[np.ndarray, " _"], ...] = field(repr=False)
     """`anchor_clusters` of the visual tokens at layer 0."""
