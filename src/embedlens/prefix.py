@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.interventions import (
@@ -38,6 +38,8 @@ from embedlens.interventions import (
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
 
+ALL, NONE = -1, -2  # whose a column is, where it is not one question's
+TOGETHER = 8  # questions on a picture that run in one row
 HELD = 2  # remembered pictures, in batches: under how many arms a picture is kept decides how many pictures those are
 PLAIN = {  # settings of a checkpoint that leave greedy decoding greedy
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
@@ -70,7 +72,8 @@ def answers(
         model: from `embedlens.load`.
         cases: in any order.
         max_new_tokens: of an answer.
-        batch_size: prompts that run together; about three times as many are held in memory.
+        batch_size: pictures that run together, each with up to eight questions; about three times as many are held in
+            memory.
 
     Raises:
         EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
@@ -227,30 +230,37 @@ class _Space:
 
 
 class _Table:
-    """Keys and values of a batch while it runs: what is remembered, then what is new, with room for answers."""
+    """Keys and values of a batch while it runs: what is remembered, then what is new, with room for answers.
+
+    A row may hold several questions on one picture. `owner` says for every column whose it is: of question 0, 1, ...,
+    of all (ALL), or of none, as padding is (NONE). Questions do not see each other.
+    """
 
     def __init__(
-        self, space: _Space, memories: Sequence[Memory], lengths: Sequence[int], side: str, room: int = 0
+        self,
+        space: _Space,
+        memories: Sequence[Memory],
+        owners: Sequence[Int[Tensor, " _"]],
+        side: Literal["left", "right"],
+        room: int = 0,
     ) -> None:
         from transformers.cache_utils import Cache
 
         shape = space.shape
-
         self.begins = [len(memory) for memory in memories]
-        self.before, self.after = max(self.begins), max(lengths)
-        columns = self.before + self.after + room
+        self.before, self.after = max(self.begins), max(map(len, owners))
         self.kinds = shape.banks
-        self.banks = space.take(len(memories), columns)
-        self.mask = torch.zeros(len(memories), columns, dtype=torch.long)
-        self.mask[:, self.before + self.after :] = 1
-        for row, (memory, begin, length) in enumerate(zip(memories, self.begins, lengths, strict=True)):
+        self.banks = space.take(len(memories), self.before + self.after + room)
+        for row, (memory, begin) in enumerate(zip(memories, self.begins, strict=True)):
             for bank, part in zip(self.banks, memory.banks, strict=True):
                 bank[:, :, row, :, : self.before - begin] = 0
                 bank[:, :, row, :, self.before - begin : self.before] = part
-            self.mask[row, self.before - begin : self.before] = 1
-            first = self.before + (self.after - length if side == "left" else 0)
-            self.mask[row, first : first + length] = 1
-        self.mask = self.mask.to(self.kinds[0].device)
+        # counted from NONE, as padding is zeros
+        known = [torch.full((begin,), ALL) for begin in self.begins]
+        whole = [torch.cat(parts) - NONE for parts in zip(known, owners, strict=True)]
+        laid = side_by_side(whole, side, self.begins) + NONE
+        self.owner = nn.functional.pad(laid, (0, room), value=NONE).to(self.kinds[0].device)
+        self.several = int(self.owner.max()) > 0
         self.of_layer = []
         seen = dict.fromkeys(self.kinds, 0)
         for kind in shape.layers:
@@ -266,8 +276,18 @@ class _Table:
         """Go on with some rows of the batch."""
         used = self.cache.get_seq_length()
         self.banks = [bank[:, :, rows.to(bank.device)] for bank in self.banks]
-        self.mask = self.mask[rows.to(self.mask.device)]
+        self.owner = self.owner[rows.to(self.owner.device)]
         self._laid(used)
+
+    def mask(self, queries: int) -> Tensor:
+        """What the next so many columns may see: Int[b, k], or Bool[b, 1, q, k] where a row holds several questions."""
+        used = self.cache.get_seq_length()
+        owner, own = self.owner[:, : used + queries], self.owner[:, used : used + queries]
+        if not self.several:
+            return (owner != NONE).long()
+        columns = torch.arange(used + queries, device=owner.device)
+        before = columns <= columns[used:, None]
+        return ((owner == ALL)[:, None] | (owner[:, None] == own[:, :, None]))[:, None] & before
 
     def memory(self, row: int, length: int) -> Memory:
         """What a row of a batch that is padded on the right will be remembered by."""
@@ -498,29 +518,31 @@ def _answered(
     """Answers to cases whose pictures are remembered at the same time."""
     units = _units(cases)
     memories = _remembered(model, space, units, before, batch_size)
-    of_case = {place: number for number, unit in enumerate(units) for place in unit.cases}
-    alike: dict[Any, list[int]] = {}
-    for place in sorted(cases, key=lambda place: (cases[place].kind, _asked_rows(cases[place].prompt), place)):
-        plan = cases[place].plan
+    alike: dict[Any, list[tuple[int, list[int]]]] = {}
+    for number, unit in enumerate(units):
         # most interventions are over when the picture has run: their questions run together with all others
-        ongoing = any(isinstance(value, (EnterAt, ReleasedLayer0)) for value in plan)
-        alike.setdefault(tuple(map(signature, plan)) if ongoing else (), []).append(place)
+        ongoing = any(isinstance(value, (EnterAt, ReleasedLayer0)) for value in unit.plan)
+        most = 1 if ongoing or model.decoder.config._attn_implementation != "sdpa" else TOGETHER
+        own = sorted(unit.cases, key=lambda place: (cases[place].kind, len(cases[place].prompt), place))
+        rows = [(number, own[start : start + most]) for start in range(0, len(own), most)]
+        alike.setdefault(tuple(map(signature, unit.plan)) if ongoing else (), []).extend(rows)
     found: dict[int, str] = {}
-    for kind, places in alike.items():
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            numbers = [of_case[place] for place in batch]
-            prompts = [cases[place].prompt for place in batch]
-            gaps = [units[number].gap for number in numbers]
-            own = [memories[number] for number in numbers]
-            with _intervening(model, [cases[place].plan if kind else () for place in batch]), space.lent():
-                texts = _decoded(model, space, prompts, own, gaps, max_new_tokens)
-            found |= dict(zip(batch, texts, strict=True))
+    for kind, rows in alike.items():
+        # rows of like questions: little is padded, and short answers do not wait for long ones
+        rows.sort(key=lambda row: (len(row[1]), cases[row[1][0]].kind, _asked_rows(cases, row[1]), row[1]))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            prompts = [[cases[place].prompt for place in places] for _, places in batch]
+            gaps = [units[number].gap for number, _ in batch]
+            known = [memories[number] for number, _ in batch]
+            with _intervening(model, [units[number].plan if kind else () for number, _ in batch]), space.lent():
+                texts = _decoded(model, space, prompts, known, gaps, max_new_tokens)
+            found |= dict(zip((place for _, places in batch for place in places), texts, strict=True))
     return found
 
 
-def _asked_rows(prompt: Prompt) -> int:
-    return len(prompt) - _extent(prompt)[1]
+def _asked_rows(cases: dict[int, Case], places: Sequence[int]) -> int:
+    return sum(len(cases[place].prompt) - _extent(cases[place].prompt)[1] for place in places)
 
 
 def _units(cases: dict[int, Case]) -> list[_Unit]:
@@ -598,7 +620,7 @@ def _extended(
     begins = [len(memory) for memory in known]
     with _entering(model, prompts, begins, "right") as entered:
         new = [len(prompt) - begin for prompt, begin in zip(entered, begins, strict=True)]
-        table = _Table(space, known, new, "right")
+        table = _Table(space, known, [torch.full((length,), ALL) for length in new], "right")
         table.cache.layers[-1].last = short
         embeds = [prompt.embeds[begin:] for prompt, begin in zip(entered, begins, strict=True)]
         positions = [torch.arange(begin, len(prompt)) for prompt, begin in zip(entered, begins, strict=True)]
@@ -610,10 +632,9 @@ def _extended(
 def _forward(
     model: VisionLanguageModel, table: _Table, embeds: Float[Tensor, "b s d"], positions: Int[Tensor, "b s"]
 ) -> Float[Tensor, "b s d"]:
-    seen = table.cache.get_seq_length() + embeds.shape[1]
     return model.decoder(
         inputs_embeds=embeds,
-        attention_mask=table.mask[:, :seen],
+        attention_mask=table.mask(embeds.shape[1]),
         position_ids=positions.to(embeds.device),
         past_key_values=table.cache,
         use_cache=True,
@@ -623,54 +644,91 @@ def _forward(
 def _decoded(
     model: VisionLanguageModel,
     space: _Space,
-    prompts: Sequence[Prompt],
+    asked: Sequence[Sequence[Prompt]],
     memories: Sequence[Memory],
     gaps: Sequence[int],
     max_new_tokens: int,
 ) -> list[str]:
-    """Answers to the questions that follow remembered pictures."""
-    begins = [len(memory) for memory in memories]
-    with _entering(model, prompts, begins, "left"):
-        ends = [_extent(prompt)[1] for prompt in prompts]
-        asked = [prompt.embeds[end:] for prompt, end in zip(prompts, ends, strict=True)]
-        rows = zip(prompts, ends, gaps, strict=True)
-        positions = [torch.arange(end - gap, len(prompt) - gap) for prompt, end, gap in rows]
-        table = _Table(space, memories, [len(part) for part in asked], "left", room=max_new_tokens - 1)
-        hidden = _forward(model, table, side_by_side(asked, "left"), side_by_side(positions, "left"))
-        following = torch.tensor([len(prompt) - gap for prompt, gap in zip(prompts, gaps, strict=True)])
-        ids = _greedy(model, table, hidden, following, max_new_tokens)
+    """Answers to the questions that follow remembered pictures, row by row."""
+    with _entering(model, [prompts[0] for prompts in asked], [len(memory) for memory in memories], "left"):
+        embeds, positions, owners = [], [], []
+        questions: list[_Question] = []
+        for row, (prompts, gap) in enumerate(zip(asked, gaps, strict=True)):
+            ends = [_extent(prompt)[1] for prompt in prompts]
+            new = [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
+            embeds.append(torch.cat([prompt.embeds[end:] for prompt, end in zip(prompts, ends, strict=True)]))
+            positions.append(
+                torch.cat([torch.arange(len(p) - n, len(p)) - gap for p, n in zip(prompts, new, strict=True)])
+            )
+            owners.append(torch.arange(len(prompts)).repeat_interleave(torch.tensor(new)))
+            for number, prompt in enumerate(prompts):
+                # the last of its rows, counted from the end, as padding stands before
+                questions.append(_Question(row, number, -1 - sum(new[number + 1 :]), len(prompt) - gap))
+        room = (max_new_tokens - 1) * max(map(len, asked))
+        table = _Table(space, memories, owners, "left", room)
+        hidden = _forward(model, table, side_by_side(embeds, "left"), side_by_side(positions, "left"))
+        ids = _greedy(model, table, hidden, questions, max_new_tokens)
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+class _Question(NamedTuple):
+    row: int
+    """Of the batch, as it began."""
+    number: int
+    """Within its row."""
+    at: int
+    """Column of the forward that gives its next token."""
+    following: int
+    """Position of its first new token."""
 
 
 def _greedy(
     model: VisionLanguageModel,
     table: _Table,
     hidden: Float[Tensor, "b s d"],
-    following: Int[Tensor, " b"],
+    questions: Sequence[_Question],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """The likeliest token, again and again, until each row has ended."""
+    """The likeliest token, again and again, until each answer has ended."""
     head, embedding = model.unembed.head, model.hf.get_input_embeddings()
     ends = _end_ids(model)
-    written: list[list[int]] = [[] for _ in following]
-    going = list(range(len(written)))  # which row of the batch each row of the table is
-    open_rows = set(going)
+    written: list[list[int]] = [[] for _ in questions]
+    rows = sorted({question.row for question in questions})  # those in the table
+    asking = list(range(len(questions)))
+    at = [(question.row, question.at) for question in questions]
+    going = set(asking)
     for step in range(max_new_tokens):
-        chosen = head(hidden[:, -1].to(head.weight.device)).argmax(-1)
-        for row, token in zip(going, chosen.tolist(), strict=True):
-            if row in open_rows:
-                written[row].append(token)
+        last = hidden[[row for row, _ in at], [column for _, column in at]]
+        chosen = head(last.to(head.weight.device)).argmax(-1).tolist()
+        for index, token in zip(asking, chosen, strict=True):
+            if index in going:
+                written[index].append(token)
                 if token in ends:
-                    open_rows.discard(row)
-        if not open_rows or step == max_new_tokens - 1:
+                    going.discard(index)
+        if not going or step == max_new_tokens - 1:
             break
-        if model.intervention is None and 2 * len(open_rows) <= len(going):
-            left = torch.tensor([place for place, row in enumerate(going) if row in open_rows])
-            table.keep(left)
-            chosen, following = chosen[left.to(chosen.device)], following[left]
-            going = [row for row in going if row in open_rows]
-        embeds = embedding(chosen.to(model.device))[:, None]
-        hidden = _forward(model, table, embeds, (following + step)[:, None])
+        if model.intervention is None:  # an intervention knows the batch as it began
+            asking = [index for index in asking if index in going]
+            left = sorted({questions[index].row for index in asking})
+            if 2 * len(left) <= len(rows):
+                table.keep(torch.tensor([place for place, row in enumerate(rows) if row in left]))
+                rows = left
+        place_of = {row: place for place, row in enumerate(rows)}
+        filled = [0] * len(rows)
+        at = []
+        for index in asking:
+            place = place_of[questions[index].row]
+            at.append((place, filled[place]))
+            filled[place] += 1
+        ids, positions = (torch.zeros(len(rows), max(filled), dtype=torch.long) for _ in range(2))
+        owner = torch.full_like(ids, NONE)
+        for index, (place, column) in zip(asking, at, strict=True):
+            ids[place, column] = written[index][-1]
+            positions[place, column] = questions[index].following + step
+            owner[place, column] = questions[index].number
+        used = table.cache.get_seq_length()
+        table.owner[:, used : used + owner.shape[1]] = owner.to(table.owner.device)
+        hidden = _forward(model, table, embedding(ids.to(model.device)), positions)
     return written
 
 

@@ -4,8 +4,8 @@ An arm is a name and a function of one picture, its token groups and a generator
 
     table = run_arms(model, items, [BASELINE, pruning("-dead", partial(members, names=("dead",)))])
 
-Per picture, vision features and group masks are computed once, and the prompts built from them serve every question
-and arm; questions are answered in batches, each with the masks of its own picture. What is random about an arm is
+Per picture, vision features and group masks are computed once and serve every question and arm; so do the keys and
+values of what prompts have in common (`embedlens.prefix`). Questions of all arms are answered in batches. What is random about an arm is
 seeded by picture, arm and seed alone, so a sweep that is resumed, shared out or run in another order draws the same.
 """
 
@@ -266,7 +266,7 @@ def run_arms(
         items: from `tasks.family_questions`; several questions on one picture share what is computed for it.
         arms: `sink_arms()`, `dead_arms()`, or your own. With `BASELINE` among them, `embedlens.paired` compares.
         groups: (model, prompts) → the groups of each prompt's picture; bind a reference or membership with `partial`.
-        batch_size: questions answered together.
+        batch_size: pictures that run together, each with up to eight questions.
         max_new_tokens: of an answer.
 
     Returns:
