@@ -30,6 +30,7 @@ def chapter():
 
 def test_the_cells_are_written_once_and_the_notebook_stays_sound():
     notebook = chapter()
+    assert launch.stated(notebook) is None
     assert launch.begin(notebook, ADDRESS)
     sources = [cell["source"] for cell in notebook["cells"]]
     assert [source.splitlines()[0] for source in sources] == [
@@ -40,6 +41,7 @@ def test_the_cells_are_written_once_and_the_notebook_stays_sound():
         "n_images",
     ]
     nbformat.validate(notebook)
+    assert launch.stated(notebook) == ADDRESS
     assert book.run_faults(notebook, "chapter") + book.metadata_faults(notebook, "chapter") == []
     assert notebook["cells"][-1]["outputs"][0]["execution_count"] == 4
     again = nbformat.from_dict(notebook)
@@ -50,6 +52,7 @@ def test_the_cells_are_written_once_and_the_notebook_stays_sound():
 def test_a_notebook_without_parameters_is_given_no_check():
     notebook = book.cleaned(new_notebook(cells=[new_markdown_cell("# Page"), new_code_cell("print(1)")]))
     launch.begin(notebook)
+    assert launch.stated(notebook) == ""
     assert [cell["id"] for cell in notebook["cells"]].count(launch.CHECK) == 0
     assert not launch.begin(new_notebook(cells=[new_markdown_cell("# No code")]))
 

@@ -7,6 +7,7 @@ the same result; outputs stay, because neither cell has any.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,15 @@ from pathlib import Path
 
 if importlib.util.find_spec("embedlens") is None:  # as on Colab; elsewhere this cell does nothing{home}
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"embedlens[book] @ {{home}}"], check=True)"""
+
+
+def stated(notebook: Any) -> str | None:
+    """The address that a notebook's first cell installs from; empty: none is known; None: it has no such cell."""
+    for cell in notebook["cells"]:
+        if cell["id"] == INSTALL:
+            found = re.search(r"git\+(https?://[^\"]+)", cell["source"])
+            return found[1] if found else ""
+    return None
 
 
 def begin(notebook: Any, address: str = "") -> bool:

@@ -1,0 +1,31 @@
+"""The measurement of a full-size model runs on a small one; without a GPU it writes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import full_size
+from embedlens import memory
+
+
+def test_every_way_is_measured_and_no_memory_is_claimed_without_a_gpu(miniature):
+    found = full_size.measured(memory.config_of("miniature"), "float32", "cpu", repeats=1)
+    assert [name.split(":")[0] for name in found["ways"]] == ["retrieval", "trace", "prefill", "prefill", "sweep"]
+    assert all(way["seconds"]["median"] > 0 and way["peak GiB"] is None for way in found["ways"].values())
+    assert found["parameters"] == sum(parameter.numel() for parameter in miniature.hf.parameters())
+
+
+def test_the_full_size_model_is_the_one_of_the_paper():
+    assert memory.KNOWN[0].model == "llava-hf/llava-1.5-7b-hf"
+    assert memory.needed(memory.KNOWN[0].config()).parameters == 7_063_427_072
+
+
+def test_without_a_gpu_nothing_is_measured_or_written(tmp_path):
+    if torch.cuda.is_available():
+        return
+    out = tmp_path / "full_size.json"
+    command = [sys.executable, "-m", "benchmarks.full_size", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode != 0 and "nothing is measured" in done.stderr and not out.exists()
