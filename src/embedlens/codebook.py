@@ -302,7 +302,7 @@ class Codebook:
 
 def build(
     model: VisionLanguageModel,
-    tokens: Sequence[Float[Tensor, "n d"]],
+    tokens: Sequence[Float[Tensor, "_ d"]],
     scores: Sequence[TokenScores],
     image_ids: Sequence[int],
     thresholds: Thresholds,
@@ -420,7 +420,7 @@ def keep_below(redundancy: Float[Tensor, " n"], threshold: float) -> Bool[Tensor
     return keep
 
 
-def calibrated_threshold(redundancies: Sequence[Float[Tensor, " n"]], mean_kept: float) -> float:
+def calibrated_threshold(redundancies: Sequence[Float[Tensor, " _"]], mean_kept: float) -> float:
     """The threshold that keeps this many tokens a picture on average, over other pictures than those pruned with it.
 
     >>> calibrated_threshold([torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.4])], mean_kept=1) < 0.300001

@@ -285,7 +285,7 @@ def raters(prompt: Prompt) -> Int[Tensor, " r"]:
 
 @contextmanager
 def _attending(
-    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " q"]], layers: list[list[Tensor]]
+    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " _"]], layers: list[list[Tensor]]
 ) -> Iterator[None]:
     """Append, layer by layer, the attention Float[q, s] of some queries of each prompt, while the forward runs."""
     kernel = model.decoder.config._attn_implementation

@@ -203,7 +203,7 @@ def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float 
 
     Source: Du, Ding and Jia, Knowledge-Based Systems 99 (2016); as in TCFormer and Chat-UniVi.
 
-    >>> dpc_knn(torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [5.2]]), clusters=2, k=2).tolist()
+    >>> dpc_knn(torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.3], [5.6]]), clusters=2, k=2).tolist()
     [0, 0, 0, 1, 1, 1]
     """
     if not len(tokens) or clusters < 1 or k < 1:

@@ -10,31 +10,55 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
-from embedlens.codebook import Codebook
+from embedlens import figures, orderings
+from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE, Finding
+from embedlens.codebook import Codebook, Recipe, Stages, Thresholds, build, keep_lowest, quantile_thresholds
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
 from embedlens.intervals import Interval, mean_interval, ratio_interval
+from embedlens.interventions import Prune
+from embedlens.orderings import Orderings, rank_correlation
 from embedlens.paired import BASELINE
-from embedlens.pruners import CODEBOOK, DOUBLE_SOFTMAX, PRUNERS, Context, Features, Pruner, attended, features_of, prune
+from embedlens.prefix import Case, answers
+from embedlens.pruners import (
+    CODEBOOK,
+    DOUBLE_SOFTMAX,
+    FASTV_LAYER,
+    PRUNERS,
+    Context,
+    Features,
+    Pruner,
+    Selection,
+    attended,
+    features_of,
+    prune,
+)
+from embedlens.redundancy import LLAVA_RMS
 from embedlens.sweep import generator
-from embedlens.tasks import ANSWER_TOKENS, Item, score
+from embedlens.tasks import ANSWER_TOKENS, FAMILIES, Item, family_questions, score
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from embedlens.vlm import Prompt, VisionLanguageModel
 else:
-    Prompt = VisionLanguageModel = object
+    Figure = Prompt = VisionLanguageModel = object
 
 SEEDS = 5  # repeats of what draws
 SHARES = (1 / 3, 1 / 6, 1 / 9, 0.05)  # of the tokens: LLaVA-1.5's 192, 96, 64 and 29 of 576
 #: Pruners that choose by attention or by likeness to CLS, which the paper calls intermediate states.
+RELEASED_NAME, LOOSE_NAME = CODEBOOK.name, f"{CODEBOOK.name}, no rarity"
+KEPT = 0.9  # "90 % to 110 % of the performance": what counts as kept
+ALIKE = 0.9  # share of kept tokens in common from which two codebooks count as one; set before the run
 INTERMEDIATE = ("[cls] top", "FastV", "SparseVLM", "VisionZip", "PruMerge+", "HiPrune", "VisPruner")
 
 
@@ -102,8 +126,8 @@ def shootout(
         raise EmbedLensError(
             f"{len(items)} questions, {len(budgets)} budgets, {seeds} seeds: pass at least one of each"
         )
-    for book in codebooks.values():
-        book.check(model)
+    for own in codebooks.values():
+        own.check(model)
     prompts: list[Prompt] = []
     for start in range(0, len(items), batch_size):
         part = items[start : start + batch_size]
@@ -111,33 +135,50 @@ def shootout(
     features = [one for _, batch in model.batches(prompts, batch_size) for one in features_of(model, batch)]
     weights = attended(model, prompts)
     groups = list(token_groups_of(model, prompts, reference=reference))
-    rows = _answered(model, items, [(BASELINE, 0, len(p.grid), i, p) for i, p in enumerate(prompts)], batch_size)
+    asked = [_Asked(BASELINE, 0, len(p.grid), i, Case(p)) for i, p in enumerate(prompts)]
+    rows = _answered(model, items, asked, batch_size)
     for budget in budgets:
         asked = []
         for pruner, book in arms_of(features[0], codebooks, names):
             for seed in range(seeds if pruner.random else 1):
                 for i, (prompt, seen) in enumerate(zip(prompts, features, strict=True)):
                     rng = generator(items[i].sample.id, pruner.name, seed)
-                    context = Context(*weights[i], groups=groups[i], codebook=book, rng=rng)
+                    context = Context(weights[i][0], weights[i][1], groups[i], book, rng)
                     chosen = prune(pruner, seen, context, budget)
-                    asked.append((pruner.name, seed, budget, i, chosen.prompt(prompt)))
+                    asked.append(_Asked(pruner.name, seed, budget, i, _case(prompt, chosen)))
         rows += _answered(model, items, asked, batch_size)
     return pd.DataFrame(rows)
 
 
+class _Asked(NamedTuple):
+    arm: str
+    seed: int
+    budget: int
+    item: int
+    case: Case
+
+
+def _case(prompt: Prompt, chosen: Selection) -> Case:
+    """The selection as an intervention, so that what prompts of a picture share runs once; merged rows cannot be."""
+    if chosen.merged is not None or prompt.positions is not None or bool(chosen.keep.all()):
+        return Case(chosen.prompt(prompt))
+    return Case(prompt, (Prune(~chosen.keep, positions="renumber"),))
+
+
 def _answered(
-    model: VisionLanguageModel,
-    items: Sequence[Item],
-    asked: Sequence[tuple[str, int, int, int, Prompt]],
-    batch_size: int,
+    model: VisionLanguageModel, items: Sequence[Item], asked: Sequence[_Asked], batch_size: int
 ) -> list[dict[str, Any]]:
-    """Answers to prompts, like questions together: no padding, and short answers do not wait for long ones."""
-    order = sorted(range(len(asked)), key=lambda k: (items[asked[k][3]].question.kind, len(asked[k][4]), k))
-    texts = model.answers([asked[k][4] for k in order], ANSWER_TOKENS, batch_size)
-    of = dict(zip(order, texts, strict=True))
+    """Answers, like questions together: no padding, and short answers do not wait for long ones."""
+    order = sorted(range(len(asked)), key=lambda k: (items[asked[k].item].question.kind, len(asked[k].case.prompt), k))
+    pruned = [k for k in order if asked[k].case.plan]
+    alone = [k for k in order if not asked[k].case.plan]
+    cases = [replace(asked[k].case, kind=items[asked[k].item].question.kind) for k in pruned]
+    of = dict(zip(pruned, answers(model, cases, ANSWER_TOKENS, batch_size), strict=True))
+    of |= dict(zip(alone, model.answers([asked[k].case.prompt for k in alone], ANSWER_TOKENS, batch_size), strict=True))
     rows = []
-    for k, (arm, seed, budget, i, prompt) in enumerate(asked):
+    for k, (arm, seed, budget, i, case) in enumerate(asked):
         sample, question = items[i]
+        removed = sum(int(torch.as_tensor(value.mask).sum()) for value in case.plan if isinstance(value, Prune))
         rows.append(
             {
                 "item": i,
@@ -150,7 +191,7 @@ def _answered(
                 "seed": seed,
                 "budget": budget,
                 "acted": arm != BASELINE,
-                "tokens": int(prompt.visual.sum()),
+                "tokens": int(case.prompt.visual.sum()) - removed,
                 "prediction": of[k],
                 "correct": score(question, of[k]),
             }
@@ -181,7 +222,13 @@ def accuracy(table: pd.DataFrame, arm: str, budget: int, family: str | None = No
 
 
 def kept(table: pd.DataFrame, arm: str, budget: int, family: str | None = None, seed: int = 0) -> Interval:
-    """Share of the full score that is left; both scores are of the same resampled pictures."""
+    """Share of the full score that is left; both scores are of the same resampled pictures.
+
+    Raises:
+        EmbedLensError: no answer is right with all tokens, so that there is nothing to keep.
+    """
+    if not per_question(table, BASELINE, None, family).any():
+        raise EmbedLensError("the model answers nothing right with all its tokens: ask questions that it can answer")
     return ratio_interval(
         per_question(table, arm, budget, family), per_question(table, BASELINE, None, family), seed=seed
     )
@@ -244,7 +291,7 @@ def costs(
     for pruner, book in arms_of(features[0], codebooks):
 
         def context(i: int, book: Codebook | None = book) -> Context:
-            return Context(*weights[i], groups=groups[i], codebook=book, rng=np.random.default_rng(i))
+            return Context(weights[i][0], weights[i][1], groups[i], book, np.random.default_rng(i))
 
         chosen = [prune(pruner, features[i], context(i), budget).prompt(prompts[i]) for i in range(len(prompts))]
         rows[pruner.name] = {
@@ -254,3 +301,443 @@ def costs(
             "prefill before": full,
         }
     return pd.DataFrame(rows).T.round(1)
+
+
+def average_tokens(budget: int, n: int, n_layers: int, all_below: int = FASTV_LAYER + 1) -> float:
+    """Visual tokens a layer of a pruner that drops to its budget after the first layers, as FastV is published.
+
+    >>> average_tokens(64, 576, 32)
+    96.0
+    """
+    return (all_below * n + (n_layers - all_below) * budget) / n_layers
+
+
+# --- two codebooks, and what they share with the other paper's groups ------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Codebooks:
+    """The codebook by the release's recipe, the same without its step of rarity, and one of half of the pictures."""
+
+    released: Codebook
+    stages: Stages
+    without_rarity: Codebook
+    stages_without: Stages
+    halves: tuple[Codebook, Codebook]
+    """Of the first and the second half of the pictures, without the step of rarity: few pictures leave enough there."""
+    thresholds: Thresholds
+
+    @property
+    def named(self) -> dict[str, Codebook]:
+        """As `shootout` takes them."""
+        return {RELEASED_NAME: self.released, LOOSE_NAME: self.without_rarity}
+
+
+def codebooks_of(
+    model: VisionLanguageModel, found: Orderings, recipe: Recipe | None = None, thresholds: Thresholds | None = None
+) -> Codebooks:
+    """Build them from scored pictures.
+
+    Args:
+        model: whose tokens they are.
+        found: from `orderings.study`.
+        recipe: default: the release's, its counts as shares, its tokens' unit.
+        thresholds: default: `quantile_thresholds`.
+    """
+    recipe = recipe or Recipe(most_in_picture=8 / 96, more_pictures=64 / 500, rms=LLAVA_RMS)
+    limits = thresholds or quantile_thresholds(found.scores)
+    loose = replace(recipe, most_in_picture=1.0)
+    ids = [sample.id for sample in found.samples]
+    tokens, scores, half = found.tokens, list(found.scores), len(ids) // 2
+
+    def made(part: slice, recipe: Recipe) -> tuple[Codebook, Stages]:
+        return build(model, tokens[part], scores[part], ids[part], limits, recipe, found.protocol)
+
+    everything = slice(0, len(ids))
+    released, without = made(everything, recipe), made(everything, loose)
+    halves = made(slice(0, half), loose)[0], made(slice(half, len(ids)), loose)[0]
+    return Codebooks(*released, *without, halves, limits)
+
+
+def dead_shares(found: Orderings, books: Codebooks, budget: int, seed: int = 0) -> dict[str, Interval]:
+    """Share of dead and sink tokens among all tokens, among prototypes, and among what each codebook removes."""
+    place = {sample.id: i for i, sample in enumerate(found.samples)}
+    gone = [~groups.alive.cpu().numpy() for groups in found.groups]
+
+    def of(masks: Sequence[np.ndarray]) -> Interval:
+        hits = np.array([float((mask & dead).sum()) for mask, dead in zip(masks, gone, strict=True)])
+        return ratio_interval(hits, np.array([float(mask.sum()) for mask in masks]), seed=seed)
+
+    def prototypes(book: Codebook) -> list[np.ndarray]:
+        masks = [np.zeros(len(dead), dtype=bool) for dead in gone]
+        for image, patch in zip(book.image_ids.tolist(), book.patches.tolist(), strict=True):
+            masks[place[image]][patch] = True
+        return masks
+
+    shares = {"all tokens": of([np.ones(len(dead), dtype=bool) for dead in gone])}
+    for name, book in books.named.items():
+        shares[f"prototypes, {name}"] = of(prototypes(book))
+        removed = [~keep_lowest(book.redundancy(tokens), min(budget, len(tokens))).numpy() for tokens in found.tokens]
+        if any(mask.any() for mask in removed):
+            shares[f"removed, {name}"] = of(removed)
+    return shares
+
+
+def agreement_of(
+    one: Codebook, other: Codebook, tokens: Sequence[Float[Tensor, "_ d"]], budget: int, seed: int = 0
+) -> Interval:
+    """Share of the kept tokens that two codebooks have in common, at one budget."""
+    both = [
+        float((keep_lowest(one.redundancy(own), budget) & keep_lowest(other.redundancy(own), budget)).sum()) / budget
+        for own in tokens
+    ]
+    return mean_interval(np.array(both), seed=seed)
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+RULES = {
+    "R01": f"holds if the kept share of the score, at the budgets of 10 % to 20 % of the tokens, lies above {KEPT:.0%} "
+    "with its whole interval; fails if below it",
+    "R10": "holds if the codebook's lead over each of the pruners by intermediate states lies above zero at every "
+    "budget; partly if its mean lead does",
+    "R11": "holds if no weight changes",
+    "R12": "holds if exactly the budget is fed",
+    "R13": "holds if no kept token is more redundant than a removed one, in any picture at any budget",
+    "R14": "holds if the codebooks of two halves together have all their rows and score no token lower than either",
+    "R17": f"holds if the codebooks of two halves of the pictures keep the same tokens to {ALIKE:.0%} or more, with "
+    "the whole interval; partly if more than two random choices share",
+}
+
+
+def findings(
+    model: VisionLanguageModel,
+    table: pd.DataFrame,
+    found: Orderings,
+    books: Codebooks,
+    budgets: Sequence[int],
+    changed_weights: int = 0,
+    seed: int = 0,
+) -> dict[str, Finding]:
+    """R01, R02 and R10 to R18 by `RULES`.
+
+    Args:
+        model: the one that all was measured on.
+        table: from `shootout`, with both codebooks.
+        found: from `orderings.study`, the pictures of the codebooks.
+        books: from `codebooks_of`.
+        budgets: as in the table, largest first.
+        changed_weights: how many of the model's tensors the whole run changed.
+        seed: of the bootstrap.
+    """
+    n, tokens = len(per_question(table, BASELINE)), found.tokens
+    total = len(tokens[0])
+    heavy = [budget for budget in budgets if 0.1 <= budget / total <= 0.2] or [budgets[len(budgets) // 2]]
+
+    def finding(value: Interval, verdict: str, note: str, of: int = n) -> Finding:
+        return Finding(float(value.value), float(value.low), float(value.high), of, verdict, note)
+
+    def sure(value: float, verdict: str, note: str, of: int) -> Finding:
+        return Finding(value, value, value, of, verdict, note)
+
+    def untestable(note: str) -> Finding:
+        return Finding(None, None, None, n, UNTESTABLE, note)
+
+    result = {}
+    own = np.mean([per_question(table, RELEASED_NAME, budget) for budget in heavy], axis=0)
+    kept(table, RELEASED_NAME, heavy[0], seed=seed)  # refuses a model that answers nothing
+    share = ratio_interval(own, per_question(table, BASELINE), seed=seed)
+    verdict = HOLDS if share.low > KEPT else FAILS if share.high < KEPT else PARTLY
+    names = ", ".join(map(str, heavy))
+    result["R01"] = finding(share, verdict, f"Share of the full score with {names} of {total} tokens kept.")
+    result["R02"] = untestable(
+        "Only questions about one picture are asked here; several pictures and video need other data."
+    )
+    rivals = [name for name in INTERMEDIATE if name in set(table["arm"])]
+    if rivals:
+        mean = lead(table, RELEASED_NAME, rivals, budgets, seed)
+        each = {(name, b): lead(table, RELEASED_NAME, [name], [b], seed) for name in rivals for b in budgets}
+        ahead = sum(float(value.low) > 0 for value in each.values())
+        behind = sum(float(value.high) < 0 for value in each.values())
+        verdict = HOLDS if ahead == len(each) else PARTLY if mean.low > 0 else FAILS
+        note = f"Mean lead over {len(rivals)} such pruners; ahead in {ahead}, behind in {behind} of {len(each)} pairs."
+        result["R10"] = finding(mean, verdict, note)
+    else:
+        result["R10"] = untestable("No pruner by intermediate states can run on this model.")
+    verdict = FAILS if changed_weights else HOLDS
+    result["R11"] = sure(
+        float(changed_weights), verdict, "Weights that scoring, building and pruning changed.", len(found.samples)
+    )
+    rows = table[(table["arm"] != BASELINE)]
+    exact = float((rows["tokens"] == rows["budget"]).mean())
+    result["R12"] = sure(
+        exact,
+        HOLDS if exact == 1 else FAILS,
+        "Share of the prompts that feed exactly the budget, before layer 0.",
+        len(rows),
+    )
+    ordered = [_ordered(books.released.redundancy(own).cpu(), b) for own in tokens for b in budgets if b < len(own)]
+    share_of = float(np.mean(ordered)) if ordered else 1.0
+    result["R13"] = sure(
+        share_of, HOLDS if share_of == 1 else FAILS, "Share of selections without an exception.", max(1, len(ordered))
+    )
+    both = books.halves[0].extend(books.halves[1])
+    grows = all(
+        bool((both.redundancy(own) >= part.redundancy(own) - 1e-5).all()) for own in tokens for part in books.halves
+    )
+    whole = len(both) == sum(map(len, books.halves))
+    gain = agreement_of(both, books.halves[0], tokens, heavy[0], seed)
+    note = f"Rows after `extend`, as a share; {gain.texts()[0]} of the kept tokens are those that one half keeps."
+    result["R14"] = sure(
+        len(both) / sum(map(len, books.halves)), HOLDS if grows and whole else FAILS, note, len(tokens)
+    )
+    scores = found.scores
+    weighed = [
+        rank_correlation(s.cascade().double().numpy(), (s.region + s.picture)[:, 0].double().numpy()) for s in scores
+    ]
+    same = mean_interval(np.array(weighed), seed=seed)
+    result["R15"] = untestable(
+        f"A setting of the release, used here; with equal weights D orders the tokens alike: rho {same.texts()[0]}."
+    )
+    size = f"This model's has {len(books.released)} prototypes, {len(books.without_rarity)} without the step of rarity."
+    result["R16"] = untestable(f"Sizes of three released codebooks. {size}")
+    alike = agreement_of(*books.halves, tokens, heavy[0], seed)
+    verdict = HOLDS if alike.low > ALIKE else PARTLY if alike.low > heavy[0] / total else FAILS
+    half = len(found.samples) // 2
+    result["R17"] = finding(
+        alike, verdict, f"Share of kept tokens in common of the codebooks of two times {half} pictures.", len(tokens)
+    )
+    double = (
+        lead(table, DOUBLE_SOFTMAX.name, [RELEASED_NAME], budgets, seed)
+        if DOUBLE_SOFTMAX.name in set(table["arm"])
+        else None
+    )
+    beside = "" if double is None else f" Here the double softmax leads the largest cosine by {double.texts()[0]}."
+    result["R18"] = untestable(f"Said of LLaVA-NeXT and LLaVA-OneVision.{beside}")
+    return result
+
+
+def _ordered(redundancy: Float[Tensor, " n"], budget: int) -> bool:
+    keep = keep_lowest(redundancy, budget)
+    return float(redundancy[keep].max()) <= float(redundancy[~keep].min())
+
+
+def digest(model: VisionLanguageModel) -> dict[str, float]:
+    """A number for each of the model's tensors, to see that none changed."""
+    return {name: float(part.detach().double().sum()) for name, part in model.hf.named_parameters()}
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def pipeline_figure(books: Codebooks, found: Orderings, budget: int) -> Figure:
+    """Figure 2: identify, probe, prune, with the numbers of this run."""
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import FancyBboxPatch
+
+    stages, total = books.stages, len(found.tokens[0])
+    steps = [
+        ("identify", f"{stages.scored:,} tokens of\n{len(found.samples)} pictures,\nread alone and\nleft out"),
+        ("", f"{stages.candidates} sure of little\nand missed\nby little"),
+        ("", f"{stages.rare} of them rare\nin their picture"),
+        ("codebook", f"{stages.codebook} whose like\nrecurs over\npictures"),
+        ("probe", "a token's\nlargest cosine\nto a prototype"),
+        ("prune", f"the {budget} of {total}\nleast redundant\nenter layer 0"),
+    ]
+    fig, axes = plt.subplots(figsize=(figures.WIDTH, 3.9))
+    for at, (name, text) in enumerate(steps):
+        x, y = at % 3, 1.55 * (1 - at // 3)
+        colour = figures.ORDER[0] if at < 4 else figures.ORDER[2]
+        where, style = (x + 0.06, y), "round,pad=0.01"
+        axes.add_patch(
+            FancyBboxPatch(where, 0.84, 1, boxstyle=style, facecolor="white", edgecolor=colour, linewidth=1.8)
+        )
+        axes.text(x + 0.48, y + 0.5, text, ha="center", va="center", fontsize=11)
+        axes.text(x + 0.08, y + 1.06, name, ha="left", va="bottom", fontsize=11, fontweight="bold", color=colour)
+        if x:
+            axes.annotate(
+                "", (x + 0.06, y + 0.5), (x - 0.1, y + 0.5), arrowprops={"arrowstyle": "-|>", "color": "#555555"}
+            )
+    axes.annotate("", (0.8, 1.05), (2.5, 1.5), arrowprops={"arrowstyle": "-|>", "color": "#555555"})
+    axes.set_xlim(0, 3)
+    axes.set_ylim(-0.1, 2.85)
+    axes.set_axis_off()
+    figures.headline(fig, f"{stages.codebook} of {stages.scored:,} tokens become prototypes")
+    figures.sign(fig, found.model, f"n = {len(found.samples)} pictures")
+    return fig
+
+
+def removal_figure(found: Orderings, book: Codebook, at: int, budget: int) -> Figure:
+    """Figure 5: the redundancy of every token of a picture; kept ones have a thick outline."""
+    prompt, tokens = found.prompts[at], found.tokens[at]
+    redundancy = book.redundancy(tokens).cpu()
+    keep = keep_lowest(redundancy, budget)
+    on = ~np.asarray(found.prompts[at].grid.padded)
+    words = [f"{float(value):.2f}" for value in redundancy]
+    kept_on = int((keep.numpy() & on).sum())
+    title = f"{kept_on} of the {budget} tokens kept show the picture, {budget - kept_on} a bar beside it"
+    footer = "number: largest cosine to a prototype | " + figures.signature(found.model, "one picture")
+    return figures.patch_figure(prompt.image, prompt.grid, words, title, keep, footer)
+
+
+def shootout_figure(table: pd.DataFrame, budgets: Sequence[int], model: str, n_tokens: int, seed: int = 0) -> Figure:
+    """Share of the full score that each pruner keeps, one panel a budget; the paper's 90 % to 110 % dashed."""
+    from matplotlib import pyplot as plt
+
+    middle = budgets[len(budgets) // 2]
+    names = sorted(arms_in(table), key=lambda arm: -float(per_question(table, arm, middle).mean()))
+    fig, grid = plt.subplots(
+        1, len(budgets), figsize=(figures.WIDTH, 0.3 * len(names) + 1.9), sharey=True, squeeze=False
+    )
+    for axes, budget in zip(grid[0], budgets, strict=True):
+        for place, name in enumerate(names):
+            value = kept(table, name, budget, seed=seed)
+            figures.dots(axes, np.array([float(place)]), [value], _look(name), along="x")
+        for bound in (0.9, 1.1):
+            axes.axvline(bound, color=figures.FACT, linestyle="--", linewidth=1)
+        axes.set_xlim(0, 1.25)
+        axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+        axes.set_title(f"{budget} tokens\n{budget / n_tokens:.0%}", fontsize=11)
+        axes.grid(axis="y", visible=False)
+    grid[0, 0].set_yticks(range(len(names)), names, fontsize=10)
+    grid[0, 0].invert_yaxis()
+    fig.supxlabel("")
+    place = names.index(RELEASED_NAME) + 1 if RELEASED_NAME in names else 0
+    figures.headline(fig, f"{names[0]} keeps most at {middle} tokens; codebook: {place}. of {len(names)}")
+    figures.sign(
+        fig,
+        model,
+        f"% of the full score, n = {len(per_question(table, BASELINE))} questions; dashed: paper's 90 to 110 %",
+    )
+    return fig
+
+
+def _look(name: str) -> figures.Look:
+    if name in (RELEASED_NAME, LOOSE_NAME, DOUBLE_SOFTMAX.name):
+        return figures.Look(figures.ORDER[1], "D")
+    if name in INTERMEDIATE:
+        return figures.Look(figures.ORDER[0], "o")
+    if name == "random":
+        return figures.Look("#222222", "X")
+    return figures.Look(figures.ORDER[2], "s")
+
+
+def families_figure(table: pd.DataFrame, budget: int, model: str) -> Figure:
+    """Per cent right by pruner and family at one budget, the full model on top."""
+    from matplotlib import pyplot as plt
+
+    families = list(dict.fromkeys(table["family"]))
+    names = sorted(arms_in(table), key=lambda arm: -float(per_question(table, arm, budget).mean()))
+    rows = np.array(
+        [[per_question(table, arm, budget, family).mean() for family in families] for arm in (BASELINE, *names)]
+    )
+    fig, axes = plt.subplots(figsize=(figures.WIDTH, 0.3 * len(rows) + 1.7))
+    axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            axes.text(
+                x, y, f"{value:.0%}", ha="center", va="center", fontsize=10, color="white" if value > 0.6 else "black"
+            )
+    axes.set_xticks(range(len(families)), families)
+    axes.set_yticks(range(len(rows)), ["all tokens", *names], fontsize=10)
+    axes.grid(visible=False)
+    loss = rows[0] - rows[1:].max(0)
+    figures.headline(fig, f"With {budget} tokens even the best pruner loses most in {families[int(loss.argmax())]}")
+    figures.sign(
+        fig, model, f"per cent right, n = {len(per_question(table, BASELINE, None, families[0]))} questions a family"
+    )
+    return fig
+
+
+def overlap_figure(shares: Mapping[str, Interval], model: str, pictures: int) -> Figure:
+    """Share of dead and sink tokens among all tokens, prototypes, and what the codebooks remove."""
+    from matplotlib import pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(figures.WIDTH, 0.55 * len(shares) + 1.6))
+    looks = {name: figures.GROUPS["text"] if name == "all tokens" else figures.GROUPS["dead"] for name in shares}
+    figures.interval_bars(axes, shares, looks)
+    axes.set_xlabel("share of dead and sink tokens")
+    base, own = float(shares["all tokens"].value), float(shares[f"prototypes, {RELEASED_NAME}"].value)
+    figures.headline(fig, f"{own:.0%} of the prototypes are dead or sink tokens, {base:.0%} of all tokens")
+    figures.sign(fig, model, f"n = {pictures} pictures")
+    return fig
+
+
+# --- for the page ----------------------------------------------------------------------------------------------------
+
+
+def told(
+    table: pd.DataFrame, books: Codebooks, shares: Mapping[str, Interval], budgets: Sequence[int], n: int, layers: int
+) -> dict[str, str | int]:
+    """What the prose says of the codebooks and the shoot-out."""
+    middle = budgets[len(budgets) // 2]
+    names = sorted(arms_in(table), key=lambda arm: -float(per_question(table, arm, middle).mean()))
+    stages, limits = books.stages, books.thresholds
+    # 0-d intervals as shares in per cent
+    percent = {name: "{:.0%} ({:.0%} to {:.0%})".format(*map(float, value)) for name, value in shares.items()}
+    return {
+        "n_questions": len(per_question(table, BASELINE)),
+        "budgets": ", ".join(map(str, budgets)),
+        "middle": middle,
+        "tokens_a_picture": n,
+        "best": names[0],
+        "worst": names[-1],
+        "place": names.index(RELEASED_NAME) + 1,
+        "n_pruners": len(names),
+        "full_score": _percent(accuracy(table, BASELINE, 0)),
+        "codebook_kept": _percent(kept(table, RELEASED_NAME, middle)),
+        "loose_kept": _percent(kept(table, LOOSE_NAME, middle)),
+        "best_kept": _percent(kept(table, names[0], middle)),
+        "random_kept": _percent(kept(table, "random", middle)),
+        "over_random": lead(table, RELEASED_NAME, ["random"], [middle]).texts(2)[0],
+        "tau_p": f"{limits.probability:.3g}",
+        "tau_d": f"{limits.divergence:.2g}",
+        "candidates": stages.candidates,
+        "rare": stages.rare,
+        "prototypes": stages.codebook,
+        "prototype_pictures": len(books.released.image_ids.unique()),
+        "loose_prototypes": books.stages_without.codebook,
+        "directions": len(books.without_rarity.deduplicated(0.9)),
+        "dead_all": percent["all tokens"],
+        "dead_prototypes": percent[f"prototypes, {RELEASED_NAME}"],
+        "dead_loose": percent[f"prototypes, {LOOSE_NAME}"],
+        "dead_removed": percent.get(f"removed, {RELEASED_NAME}", "none"),
+        "fastv_average": f"{average_tokens(middle, n, layers):.1f}",
+    }
+
+
+def _percent(value: Interval) -> str:
+    return "{:.0%} ({:.0%} to {:.0%})".format(*map(float, value))
+
+
+def numbers(table: pd.DataFrame, books: Codebooks, budgets: Sequence[int]) -> dict[str, float]:
+    """What the record keeps beside the claims: every pruner's accuracy at every budget, and the codebook's sizes."""
+    found = {"accuracy_all_tokens": float(per_question(table, BASELINE).mean())}
+    for arm in arms_in(table):
+        for budget in budgets:
+            found[f"accuracy_{arm}_{budget}"] = float(per_question(table, arm, budget).mean())
+    return found | {"prototypes": len(books.released), "prototypes_without_rarity": len(books.without_rarity)}
+
+
+def questions_of(model: VisionLanguageModel, n: int, seed: int = 0) -> list[Item]:
+    """`n` held-out questions of every family, their pictures drawn at the model's own size."""
+    scale = max(1.0, model.canvas_side / 112)
+    return [item for family in FAMILIES for item in family_questions(family, n, seed, scale)]
+
+
+NOTED = ("R01", "R02", "R03", "R04", "R05", "R06", "R10")  # claims whose note, value and rule stand in the prose
+VALUED = ("R01", "R05", "R06", "R07", "R10")
+RULED = ("R01", "R03", "R04", "R05", "R06", "R07", "R08", "R09", "R10")
+
+
+def glued(findings: Mapping[str, Finding]) -> dict[str, str]:
+    """What the prose says of single claims: note, value with its interval, rule."""
+    rules = {**orderings.RULES, **RULES}
+    said = {f"{name.lower()}_note": findings[name].note for name in NOTED}
+    said |= {f"{name.lower()}_rule": rules[name] for name in RULED}
+    for name in VALUED:
+        found = findings[name]
+        parts = (found.value, found.low, found.high)
+        told_as = "{:.2f}, {:.2f} to {:.2f}".format(*parts) if found.value is not None else "not measurable"
+        said[f"{name.lower()}_value"] = told_as
+    return said
