@@ -23,6 +23,7 @@ import embedlens as el
 from benchmarks.measure import spread, timed
 from embedlens import claims, memory, sweep, tasks
 from embedlens.groups import TokenGroups
+from embedlens.released import RELEASED
 from embedlens.vlm import DTYPES, QUESTION, VisionLanguageModel
 
 SHARE = 0.33  # of the visual tokens that is pruned: what the paper calls dead
@@ -119,7 +120,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("PyTorch sees no CUDA GPU, so nothing is measured: run this where there is one")
-    found = measured(memory.KNOWN[0].config(), given.dtype, "cuda")
+    found = measured(RELEASED[0].config, given.dtype, "cuda")
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

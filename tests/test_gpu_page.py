@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from embedlens import memory
+from embedlens import sizes
 from embedlens.__main__ import app
 
 PAGE = (Path(__file__).parents[1] / "book/gpu.md").read_text(encoding="utf-8")
@@ -14,7 +14,7 @@ BLOCK = re.compile(r"<!-- memory: .*? -->\n(.*?)\n<!-- end -->", re.S)
 
 
 def test_the_table_of_memory_is_what_the_function_gives():
-    assert BLOCK.search(PAGE)[1].strip() == memory.markdown()
+    assert BLOCK.search(PAGE)[1].strip() == sizes.markdown()
 
 
 def test_the_page_says_that_nothing_was_measured():

@@ -3,6 +3,11 @@
 import pytest
 
 from embedlens import EmbedLensError, memory
+from embedlens.released import RELEASED
+
+
+def config_of_released(model):
+    return next(entry.config for entry in RELEASED if entry.name == model)
 
 
 def test_the_weights_are_those_of_the_loaded_model(miniature):
@@ -26,8 +31,7 @@ def test_a_tied_head_is_counted_once(tiny_folder):
     [("llava-hf/llava-1.5-7b-hf", 7_063_427_072), ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656)],
 )
 def test_published_models_have_the_number_of_parameters_that_their_checkpoints_say(model, published):
-    known = next(entry for entry in memory.KNOWN if entry.model == model)
-    assert memory.needed(known.config()).parameters == published
+    assert memory.needed(config_of_released(model)).parameters == published
 
 
 def test_fewer_bits_longer_prompts_and_larger_batches_count():
@@ -40,8 +44,22 @@ def test_fewer_bits_longer_prompts_and_larger_batches_count():
 
 
 def test_a_7b_model_fits_a_16_gb_card_in_four_bits_and_not_in_32():
-    config = memory.KNOWN[0].config()
+    config = config_of_released("llava-hf/llava-1.5-7b-hf")
     assert memory.needed(config, quantize="4bit").total(4) < 16 * 10**9 < memory.needed(config, "float32").total(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", 576),
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", 5 * 576),
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", 10 * 729),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 1276),
+        ("OpenGVLab/InternVL3-8B-hf", 13 * 256),
+    ],
+)
+def test_tiles_and_merging_count_in_the_tokens_of_an_ordinary_picture(model, tokens):
+    assert memory.visual_tokens_of(config_of_released(model)) == tokens
 
 
 @pytest.mark.parametrize(
