@@ -32,6 +32,7 @@ def test_sound_parameters_pass():
         ({"model": None}, "model is None: pass a name or a folder"),
         ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
         ({"dataset": "coco:/nowhere"}, "no folder /nowhere"),
+        ({"scale": 0}, "scale is 0: pass a number above 0"),
         ({"out": str(Path(__file__))}, "which is a file"),
         ({"seed": "x", "n_images": 0}, "n_images is 0.*seed is 'x'"),
     ],

@@ -11,6 +11,7 @@ embedlens.errors.EmbedLensError: n_images is 0: pass a whole number of at least 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ def _seed(name: str, value: Any) -> str:
     return "" if _is_a(value, int) and value >= 0 else f"{name} is {value!r}: pass a whole number, 0 or more"
 
 
+def _positive(name: str, value: Any) -> str:
+    return "" if _is_a(value, float) and 0 < value < math.inf else f"{name} is {value!r}: pass a number above 0"
+
+
 def _said(call: Callable[[Any], object], value: Any) -> str:
     """The sentence with which a call refuses a value; empty: it does not."""
     try:
@@ -140,6 +145,9 @@ RULES: Mapping[str, Callable[[str, Any], str]] = {
     "dataset": _dataset,
     "n_images": _count,
     "n_questions": _count,
+    "n_trained": _count,
+    "n_fewer": _count,
+    "scale": _positive,
     "seed": _seed,
     "device": _device,
     "out": _folder,
