@@ -46,8 +46,9 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
         if kind is not None and not _is_a(value, kind):
             faults.append(f"{name} is {value!r}: pass {'an' if annotation == 'int' else 'a'} {annotation}")
     wrong = {fault.split(" is ")[0] for fault in faults}
-    for name, rule in RULES.items():
-        if name in namespace and name not in wrong:
+    for name in dict.fromkeys([*RULES, *declared]):
+        rule = rule_of(name)
+        if rule is not None and name in namespace and name not in wrong:
             fault = rule(name, namespace[name])
             faults += [fault] if fault else []
     if faults:
@@ -91,6 +92,10 @@ def _count(name: str, value: Any) -> str:
     return (
         f"{name} is {value!r}: pass a whole number of at least {LEAST_PICTURES}, so that there is something to average"
     )
+
+
+def _some(name: str, value: Any) -> str:
+    return "" if _is_a(value, int) and value >= 1 else f"{name} is {value!r}: pass a whole number of at least 1"
 
 
 def _seed(name: str, value: Any) -> str:
@@ -145,11 +150,18 @@ RULES: Mapping[str, Callable[[str, Any], str]] = {
     "dataset": _dataset,
     "n_images": _count,
     "n_questions": _count,
-    "n_trained": _count,
-    "n_fewer": _count,
     "scale": _positive,
     "seed": _seed,
     "device": _device,
     "out": _folder,
     "results": _folder,
 }
+
+
+def rule_of(name: str) -> Callable[[str, Any], str] | None:
+    """(name, value) → what is wrong with it, or nothing; any `n_…` is a count.
+
+    >>> rule_of("n_seeds")("n_seeds", 0)
+    'n_seeds is 0: pass a whole number of at least 1'
+    """
+    return RULES.get(name, _some if name.startswith("n_") else None)
