@@ -87,15 +87,12 @@ def trained(layer: int) -> str:
 
 
 def silence_arms() -> list[Arm]:
-    """The two rows of Table 3 that need no training, and their baseline."""
-    return [BASELINE, everywhere(MHA, Silence("attention")), everywhere(FFN, Silence("mlp"))]
-
-
-def further_arms() -> list[Arm]:
-    """What the released code does for -vMHA, and no visual processing at all, which the paper does not try."""
+    """The two rows of Table 3 that need no training, what the released code does for the first, and their baseline."""
     return [
+        BASELINE,
+        everywhere(MHA, Silence("attention")),
+        everywhere(FFN, Silence("mlp")),
         everywhere(RELEASED, Silence("attention"), ReleasedLayer0()),
-        everywhere(BOTH, Silence("attention"), Silence("mlp")),
     ]
 
 
@@ -211,7 +208,8 @@ def untrained_entry(model: VisionLanguageModel, items: Sequence[Item], batch_siz
     """Late entry without training at every layer, everything that it is set beside, and the floor: one table."""
     import pandas as pd
 
-    arms = [*silence_arms(), *further_arms(), *entry_arms(model.n_layers), *frozen_arms(model.n_layers)]
+    both = everywhere(BOTH, Silence("attention"), Silence("mlp"))  # no work on visual tokens: not tried by the paper
+    arms = [*silence_arms()[:3], both, *entry_arms(model.n_layers), *frozen_arms(model.n_layers)]
     parts = [asked(model, items, arms, batch_size), about_text(model, items, batch_size)]
     return pd.concat([*parts, about_another(model, items, batch_size)], ignore_index=True)
 
@@ -219,10 +217,13 @@ def untrained_entry(model: VisionLanguageModel, items: Sequence[Item], batch_siz
 def trained_entry(
     model: VisionLanguageModel, items: Sequence[Item], found: Sequence[Adapter], batch_size: int = 32
 ) -> pd.DataFrame | None:
-    """Every trained run asked the same questions, each with the entry it was trained for; None where there are none."""
+    """Every trained run asked the same questions, each with the entry it was trained for, and the model as it is.
+
+    None where there are no runs.
+    """
     import pandas as pd
 
-    parts = []
+    parts = [asked(model, items, [BASELINE], batch_size)] if found else []
     for adapter in found:
         arm = everywhere(trained(adapter.layer), EnterAt(adapter.layer)) if adapter.layer else Arm(trained(0), _plain)
         with adapted(model, adapter):
@@ -244,9 +245,9 @@ def late_layers(table: pd.DataFrame | None) -> list[int]:
     """Layers above 0 at which trained runs enter, of those whose every seed has its twin."""
     if table is None:
         return []
-    seeds = {arm: set(rows["seed"]) for arm, rows in table.groupby("arm")}
-    layers = sorted(int(re.findall(r"\d+", arm)[0]) for arm in seeds)
-    return [layer for layer in layers if layer and seeds[trained(layer)] == seeds.get(trained(0))]
+    seeds = {str(arm): set(rows["seed"]) for arm, rows in table.groupby("arm")}
+    layers = [int(match[1]) for arm in seeds if (match := re.fullmatch(trained(0).replace("0", r"(\d+)"), arm))]
+    return sorted(layer for layer in layers if layer and seeds[trained(layer)] == seeds.get(trained(0)))
 
 
 def against_twins(table: pd.DataFrame | None, seed: int = 0) -> dict[tuple[str, str], Comparison]:
@@ -570,8 +571,8 @@ def _without(layers: Sequence[int]) -> Finding:
 def released_verdict(found: Comparison) -> str:
     """Whether the released rewriting of layer 0 matters for -vMHA, in words."""
     if found.verdict in ("degradation", "improvement"):
-        return f"it matters: {found.text()}"
-    return f"no difference beyond a point: {found.text()}" if found.equivalent else f"undecided: {found.text()}"
+        return f"{found.text()}, so it matters"
+    return f"{found.text()}, no difference beyond a point" if found.equivalent else f"{found.text()}, undecided"
 
 
 def _change(found: Comparison) -> Interval:
@@ -659,6 +660,36 @@ def interval_table(found: Sequence[Comparison], table: pd.DataFrame, seed: int =
     return pd.DataFrame(rows).set_index(["arm", "score"])
 
 
+def entry_table(found: Decoupling) -> pd.DataFrame:
+    """Grounded shares at entry, against the twin's, and how long they are refined; in points."""
+    import pandas as pd
+
+    rows = []
+    for entry in found.at_entry.grounded:
+        share, one = found.at_entry.share(entry, found.seed), found.by_layer[entry]
+        row = {"runs": "as shipped" if entry is None else f"enters at {entry}", "share at entry": _points_text(share)}
+        row["less the twin's"] = _points_text(found.at_entry.difference(entry, found.seed)) if entry else "–"
+        steps = one.steps(np.ones((1, one.hits.grounded.shape[1])))[0]
+        curve = 100 * one.share.value[one.entry :]
+        row |= {"on the curve, at entry": f"{curve[0]:.1f}", "largest from there on": f"{curve.max():.1f}"}
+        rows.append(row | {"blocks of refinement": int(steps)})
+    return pd.DataFrame(rows).set_index("runs")
+
+
+def _points_text(found: Interval) -> str:
+    return Interval(*(100 * part for part in found)).texts(1)[0]
+
+
+def told_of_runs(found: Sequence[Adapter]) -> dict[str, Any]:
+    """How the runs were trained, for the prose."""
+    layers = sorted({adapter.layer for adapter in found})
+    return {
+        "entries": "layer " + ", ".join(map(str, layers)) if layers else "no layer (none ship with this model)",
+        "n_seeds": len({adapter.seed for adapter in found}),
+        "steps": max((adapter.steps for adapter in found), default=0),
+    }
+
+
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
@@ -690,7 +721,7 @@ class Decoupling:
     @cached_property
     def released(self) -> Found:
         """-vMHA as released against -vMHA as described."""
-        return compared(self.untrained, [RELEASED], MHA, seed=self.seed)
+        return compared(self.silenced, [RELEASED], MHA, seed=self.seed)
 
     @cached_property
     def twins(self) -> Found:
@@ -745,14 +776,18 @@ class Decoupling:
             "text_ffn": self.controls[TEXT_FFN, AVG].text(),
             "floor_change": self.controls[OTHER, AVG].text(),
             "released_verdict": released_verdict(self.released[RELEASED, AVG]),
+            "released_grounding": self.released[RELEASED, "grounding"].text(),
             "n_changes": len(changes),
             "n_decided": decided,
             "n_degraded": sum(change.verdict == "degradation" for change in changes),
             "n_equivalent": sum(change.verdict == "no degradation shown" for change in changes),
             "widest": f"{50 * max(widths):.1f}",
             "needed": questions_needed(of_mha),
+            "like_paper": "could" if of_mha.high - of_mha.low < -2 * paper_changes()[MHA][AVG] / 100 else "could not",
+            "untrained_said": self._untrained_said(),
             "trained_said": self._trained_said(),
             "spread_said": self._spread_said(),
+            "twin_said": self._twin_said(),
         }
 
     def _trained_said(self) -> str:
@@ -760,6 +795,28 @@ class Decoupling:
             return "No run beside this model is trained for late entry"
         said = [f"{self.twins[trained(layer), AVG].text()} at layer {layer}" for layer in self.layers]
         return f"Trained for late entry, Avg changes against the twin by {', '.join(said)}"
+
+    def _untrained_said(self) -> str:
+        held = frozen_layers(self.untrained)
+        if not held:
+            return "It has too few layers for an entry in between"
+        middle = nearest_layer(held, self.n_layers, 0.5)
+        names = [entering(1), entering(middle), frozen_until(middle)]
+        first, late, frozen = compared(self.untrained, names, of=[AVG], seed=self.seed).values()
+        return (
+            f"Entry at layer 1 changes Avg by {first.text()}, entry at layer {middle} of {self.n_layers} by "
+            f"{late.text()}, tokens frozen until there but read by {frozen.text()}"
+        )
+
+    def _twin_said(self) -> str:
+        if self.runs is None or not self.layers:
+            return "none is trained"
+        alone, *late = (compare(self.runs, trained(at), AVG, SHIPPED, seed=self.seed) for at in (0, *self.layers))
+        said = ", ".join(f"{one.text()} at layer {layer}" for one, layer in zip(late, self.layers, strict=True))
+        return (
+            f"training alone changes Avg by {alone.text()} (twins less the model as it ships), and a difference taken "
+            f"as the paper takes it would read {said}"
+        )
 
     def _spread_said(self) -> str:
         found: dict[int, list[float]] = {}

@@ -18,7 +18,6 @@ from embedlens.decoupling import (
     OTHER,
     PAPER,
     PAPER_LAYERS,
-    RELEASED,
     SCORES,
     SHIPPED,
     TEXT_FFN,
@@ -75,7 +74,7 @@ def silence_figure(found: Decoupling) -> Figure:
     here.invert_yaxis()
     here.set_title("here", fontsize=12)
     paper.set_title(f"paper ({PAPER})", fontsize=12, color=figures.FACT)
-    fig.legend(loc="outside upper right", ncols=2, fontsize=10)
+    fig.legend(loc="outside lower left", ncols=2, fontsize=10)
     costs = [f"{arm} {100 * found.silencing[arm, AVG].difference:+.1f}" for arm in (MHA, FFN)]
     figures.headline(fig, f"Change of Avg: {', '.join(costs)} points")
     return fig
@@ -85,15 +84,15 @@ def control_figure(found: Decoupling) -> Figure:
     """Avg of every silencing, of its controls and of the floor, beside the baseline."""
     from matplotlib import pyplot as plt
 
-    names = [MHA, FFN, RELEASED, BOTH, TEXT_MHA, TEXT_FFN, OTHER]
-    called = {RELEASED: "-vMHA as released", TEXT_MHA: "-MHA of the text", TEXT_FFN: "-FFN of the text"}
+    names = [MHA, FFN, BOTH, TEXT_MHA, TEXT_FFN, OTHER]
+    called = {TEXT_MHA: "-MHA of the text", TEXT_FFN: "-FFN of the text"}
     value, low, high = (100 * part for part in stacked_scores(found.untrained, [SHIPPED, *names], AVG, found.seed))
     fig, axes = plt.subplots(figsize=(figures.WIDTH, 0.42 * len(names) + 1.3))
     axes.axvspan(low[0], high[0], color="#DDDDDD", linewidth=0)
     axes.axvline(value[0], color="#333333", linewidth=1.5)
     axes.annotate(SHIPPED, (value[0], -0.75), (4, 0), textcoords="offset points", fontsize=10, va="center")
     for at, name in enumerate(names):
-        visual = name in (MHA, FFN, RELEASED, BOTH)
+        visual = name in (MHA, FFN, BOTH)
         look = LOOKS["trained"] if visual else Look(figures.ARMS[OTHER].colour, "X" if name == OTHER else "v")
         dot = Interval(*(np.array(part[at + 1]) for part in (value, low, high)))
         figures.dots(axes, np.array([float(at)]), [dot], look, along="x")
@@ -230,10 +229,11 @@ def grounded_figure(found: Decoupling) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xticks(layers[:: max(1, len(layers) // 12)])
     figures.label_ends(axes, 0.075)
-    title = "Grounded share of object tokens, as shipped"
-    if found.layers:
-        gaps = [abs(float(found.at_entry.difference(layer, found.seed).value)) for layer in found.layers]
-        title = f"At entry, runs differ from their twin by up to {100 * max(gaps):.1f} points"
+    ends = [
+        [100 * one.share.value[at] for one in found.by_layer.values()] for at in (0, found.n_layers)
+    ]  # what enters waits unchanged: its share at layer 0 is that at entry
+    said = [f"{min(one):.1f} to {max(one):.1f}" if len(one) > 1 else f"{one[0]:.1f}" for one in ends]
+    title = f"Grounded: {said[0]} points at entry, {said[1]} at the end"
     figures.headline(fig, title)
     return fig
 
