@@ -27,7 +27,7 @@ def main() -> None:
     content["retrieval"] = [retrieval.retrieval(threads, dtype=dtype) for dtype in ("float32", "bfloat16")]
     content["trace"] = [trace.trace(threads, prompts=prompts) for prompts in (1, 8)]
     content["clustering"] = clustering.clustering(threads)
-    content["sweep"] = [sweep.sweep(threads, per_picture) for per_picture in (1, 6)]
+    content["sweep"] = [sweep.sweep(threads, 1, questions=24), sweep.sweep(threads, 6)]
     content["prefill"] = prefill.prefill(threads)
     for found in content["retrieval"]:
         table += retrieval.lines(found)

@@ -522,7 +522,7 @@ def _answered(
     for number, unit in enumerate(units):
         # most interventions are over when the picture has run: their questions run together with all others
         ongoing = any(isinstance(value, (EnterAt, ReleasedLayer0)) for value in unit.plan)
-        most = 1 if ongoing or model.decoder.config._attn_implementation != "sdpa" else TOGETHER
+        most = 1 if ongoing else _together(model)
         own = sorted(unit.cases, key=lambda place: (cases[place].kind, len(cases[place].prompt), place))
         rows = [(number, own[start : start + most]) for start in range(0, len(own), most)]
         alike.setdefault(tuple(map(signature, unit.plan)) if ongoing else (), []).extend(rows)
@@ -539,6 +539,13 @@ def _answered(
                 texts = _decoded(model, space, prompts, known, gaps, max_new_tokens)
             found |= dict(zip((place for _, places in batch for place in places), texts, strict=True))
     return found
+
+
+def _together(model: VisionLanguageModel) -> int:
+    """How many questions a row may hold: several need a mask of their own, which is not for every kind of attention."""
+    config = model.decoder.config
+    own_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
+    return TOGETHER if own_mask else 1
 
 
 def _asked_rows(cases: dict[int, Case], places: Sequence[int]) -> int:

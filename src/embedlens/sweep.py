@@ -5,8 +5,9 @@ An arm is a name and a function of one picture, its token groups and a generator
     table = run_arms(model, items, [BASELINE, pruning("-dead", partial(members, names=("dead",)))])
 
 Per picture, vision features and group masks are computed once and serve every question and arm; so do the keys and
-values of what prompts have in common (`embedlens.prefix`). Questions of all arms are answered in batches. What is random about an arm is
-seeded by picture, arm and seed alone, so a sweep that is resumed, shared out or run in another order draws the same.
+values of what prompts have in common (`embedlens.prefix`). Questions of all arms are answered in batches. What is
+random about an arm is seeded by picture, arm and seed alone, so a sweep that is resumed, shared out or run in another
+order draws the same.
 """
 
 from __future__ import annotations
