@@ -124,4 +124,5 @@ def test_the_committed_results_are_what_the_book_reads():
     assert {"machine", "instructions", "threads", "load_before", "versions"} <= set(content)
     lines = [line for found in content["retrieval"] for line in retrieval.lines(found)]
     lines += [line for found in content["trace"] for line in trace.lines(found)]
-    assert len(lines + clustering.lines(content["clustering"])) == 14
+    lines += [line for found in content["sweep"] for line in sweep.lines(found)] + prefill.lines(content["prefill"])
+    assert len(lines + clustering.lines(content["clustering"])) == 19

@@ -82,8 +82,8 @@ def answers(
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")
     if not cases:
         return []
-    alone = model.intervention is not None or not all(_plain(case.prompt) for case in cases)
-    shape = None if alone else _shape_of(model, cases[0].prompt)
+    sharing = model.intervention is None and _plainly_greedy(model) and all(_plain(case.prompt) for case in cases)
+    shape = _shape_of(model, cases[0].prompt) if sharing else None
     if shape is None:
         return _unshared(model, cases, max_new_tokens, batch_size)
     found: dict[int, str] = {}
@@ -330,9 +330,9 @@ _SHAPES: WeakKeyDictionary[VisionLanguageModel, _Shape | None] = WeakKeyDictiona
 
 
 def _shape_of(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
-    """What the model's cache consists of; None if prompts cannot be shared. Found out once per model."""
+    """What the model's cache consists of; None if rows see later ones or the cache is no list of keys and values."""
     if model not in _SHAPES:
-        _SHAPES[model] = _probed(model, prompt) if _plainly_greedy(model) else None
+        _SHAPES[model] = _probed(model, prompt)
     return _SHAPES[model]
 
 
