@@ -217,6 +217,18 @@ def _share(hits: Sequence[Bool[np.ndarray, " _"]], asked: Sequence[Bool[np.ndarr
     )
 
 
+def beyond_seen(share: Interval, pictures: int, level: float = 0.95) -> Interval:
+    """A share of which no picture has any, or all have all, with the exact bound: a bootstrap draws only what it saw.
+
+    >>> [round(float(part), 3) for part in beyond_seen(Interval(*(np.array(0.0) for _ in range(3))), 4)]
+    [0.0, 0.0, 0.602]
+    """
+    unseen = 1 - ((1 - level) / 2) ** (1 / pictures)
+    if float(share.value) == 0:
+        return Interval(share.value, share.low, np.asarray(unseen))
+    return Interval(share.value, np.asarray(1 - unseen), share.high) if float(share.value) == 1 else share
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 RULES = {
@@ -228,8 +240,10 @@ RULES = {
     "quarter (half is what no relation gives); partly above a hundredth",
     "R06": "holds if the tokens that name their object with confidence raise that word's logit in their region",
     "R07": "holds if their region raises it in the whole picture",
-    "R08": f"holds if the mean rho of top-1 probability with either score is below {NO_TREND}; partly if with one",
-    "R09": f"holds if the mean rho of D with either score is below {NO_TREND}; partly if with one",
+    "R08": f"holds if the mean rho of top-1 probability lies below {NO_TREND} with its whole interval for both scores; "
+    "partly if for one",
+    "R09": f"holds if the mean rho of D lies below {NO_TREND} with its whole interval for both scores; partly if for "
+    "one",
 }
 
 
@@ -257,8 +271,7 @@ def findings(
         if not any(part.any() for part in among):
             return Finding(None, None, None, n, UNTESTABLE, f"No token is {what} by both scores in any picture.")
         value, asked = _share(hits, among, seed), sum(int(part.sum()) for part in among)
-        if not float(value.value):  # none seen: a bootstrap cannot say how many there may be
-            value = Interval(value.value, value.low, np.asarray(1 - 0.025 ** (1 / sum(part.any() for part in among))))
+        value = beyond_seen(value, sum(bool(part.any()) for part in among))
         beyond = control is None or float(value.low) > float(control.value)
         verdict = HOLDS if value.low > SOME and beyond else PARTLY if value.value > 0 else FAILS
         beside = "" if control is None else f"; with the next picture's words {control.texts(3)[0]}"
@@ -457,6 +470,12 @@ def told(found: Orderings, seed: int = 0) -> dict[str, str | int]:
     for value in VALUES:
         level = mean_interval(np.array([part.mean() for part in found.values(value)]), seed=seed)
         said[f"level_{value}"] = level.texts(3)[0]
+    if len({len(part) for part in found.attention}) == 1:
+        summed = np.stack(found.attention).cumsum(0)
+        rho = [rank_correlation(a, b) for a, b in zip(summed, found.values("probability"), strict=True)]
+        said["rho_summed"] = mean_interval(np.nan_to_num(np.array(rho)), seed=seed).texts()[0]
+    else:
+        said["rho_summed"] = "not defined, as pictures differ in their tokens"
     head = mean_interval(
         np.array([float((s.probability - s.probability_full).mean()) for s in found.scores]), seed=seed
     )

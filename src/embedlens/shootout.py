@@ -25,7 +25,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
 from embedlens.intervals import Interval, mean_interval, ratio_interval
 from embedlens.interventions import Prune
-from embedlens.orderings import Orderings, rank_correlation
+from embedlens.orderings import Orderings, beyond_seen, rank_correlation
 from embedlens.paired import BASELINE
 from embedlens.prefix import Case, answers
 from embedlens.pruners import (
@@ -366,7 +366,8 @@ def dead_shares(found: Orderings, books: Codebooks, budget: int, seed: int = 0) 
 
     def of(masks: Sequence[np.ndarray]) -> Interval:
         hits = np.array([float((mask & dead).sum()) for mask, dead in zip(masks, gone, strict=True)])
-        return ratio_interval(hits, np.array([float(mask.sum()) for mask in masks]), seed=seed)
+        share = ratio_interval(hits, np.array([float(mask.sum()) for mask in masks]), seed=seed)
+        return beyond_seen(share, sum(bool(mask.any()) for mask in masks))
 
     def prototypes(book: Codebook) -> list[np.ndarray]:
         masks = [np.zeros(len(dead), dtype=bool) for dead in gone]
