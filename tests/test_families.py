@@ -35,6 +35,7 @@ from embedlens.patches import PREPROCESSINGS
 from embedlens.probe import probe_picture
 from embedlens.readout import random_projector
 from embedlens.samples import load as load_samples
+from embedlens.trajectories import canvas_of
 
 QUESTION = "what is in the picture ?"
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}  # same sums in another order, in activations of size one to ten
@@ -426,6 +427,14 @@ def test_lenses_and_groups_run(case):
     assert torch.equal(ids, expected.indices) and torch.equal(scores, expected.values)
     probe = probe_picture(model, prompts[0].image)
     assert probe.table() and probe.annotated().size
+
+
+def test_drawn_pictures_can_put_their_content_into_one_patch(model):
+    """What chapter 06 needs: a size at which the patches of the finest view are whole pixels of the picture."""
+    side, patch = canvas_of(model)
+    grid = model.prompt(Image.new("RGB", (side, side)), QUESTION).grid
+    x0, y0, x1, y1 = grid.cell(grid.patch_at(side / 2 + 1, side / 2 + 1))
+    assert (round(x1 - x0), round(y1 - y0)) == (patch, patch)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

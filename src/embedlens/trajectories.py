@@ -30,10 +30,11 @@ ANSWER_TOKENS = 8  # no name, colour or string of the set is longer
 
 
 def canvas_of(model: VisionLanguageModel) -> tuple[int, int]:
-    """(side, patch) in px of what enters the model's vision tower: pictures of this size are not resampled."""
-    prompt = model.prompt(Image.new("RGB", (64, 64)), QUESTION)
-    side = int(prompt.pixel_values.shape[-1])
-    return side, round(side * float(prompt.grid.covered[0]) / prompt.grid.cols)
+    """(side, patch) in px: pictures of this size are not resampled; of several views, the patch of the finest."""
+    side = model.canvas_side
+    grid = model.prompt(Image.new("RGB", (side, side)), QUESTION).grid
+    widths = [view.cell(0)[2] - view.cell(0)[0] for view in grid.views]
+    return side, round(min(widths))
 
 
 def ask(
