@@ -16,7 +16,7 @@ import embedlens as el
 from embedlens.codebook import Codebook
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
-from embedlens.patches import Frame, PatchGrid
+from embedlens.patches import Frame, ManyViews, PatchGrid
 from embedlens.pruners import (
     PRUNERS,
     Context,
@@ -137,6 +137,19 @@ def test_cells_divide_any_grid_into_as_many_parts_as_asked(rows, cols, data):
         at = [divmod(int(i), cols) for i in (of == cell).nonzero()[:, 0]]
         tall, wide = ({x[axis] for x in at} for axis in (0, 1))
         assert len(at) == len(tall) * len(wide) == (max(tall) - min(tall) + 1) * (max(wide) - min(wide) + 1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_several_views_share_a_budget_by_their_sizes(data):
+    views = [PatchGrid(rows, cols, Frame.stretch(8, 8)) for rows, cols in ((2, 2), (3, 4), (1, 5))]
+    budget = data.draw(st.integers(1, 21))
+    of = cells(ManyViews.of(views), budget)
+    assert set(of.tolist()) - {-1} == set(range(budget))
+    features, context = made_up(3, 7)
+    features = replace(features, grid=ManyViews.of(views))
+    for name in ("strided", "pooling", "HiPrune"):
+        assert int(prune(PRUNERS[name], features, context, budget).keep.sum()) == budget
 
 
 def test_pooling_means_cells_and_strides_keep_their_middles():

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from embedlens.errors import EmbedLensError
-from embedlens.patches import Frame, PatchGrid
+from embedlens.patches import Frame, ManyViews, PatchGrid
 from embedlens.redundancy import (
     ARTICLES,
     RELEASED,
@@ -56,6 +56,13 @@ def test_a_window_is_a_square_inside_the_grid_as_near_to_its_token_as_the_border
         best = min(abs(at - (start + (side - 1) // 2)) for start in starts)
         assert taken == set(range(min(taken), min(taken) + size))
         assert abs(at - (min(taken) + (side - 1) // 2)) == best
+
+
+def test_a_window_lies_in_one_view_of_several():
+    grid = ManyViews.of([PatchGrid(r, 4, Frame.stretch(8, 8)) for r in (3, 4)])
+    assert window(13, grid).tolist() == [12 + i for i in window(1, grid_of(4, 4)).tolist()]
+    assert window(11, grid).tolist() == window(11, grid_of(3, 4)).tolist()
+    assert block_centres(grid).tolist() == [5, 12 + 5]
 
 
 def test_the_papers_sample_of_patches_is_the_middle_of_every_block():

@@ -329,13 +329,22 @@ def keep_highest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]
 def cells(grid: PatchGrid, budget: int) -> Int[Tensor, " n"]:
     """Which of `budget` near-square cells each patch lies in, in raster order: any budget divides any grid.
 
-    Rows of the grid form bands of equal height, and each band is cut into columns, so many that all add up.
+    Rows of the grid form bands of equal height, and each band is cut into columns, so many that all add up. Several
+    views share the budget by their sizes; -1 where a view is too small to get any.
 
     >>> from embedlens.patches import Frame
     >>> cells(PatchGrid(rows=4, cols=4, frame=Frame.stretch(4, 4)), 4).view(4, 4).tolist()
     [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
     """
     checked_budget(budget, len(grid))
+    if len(grid.views) > 1:
+        parts, seen, given = [], 0, 0
+        for view in grid.views:
+            seen += len(view)
+            share = budget * seen // len(grid) - given
+            parts.append(cells(view, share) + given if share else torch.full((len(view),), -1))
+            given += share
+        return torch.cat(parts)
     bands = min(grid.rows, budget, max(1, -(-budget // grid.cols), round((budget * grid.rows / grid.cols) ** 0.5)))
     columns = [(budget * (band + 1)) // bands - (budget * band) // bands for band in range(bands)]
     first = np.cumsum([0, *columns])
@@ -348,7 +357,8 @@ def cells(grid: PatchGrid, budget: int) -> Int[Tensor, " n"]:
 def middles(grid: PatchGrid, budget: int) -> Bool[Tensor, " n"]:
     """The patch nearest to the middle of each cell: a regular sample of the grid."""
     of, keep = cells(grid, budget), torch.zeros(len(grid), dtype=torch.bool)
-    at = torch.stack([torch.arange(len(grid)) // grid.cols, torch.arange(len(grid)) % grid.cols], -1).double()
+    shapes = [(torch.arange(len(view)) // view.cols, torch.arange(len(view)) % view.cols) for view in grid.views]
+    at = torch.cat([torch.stack(shape, -1) for shape in shapes]).double()
     for cell in range(budget):
         inside = (of == cell).nonzero()[:, 0]
         keep[inside[(at[inside] - at[inside].mean(0)).pow(2).sum(-1).argmin()]] = True
@@ -462,10 +472,9 @@ def hiprune(
     """
     keep = torch.zeros(len(grid), dtype=torch.bool)
     for anchor in keep_order(shallow)[: round(budget * HIPRUNE_ANCHORS / 5)]:
-        row, col = divmod(int(anchor), grid.cols)
-        for r, c in ((row, col), (row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
-            if 0 <= r < grid.rows and 0 <= c < grid.cols and int(keep.sum()) < budget:
-                keep[r * grid.cols + c] = True
+        for place in (int(anchor), *grid.neighbours(int(anchor))):
+            if int(keep.sum()) < budget:
+                keep[place] = True
     left = budget - int(keep.sum())
     keep[[int(i) for i in keep_order(deep) if not keep[i]][:left]] = True
     return keep

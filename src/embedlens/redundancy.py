@@ -103,6 +103,12 @@ def window(place: int, grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
     """
     if not 0 <= place < len(grid):
         raise EmbedLensError(f"there is no token {place} in a grid of {len(grid)}: pass 0 to {len(grid) - 1}")
+    if len(grid.views) > 1:  # a neighbourhood lies in one view
+        start = 0
+        for view in grid.views:
+            if place < start + len(view):
+                return start + window(place - start, view, side)
+            start += len(view)
     row, col = divmod(place, grid.cols)
 
     def along(at: int, length: int) -> Tensor:
@@ -121,6 +127,9 @@ def block_centres(grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
     >>> block_centres(PatchGrid(rows=24, cols=24, frame=Frame.stretch(24, 24)))[:3].tolist()
     [25, 28, 31]
     """
+    if len(grid.views) > 1:
+        starts = [sum(map(len, grid.views[:at])) for at in range(len(grid.views))]
+        return torch.cat([start + block_centres(view, side) for start, view in zip(starts, grid.views, strict=True)])
     if min(grid.rows, grid.cols) < side:
         return torch.arange(len(grid))
     rows, cols = (torch.arange((side - 1) // 2, length - side // 2, side) for length in (grid.rows, grid.cols))
@@ -343,8 +352,6 @@ def readings_of(
         raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
     if prompt.rows is not None:
         raise EmbedLensError("this prompt has lost visual tokens already: pass the whole prompt")
-    if len(prompt.grid) != prompt.grid.rows * prompt.grid.cols:
-        raise EmbedLensError("the picture's tokens are no single grid, so they have no neighbourhood: use a base view")
     prompt = prompt if prompt.question == protocol.question else model.asked(prompt, protocol.question)
     n = len(prompt.grid)
     at = torch.arange(n) if places is None else torch.as_tensor(places, dtype=torch.long)
@@ -353,7 +360,10 @@ def readings_of(
     # own positions or features added at depth: each reading is a prompt of its own
     plain = prompt.positions is None and prompt.deep is None
     reader = (_Reader if plain else PromptReader)(model, prompt, protocol, batch_size)
-    regions = torch.stack([window(int(place), prompt.grid, protocol.side) for place in at])
+    around = [window(int(place), prompt.grid, protocol.side) for place in at]
+    if len({len(own) for own in around}) > 1:
+        raise EmbedLensError("some places lie in views smaller than the neighbourhood: score each size by itself")
+    regions = torch.stack(around)
     tokens, blank = reader.tokens, reader.blank
     alone, _ = reader.read(tokens[at][:, None], at[:, None])
     # tokens at the border share their windows, which are read once
