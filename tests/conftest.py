@@ -32,3 +32,15 @@ def miniature():
     from embedlens import load
 
     return load("miniature", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_figures():
+    """A test's figures and its style are its own: others see matplotlib as it comes."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        import matplotlib
+        from matplotlib import pyplot
+
+        pyplot.close("all")
+        matplotlib.rcdefaults()

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from embedlens import card, tasks
+from embedlens import tasks
+from embedlens.chapters import card
 from embedlens.errors import EmbedLensError
 from embedlens.intervals import Interval
 

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from embedlens import census, claims, samples
-from embedlens.census import Census, DeadWords
+from embedlens import claims, samples
+from embedlens.chapters import census
+from embedlens.chapters.census import Census, DeadWords
 from embedlens.clusters import cluster_study
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups

@@ -8,7 +8,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import claims, colour_sources
+from embedlens import claims
+from embedlens.chapters import colour_sources
 from embedlens.samples import patchbench
 from embedlens.samples.patchbench import GROUND, INK, NO_COLOUR, OTHER, SURROUND
 from embedlens.trajectories import ask, canvas_of

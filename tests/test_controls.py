@@ -11,12 +11,25 @@ import pandas as pd
 import pytest
 import torch
 
-from embedlens import EmbedLensError, Frame, PatchGrid, Prune, TokenGroups, claims, controls, figures, printed, tasks
+from embedlens import EmbedLensError, Frame, PatchGrid, Prune, TokenGroups, claims, figures, printed, tasks
 from embedlens.book import printable
-from embedlens.controls import A_THIRD_MORE, BLOCK, BOTH, DEAD, MORE, ORIGINAL, RANDOM, SCORES, Asked, ask, costs
+from embedlens.chapters import controls
+from embedlens.chapters.controls import (
+    A_THIRD_MORE,
+    BLOCK,
+    BOTH,
+    DEAD,
+    MORE,
+    ORIGINAL,
+    RANDOM,
+    SCORES,
+    Asked,
+    ask,
+    costs,
+)
+from embedlens.chapters.questionnaires import questionnaires
 from embedlens.groups import reference_of
 from embedlens.paired import AVG, compare, compare_answers
-from embedlens.questionnaires import questionnaires
 
 matplotlib.use("Agg")
 GRID = PatchGrid(6, 6, Frame.stretch(6, 6))

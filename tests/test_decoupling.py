@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedlens as el
-from embedlens import decoupling, decoupling_figures, figures, paired, tasks
+from embedlens import figures, paired, tasks
 from embedlens.book import printable
-from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE
-from embedlens.decoupling import (
+from embedlens.chapters import decoupling, decoupling_figures
+from embedlens.chapters.decoupling import (
     BOTH,
     FFN,
     MHA,
@@ -33,6 +33,7 @@ from embedlens.decoupling import (
     frozen_until,
     trained,
 )
+from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE
 from embedlens.errors import EmbedLensError
 from embedlens.labels import LabelHits
 from embedlens.late_entry import Adapter

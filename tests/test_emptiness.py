@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from embedlens import claims, emptiness, figures, samples
+from embedlens import claims, figures, samples
 from embedlens.book import printable
+from embedlens.chapters import emptiness
+from embedlens.chapters.emptiness import Measured, NoWords, graded
+from embedlens.chapters.page import parts
 from embedlens.consistency import ARMS, Common, GroupStudy
-from embedlens.emptiness import Measured, NoWords, graded
 from embedlens.groups import reference_of
 from embedlens.intervals import Interval
-from embedlens.page import parts
 from embedlens.readout import QUESTIONS, linear_readout, readouts, token_table
 
 matplotlib.use("Agg")

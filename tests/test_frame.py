@@ -58,7 +58,7 @@ def test_the_lock_can_build_the_package_without_the_network():
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("src", ("book",)), ("benchmarks", ()), ("training", ("book",)), ("tests", ("test", "book"))],
+    [("src", ("book", "benchmarks")), ("benchmarks", ()), ("training", ("book",)), ("tests", ("test", "book"))],
 )
 def test_every_import_is_a_declared_dependency(folder, extras):
     known = {IMPORTED_AS.get(r.name, r.name.replace("-", "_")) for r in requirements(*extras)}

@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import claims, grounding
+from embedlens import claims
+from embedlens.chapters import grounding
 from embedlens.labels import LabelHits
 
 matplotlib.use("Agg")

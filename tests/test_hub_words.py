@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import hub_words
+from embedlens.chapters import hub_words
 from embedlens.hubs import Hubness, hubs, skewness
 
 matplotlib.use("Agg")

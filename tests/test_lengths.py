@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import claims, lengths, norms, samples
+from embedlens import claims, norms, samples
+from embedlens.chapters import lengths
 from embedlens.labels import LabelHits
 from embedlens.norms import Course
 

@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import claims, one_patch
+from embedlens import claims
+from embedlens.chapters import one_patch
 from embedlens.samples import patchbench
 from embedlens.samples.patchbench import AXES, OBJECT
 from embedlens.trajectories import canvas_of

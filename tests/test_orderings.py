@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedlens import orderings, samples
+from embedlens import samples
+from embedlens.chapters import orderings
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover
 from embedlens.intervals import Interval

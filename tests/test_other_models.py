@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from embedlens import EmbedLensError, claims, other_models, samples
+from embedlens import EmbedLensError, claims, samples
+from embedlens.chapters import other_models
+from embedlens.chapters.other_models import GROUPS, PAPER, RANKS, anatomy, findings, numbers, study_of
 from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE
 from embedlens.clusters import QUESTION, anchor_clusters, unit_vectors
-from embedlens.other_models import GROUPS, PAPER, RANKS, anatomy, findings, numbers, study_of
 
 SEVEN, THIRTEEN, *OTHERS = (named.repository for named in PAPER)
 

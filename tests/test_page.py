@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedlens import claims, page
+from embedlens import claims
+from embedlens.chapters import page
 from embedlens.claims import Finding
 from embedlens.intervals import Interval
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from embedlens import EmbedLensError, tasks
-from embedlens.questionnaires import questionnaires
+from embedlens.chapters.questionnaires import questionnaires
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import claims, recurrence, samples
+from embedlens import claims, samples
+from embedlens.chapters import recurrence
 from embedlens.clusters import cluster_study, jaccard, picture_pairs
 
 matplotlib.use("Agg")

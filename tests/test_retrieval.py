@@ -6,7 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from embedlens import EmbedLens, LogitLens, claims, retrieval, samples
+from embedlens import EmbedLens, LogitLens, claims, samples
+from embedlens.chapters import retrieval
 from embedlens.labels import RULES, LabelHits, label_ids, largest_object
 
 matplotlib.use("Agg")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import matplotlib
 import pytest
 
-from embedlens import samples, scenes
+from embedlens import samples
+from embedlens.chapters import scenes
 from embedlens.errors import EmbedLensError
 from embedlens.labels import named_patches
 from embedlens.probe import probe_picture

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from embedlens import orderings, samples, shootout
+from embedlens import samples
+from embedlens.chapters import orderings, shootout
 from embedlens.codebook import Codebook, Recipe, Thresholds
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover

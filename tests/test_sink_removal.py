@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sink_references import none_found
 
-from embedlens import claims, printed, samples, sink_removal
+from embedlens import claims, printed, samples
+from embedlens.chapters import sink_removal
+from embedlens.chapters.questionnaires import questionnaires
+from embedlens.chapters.sink_removal import BEFORE, CONTROL, MOVES, PRUNED, REGIONS, SKIPPED, Moved
 from embedlens.errors import EmbedLensError
 from embedlens.groups import QUESTION
 from embedlens.interventions import Prune, intervene
 from embedlens.paired import AVG, BASELINE
-from embedlens.questionnaires import questionnaires
-from embedlens.sink_removal import BEFORE, CONTROL, MOVES, PRUNED, REGIONS, SKIPPED, Moved
 from embedlens.sinks import queries_of, sink_groups
 from embedlens.sweep import generator, sink_arms
 from embedlens.tracing import trace

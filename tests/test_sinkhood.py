@@ -10,7 +10,8 @@ import pytest
 from sink_references import both_found, none_found
 from tiny_families import save_llava_next
 
-from embedlens import claims, samples, sinkhood
+from embedlens import claims, samples
+from embedlens.chapters import sinkhood
 from embedlens.sinks import KINDS, sink_study
 
 matplotlib.use("Agg")
@@ -160,7 +161,7 @@ def test_the_first_lines_say_what_is_looked_at(readings):
 
 def test_pictures_of_unequal_token_counts_are_read_and_drawn(tmp_path, pictures):
     from embedlens import load
-    from embedlens.sink_removal import attention_moved, moved_finding
+    from embedlens.chapters.sink_removal import attention_moved, moved_finding
 
     model = load(save_llava_next(tmp_path / "next"), device="cpu")
     reference = none_found(model)

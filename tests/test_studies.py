@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from embedlens import EmbedLensError, other_models
+from embedlens import EmbedLensError
 from embedlens.__main__ import app
+from embedlens.chapters import other_models
 from embedlens.studies import STUDIES, run_named
 
 RECORD = "results/miniature/09_other_models.json"

@@ -181,7 +181,7 @@ class PatchGrid:
         (0.0, 0.0, 25.0, 0.0)
         """
         x0, y0, x1, y1 = self.cell(index)
-        width, height = self.frame.width, self.frame.height
+        width, height = float(self.frame.width), float(self.frame.height)
         return min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)
 
     @cached_property

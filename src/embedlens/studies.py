@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens import memory, other_models, samples, study
+from embedlens import memory, samples, study
+from embedlens.chapters import other_models
 from embedlens.errors import EmbedLensError
 from embedlens.vlm import MINIATURE, VisionLanguageModel, load
 

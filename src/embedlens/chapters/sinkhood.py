@@ -1,7 +1,7 @@
 """Are there sinks, and do they behave as the paper says? Verdicts and figures of Section 4 and Appendix D.2.
 
 Measured by `embedlens.sinks`; here are the claims E15 to E26 and E30, each with its rule as a function of numbers.
-What pruning sinks does to answers and to attention is `embedlens.sink_removal`.
+What pruning sinks does to answers and to attention is `embedlens.chapters.sink_removal`.
 
 Where a model has no sinks of a kind, the tokens that come nearest stand in for them. Stand-ins are no sinks: a claim
 about sinks that they meet is met in part.

@@ -1,7 +1,7 @@
 """What is answered about pictures with all their content in one patch (Section 7.1): E46 and E47, tables and figures.
 
 Pictures are `embedlens.samples.patchbench`, asking is `embedlens.trajectories`. Shares have Wilson's interval. What
-colours wrong answers follow is `embedlens.colour_sources`.
+colours wrong answers follow is `embedlens.chapters.colour_sources`.
 """
 
 from __future__ import annotations

@@ -22,15 +22,15 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from embedlens import claims, figures, printed, sweep
+from embedlens.chapters.emptiness import OF_STAND_IN
+from embedlens.chapters.questionnaires import questionnaires
 from embedlens.claims import FAILS, HOLDS, PARTLY, Finding
-from embedlens.emptiness import OF_STAND_IN
 from embedlens.errors import EmbedLensError
 from embedlens.figures import Look
 from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.intervals import Interval, ratio_interval
 from embedlens.paired import AVG, LEVEL, MARGIN, Comparison, compare
 from embedlens.patches import PatchGrid
-from embedlens.questionnaires import questionnaires
 from embedlens.samples.miniworld.scene import LONG_SIDE
 from embedlens.sweep import SEEDS, Arm, Select
 from embedlens.tasks import FAMILIES, Item, family_scores

@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from embedlens import claims, figures, printed
+from embedlens.chapters.questionnaires import questionnaires
+from embedlens.chapters.sinkhood import BOS, at_best, said
 from embedlens.claims import Finding
 from embedlens.errors import EmbedLensError
 from embedlens.figures import Look
@@ -28,9 +30,7 @@ from embedlens.intervals import Interval, ratio_interval
 from embedlens.interventions import Prune, intervene
 from embedlens.paired import AVG, BASELINE, MARGIN, Comparison, compare
 from embedlens.patches import PatchGrid
-from embedlens.questionnaires import questionnaires
 from embedlens.samples import Sample
-from embedlens.sinkhood import BOS, at_best, said
 from embedlens.sinks import KINDS, curve, found_kinds, labels_of, queries_of, sink_groups
 from embedlens.sweep import SEEDS, Arm, members, random_tokens, repeated, run_arms, sink_arms
 from embedlens.tasks import FAMILIES

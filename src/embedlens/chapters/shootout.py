@@ -18,14 +18,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from embedlens import figures, orderings
+from embedlens import figures
+from embedlens.chapters import orderings
+from embedlens.chapters.orderings import Orderings, beyond_seen, rank_correlation
 from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE, Finding
 from embedlens.codebook import Codebook, Recipe, Stages, Thresholds, build, keep_lowest, quantile_thresholds
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
 from embedlens.intervals import Interval, mean_interval, ratio_interval
 from embedlens.interventions import Prune
-from embedlens.orderings import Orderings, beyond_seen, rank_correlation
 from embedlens.paired import BASELINE
 from embedlens.prefix import Case, answers
 from embedlens.pruners import (

@@ -1,4 +1,4 @@
-"""The figures of silenced updates and late entry; what they show is measured in `embedlens.decoupling`.
+"""The figures of silenced updates and late entry; what they show is measured in `embedlens.chapters.decoupling`.
 
 What the paper printed stands in a panel of its own, in the colour of facts.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from embedlens import figures
-from embedlens.decoupling import (
+from embedlens.chapters.decoupling import (
     BOTH,
     FFN,
     MHA,
