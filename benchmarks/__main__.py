@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import clustering, prefill, retrieval, sweep, trace
+from benchmarks import clustering, prefill, redundancy, retrieval, sweep, trace
 from benchmarks.measure import circumstances
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -29,6 +29,7 @@ def main() -> None:
     content["clustering"] = clustering.clustering(threads)
     content["sweep"] = [sweep.sweep(threads, 1, questions=24), sweep.sweep(threads, 6)]
     content["prefill"] = prefill.prefill(threads)
+    content["redundancy"] = redundancy.scoring(threads)
     for found in content["retrieval"]:
         table += retrieval.lines(found)
     for found in content["trace"]:
@@ -37,6 +38,7 @@ def main() -> None:
     for found in content["sweep"]:
         table += sweep.lines(found)
     table += prefill.lines(content["prefill"])
+    table += redundancy.lines(content["redundancy"])
 
     print(f"{content['machine']}, {threads} threads, load before: {content['load_before']}")
     header = ("measured", "times the bare way: median (range)", "extra memory at the peak")

@@ -44,7 +44,13 @@ def _times(model: str, tokens: int | None, repeats: int) -> dict[str, Any]:
         FULL: partial(one_by_one, vlm, prompt, places, True),
     }
     found = compared(timed(ways, repeats), to=OURS)
-    return {"model": model, "tokens": len(places), "readings": 4 * len(places) + 1, "ways": found}
+    return {
+        "model": model,
+        "tokens": len(places),
+        "new_tokens": NEW_TOKENS,
+        "readings": 4 * len(places) + 1,
+        "ways": found,
+    }
 
 
 @torch.no_grad()
