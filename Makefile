@@ -32,8 +32,9 @@ lint: $(VENV)/package.stamp
 types: $(VENV)/package.stamp
 	$(BIN)/mypy
 
+# One process a core, one thread each: more threads would only get in each other's way.
 unit: $(VENV)/package.stamp
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 # On a copy, because a notebook writes its record under results/.
 notebook-test: $(VENV)/package.stamp
