@@ -116,7 +116,11 @@ def test_a_chapter_says_first_where_it_disagrees():
     assert claims.agreement({"E13": fails, "E14": FOUND}, "miniature") == (
         "The miniature disagrees with the paper on E13; E14 holds."
     )
-    assert claims.agreement({"E13": partly, "E14": FOUND}, "x/7b") == "On x/7b E13 holds only in part; E14 holds."
+    assert claims.agreement({"E13": partly, "E14": FOUND}, "x/7b") == (
+        "On x/7b E13 holds only in part or is undecided; E14 holds."
+    )
+    several = claims.agreement({"E13": partly, "E14": partly}, "miniature")
+    assert several == "On the miniature E13, E14 hold only in part or are undecided."
     both = claims.agreement({"E13": FOUND, "E14": FOUND}, "miniature")
     assert both == "On the miniature the claims tested here (E13, E14) hold."
 

@@ -228,6 +228,9 @@ def test_pages_and_record_have_no_holes(cost, tmp_path):
         printable(key, value)
     assert all(math.isfinite(value) for value in controls.numbers(cost).values())
     claims.write(tmp_path, "miniature", "04_dead_tokens", 9, 0, controls.findings(cost), controls.numbers(cost))
+    assert "pictures with enough alive tokens, by " in controls.told(cost)["cost_headline"]
+    assert controls.matched_clause(replace(cost, short=0.0)) == ""
+    assert controls.matched_clause(replace(cost, matched=None)) == ""
     for table in (controls.difference_table, controls.verdict_table, controls.contrast_table):
         shown = table(cost)
         assert not shown.isna().any().any() and "nan" not in shown.to_string()

@@ -143,6 +143,9 @@ def test_e38_wants_a_late_turn_beyond_that_of_alive_patches_raw_and_less_the_mea
     all_turn = {name: by_layer(0.3, 0.8) for name in ("dead", "alive")}
     assert emptiness.e38(measured(tower_aligned=all_turn, tower_aligned_removed=all_turn)).verdict == "partly"
     assert emptiness.e38(measured(tower_aligned={"dead": by_layer(0.8, 0.3)})).verdict == "does not hold"
+    over = {"dead": np.array([0.3] * 4 + [0.85] * 3 + [0.8] * 2)}  # risen, and falling again when it is late
+    early = emptiness.e38(measured(tower_aligned=over, tower_aligned_removed=over))
+    assert early.verdict == "partly" and "less the layer just before -0.050" in early.note
 
 
 def test_e39_wants_a_higher_entropy():
@@ -201,6 +204,24 @@ def test_figures_draw_every_group_that_is_there(sinks):
         assert {line.get_label() for line in drawn.axes[0].get_lines()} >= {"alive", "dead", "random tokens"}
 
 
+def test_titles_say_what_was_measured():
+    study = measured(
+        entropy={"dead": 3.0, "remaining": 2.0},
+        inside={"dead": 0.8},
+        tower_norms={"dead": by_layer(0.6, 1.4), "alive": 1.0},
+        tower_aligned={"dead": by_layer(0.3, 0.8)},
+    )
+    assert emptiness.entropy_figure(study).get_suptitle() == (
+        "Entropy at dead tokens: 3.00 nats, at the remaining ones 2.00"
+    )
+    assert "Dead less alive tokens: +0.30 among one another" in emptiness.likeness_figure(study).get_suptitle()
+    assert "0.60 before the last eighth, 1.40 in it" in emptiness.tower_figure(study).get_suptitle()
+    assert (
+        "+0.50 over all layers before, +0.50 over the one"
+        in emptiness.direction_figure(study, tower=True).get_suptitle()
+    )
+
+
 def test_the_bar_of_the_paper_is_drawn_as_the_papers():
     drawn = emptiness.attention_figure(measured())
     bars = [line for line in drawn.axes[0].get_lines() if line.get_color() == figures.FACT]
@@ -231,6 +252,13 @@ def test_sentences_say_whether_colour_is_read():
         assert emptiness.hidden_sentence(measured(), read).startswith(reads)
         assert emptiness.reads_colour(measured(), read) == (strength > 0)
         assert "not told apart from random projectors" in emptiness.probe_sentence(measured(), read)
+    weak, strong = probe(0.15), probe(1.0)
+    for own, anew, said in ((strong, weak, "which is less)"), (weak, strong, "which is more: what is read there")):
+        read = dict.fromkeys(names, own) | {(QUESTIONS[0], "dead", "random projectors"): anew}
+        sentence = emptiness.hidden_sentence(measured(), read)
+        assert f"random projectors: {float(anew.accuracy().value):.0%}, {said}" in sentence
+        title = emptiness.readout_figure(measured(), read, 9).get_suptitle()
+        assert title.endswith(f"random projectors {float(anew.accuracy().value):.0%}")
     nothing = dict.fromkeys(names)
     assert emptiness.hidden_sentence(measured(), nothing) == "Too few tokens to probe what they hold."
     assert emptiness.probe_sentence(measured(), nothing) == "Too few tokens to probe."

@@ -107,8 +107,8 @@ def test_random_tokens_are_as_many_as_the_sinks_and_none_of_them(groups, prompts
 
 def test_an_arm_is_called_by_what_it_acts_on():
     called = partial(sink_removal.called, found={"LLM sink": False, "ViT sink": False}, named=NAMES)
-    assert called("-LLM sinks") == "-5 highest-phi tokens" and called("-all sinks") == "-both kinds"
-    assert called(CONTROL) == "-random tokens, as many as both kinds"
+    assert called("-LLM sinks") == "without the 5 highest-phi tokens" and called("-all sinks") == "without both kinds"
+    assert called(CONTROL) == "without random tokens, as many as both kinds"
     named = {"LLM sink": "LLM sinks", "ViT sink": "ViT sinks"}
     for arm in (*PRUNED, *SKIPPED, CONTROL):
         assert sink_removal.called(arm, FOUND, named) == arm
@@ -158,12 +158,14 @@ def test_answers_that_stay_hold_on_sinks_and_in_part_on_stand_ins(unchanged, hav
     same = replace(unchanged, found=dict.fromkeys(FOUND, have))
     for finding in sink_removal.answer_findings(same).values():
         assert finding.verdict == (claims.HOLDS if have else claims.PARTLY) and finding.value == 0
-        assert ("stands in" in finding.note) != have
+        assert ("stands in" in finding.note) != have and "of each family" not in finding.note
 
 
 def test_few_questions_cannot_show_that_nothing_changes():
     few = sink_removal.compared(planted(30, {}), FOUND, NAMES, "miniature", resamples=300)
-    assert {f.verdict for f in sink_removal.answer_findings(few).values()} == {claims.UNTESTABLE}
+    for finding, names in zip(sink_removal.answer_findings(few).values(), (PRUNED, SKIPPED), strict=True):
+        assert finding.verdict == claims.UNTESTABLE
+        assert f"about {sink_removal.needed(few, names)} questions of each family" in finding.note
     assert sink_removal.answers_told(few)["needed"] > 30
 
 
@@ -192,7 +194,7 @@ def test_tables_have_all_arms_no_holes_and_the_paper_stands_apart(found):
     assert len(scores) == 9 and len(changes) == 8
     for table in (scores, changes):
         assert "nan" not in table.to_string()
-    assert changes.loc["-random tokens, as many as both kinds (2 seeds)", "McNemar's p"] == "–"
+    assert changes.loc["without random tokens, as many as both kinds (2 seeds)", "McNemar's p"] == "–"
     paper = sink_removal.paper_table()
     assert paper.index.tolist() == [row.name for row in printed.TABLE_1]
     assert paper.loc["-LLM sinks", "CV-centric"] == "54.4" and paper.iloc[0, -1] == "–"

@@ -172,9 +172,9 @@ def agreement(findings: Mapping[str, Finding], model: str) -> str:
     if by_verdict[FAILS]:
         said.append(f"{on} disagrees with the paper on {', '.join(by_verdict[FAILS])}")
     if by_verdict[PARTLY]:
-        said.append(
-            f"{', '.join(by_verdict[PARTLY])} {'hold' if len(by_verdict[PARTLY]) > 1 else 'holds'} only in part"
-        )
+        many = len(by_verdict[PARTLY]) > 1
+        subject, open_ = ", ".join(by_verdict[PARTLY]), "are undecided" if many else "is undecided"
+        said.append(f"{subject} {'hold' if many else 'holds'} only in part or {open_}")
     if by_verdict[HOLDS]:
         names, many = ", ".join(by_verdict[HOLDS]), len(by_verdict[HOLDS]) > 1
         subject = (

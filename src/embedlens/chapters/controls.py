@@ -431,7 +431,8 @@ def cost_figure(cost: Cost) -> Figure:
     for axes in panes:
         axes.axhline(0, color=figures.CHANCE, linewidth=1.0)
     dead, alive = cost.of[DEAD, AVG], cost.of[RANDOM, AVG]
-    title = f"Pruned dead tokens: {100 * dead.difference:+.1f}; as many alive ones: {100 * alive.difference:+.1f}"
+    losses = f"{100 * dead.difference:+.1f}; as many alive ones: {100 * alive.difference:+.1f} points"
+    title = f"Pruned dead tokens: {losses}"
     figures.headline(fig, _called(cost, title))
     further = cost.of[BLOCK, AVG].pictures
     of = f"{cost.questions} questions on {cost.pictures} pictures ({further} for squares and diamonds)"
@@ -569,6 +570,13 @@ def match_sentence(cost: Cost) -> str:
     )
 
 
+def matched_clause(cost: Cost) -> str:
+    """How the control does where it is exactly as large as the dead tokens; nothing where it is so everywhere."""
+    if cost.matched is None or not cost.short:
+        return ""
+    return f"; in the {cost.matched.pictures} pictures with enough alive tokens, by {_points(cost.matched)}"
+
+
 def frame_sentence(cost: Cost) -> str:
     """Whether the change in grounding depends on the frame in which boxes are read."""
     padded, original = cost.of[DEAD, "grounding"], cost.of[DEAD, ORIGINAL]
@@ -630,7 +638,7 @@ def told(cost: Cost) -> dict[str, Any]:
         "cost_headline": (
             f"Pruning dead tokens changes the mean score of four families of questions by {_points(dead)}: "
             f"{SHOWN[dead.verdict]}. Pruning as many alive tokens changes it by {_points(scattered)}: "
-            f"{SHOWN[scattered.verdict]}."
+            f"{SHOWN[scattered.verdict]}{matched_clause(cost)}."
         ),
         "cost_dead": dead_sentence(cost),
         "cost_controls": control_sentence(cost),

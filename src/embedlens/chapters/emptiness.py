@@ -63,6 +63,11 @@ class Measured:
         return "C0, stand-in for dead" if self.stand_in else "dead"
 
     @property
+    def short(self) -> str:
+        """What dead tokens are called in titles."""
+        return "C0" if self.stand_in else "dead"
+
+    @property
     def named(self) -> list[str]:
         """The groups that have a token in some picture."""
         return [name for name in ("alive", "dead", "ViT sink", "LLM sink") if self.study.has(name)]
@@ -211,10 +216,21 @@ def likeness_figure(measured: Measured) -> Figure:
         for axes, of in zip(panes, ("inside", "kept"), strict=True):
             figures.layer_curve(axes, *measured.of(of, name), measured.called(name), LOOKS[name])
     panes[0].set_ylabel("mean cosine")
-    _finish(fig, panes, "layer", "How alike tokens of a group are, read in two ways")
+    _finish(fig, panes, "layer", _likeness_title(measured))
     panes[1].legend(loc="best", fontsize=10)
     figures.sign(fig, measured.model, f"n = {len(measured.study)} held-out pictures")
     return fig
+
+
+def _likeness_title(measured: Measured) -> str:
+    """By how much dead tokens are ahead of the group that comes nearest to them."""
+    if not measured.rivals:
+        return f"No picture has two {measured.short} tokens and two of another group"
+    ahead = {name: float(ahead_of(measured, name, "inside").value) for name in measured.rivals}
+    closest = min(ahead, key=lambda name: ahead[name])
+    later = float(ahead_of(measured, closest, "kept").value)
+    who = f"{measured.short[0].upper()}{measured.short[1:]} less {closest} tokens"
+    return f"{who}: {ahead[closest]:+.2f} among one another, {later:+.2f} a layer later"
 
 
 def held_out_likeness(
@@ -264,8 +280,9 @@ def direction_figure(measured: Measured, tower: bool = False) -> Figure:
         if tower:
             axes.axvspan(_late(measured) - 0.5, _depth(measured) - 0.5, color=SHADE, zorder=0)
     panes[0].set_ylabel("cosine to the group elsewhere")
-    title = "Cosine to the group's direction in other pictures"
-    if not tower:
+    if tower:
+        title = _turn_title(measured)
+    else:
         first, less_mean = (float(measured.of(f"{of}{suffix}", "dead").value[0]) for suffix in ("", "_removed"))
         title = f"Alike across pictures: {first:.2f} at layer 0, {less_mean:.2f} less the mean"
     _finish(fig, panes, "layer of the vision tower" if tower else "layer", title)
@@ -275,6 +292,15 @@ def direction_figure(measured: Measured, tower: bool = False) -> Figure:
     return fig
 
 
+def _turn_title(measured: Measured) -> str:
+    """How much of the rise of the cosine comes in the tower's last eighth."""
+    values = measured.study.of("tower_aligned", "dead")
+    if _late(measured) < 2:
+        return f"Cosine to the group's direction at the last layer: {measured.over(values).value[-1]:.2f}"
+    rise, last = (float(measured.over(part).value) for part in (_rise(measured, values), _last_step(measured, values)))
+    return f"Cosine in the last eighth: {rise:+.2f} over all layers before, {last:+.2f} over the one just before"
+
+
 # --- E35, E36: who reads them ----------------------------------------------------------------------------------------
 
 
@@ -282,7 +308,7 @@ def attention_figure(measured: Measured) -> Figure:
     """Where the text's attention goes by block, of all keys and of visual keys; the paper's bar dashed."""
     study = measured.study
     fig, panes = _two_panes(("of all keys", "of visual keys"), height=4.4)
-    inset = panes[0].inset_axes((0.36, 0.6, 0.62, 0.36))
+    inset = panes[0].inset_axes((0.36, 0.68, 0.62, 0.24))
     for name in measured.named:
         figures.layer_curve(panes[0], *measured.of("attention", name), measured.called(name), LOOKS[name])
         of_visual = measured.over(study.attention_of_visual(name))
@@ -292,10 +318,12 @@ def attention_figure(measured: Measured) -> Figure:
     inset.set_title("per token, %", fontsize=10, fontweight="normal")
     inset.tick_params(labelsize=9)
     inset.set_ylim(bottom=0)
+    inset.set_xlabel("block", fontsize=9, labelpad=1)
     for axes in panes:
         axes.axhline(BAR, color=figures.FACT, linestyle="--", linewidth=1.2)
         axes.annotate("paper (7B): below 8 %", (0.0, 0.012), color=figures.FACT, fontsize=9, va="bottom")
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.4)  # room for the inset above the curves
+        axes.set_yticks(np.linspace(0, 1, 6))
     panes[0].set_ylabel("share of the text's attention")
     seen, of_tokens = float(np.nanmean(study.attention_of_visual("dead"))), study.share("dead").mean()
     short = "C0" if measured.stand_in else "Dead"
@@ -370,9 +398,29 @@ def tower_figure(measured: Measured) -> Figure:
     short = "C0" if measured.stand_in else "dead"
     panes[1].set_title(f"cosine of {short}, layer to layer", fontsize=11, fontweight="normal")
     fig.colorbar(drawn, ax=panes[1], shrink=0.8)
-    _finish(fig, panes, "layer of the vision tower", "Norms and directions in the vision tower")
+    _finish(fig, panes, "layer of the vision tower", _norms_title(measured))
     figures.sign(fig, measured.model, f"n = {len(measured.study)} held-out pictures; shaded: the last eighth")
     return fig
+
+
+def _over_alive(measured: Measured) -> Float[np.ndarray, "pictures tower"]:
+    """Norm of dead patches over that of alive ones."""
+    return measured.study.of("tower_norms", "dead") / measured.study.of("tower_norms", "alive")
+
+
+def _norms_title(measured: Measured) -> str:
+    if not _comparable(measured):
+        norm = float(measured.of("tower_norms", "dead").value[-1])
+        return f"Norm of {measured.short} patches at the tower's last layer: {norm:.1f}"
+    late, ratios = _late(measured), _over_alive(measured)
+    before, after = (float(measured.over(part.mean(1)).value) for part in (ratios[:, 1:late], ratios[:, late:]))
+    return f"Norm, {measured.short} over alive: {before:.2f} before the last eighth, {after:.2f} in it"
+
+
+def _last_step(measured: Measured, values: Float[np.ndarray, "pictures tower"]) -> Float[np.ndarray, " pictures"]:
+    """Mean of the last eighth of the tower's layers less the layer just before."""
+    late = _late(measured)
+    return values[:, late:].mean(1) - values[:, late - 1]
 
 
 def _rise(measured: Measured, values: Float[np.ndarray, "pictures tower"]) -> Float[np.ndarray, " pictures"]:
@@ -390,7 +438,7 @@ def e37(measured: Measured) -> Finding:
     if not _comparable(measured):
         return measured.untestable("No picture has dead and alive tokens, or the tower is too shallow.")
     late = _late(measured)
-    over_alive = measured.study.of("tower_norms", "dead") / measured.study.of("tower_norms", "alive")
+    over_alive = _over_alive(measured)
     before, after = measured.over(over_alive[:, 1:late].mean(1)), measured.over(over_alive[:, late:].mean(1))
     rises = measured.over(_rise(measured, over_alive))
     parts = [bool(before.high < 1), bool(after.low > 1), bool(rises.low > 0)]
@@ -400,7 +448,11 @@ def e37(measured: Measured) -> Finding:
 
 
 def e38(measured: Measured) -> Finding:
-    """Holds if dead patches turn to their direction elsewhere late, more than alive ones, raw and less the mean."""
+    """Holds if dead patches turn to their direction elsewhere late, more than alive ones, raw and less the mean.
+
+    Late is the last eighth of the tower's layers, which has to lie above the mean of the layers before and above the
+    layer just before: a rise that is over by then earns "partly".
+    """
     if not _comparable(measured):
         return measured.untestable("No picture has dead and alive tokens, or the tower is too shallow.")
     turns = {
@@ -410,11 +462,16 @@ def e38(measured: Measured) -> Finding:
     }
     turned, less_mean = measured.over(turns["dead", "aligned"]), measured.over(turns["dead", "aligned_removed"])
     more = [measured.over(turns["dead", of] - turns["alive", of]) for of in ("aligned", "aligned_removed")]
-    parts = [bool(found.low > 0) for found in (turned, less_mean, *more)]
+    last = [
+        measured.over(_last_step(measured, measured.study.of(f"tower_{of}", "dead")))
+        for of in ("aligned", "aligned_removed")
+    ]
+    parts = [bool(found.low > 0) for found in (turned, less_mean, *more, *last)]
     verdict = HOLDS if all(parts) else PARTLY if parts[0] else FAILS
     note = (
         f"Rise of the cosine to the group's direction elsewhere; beyond that of alive patches {more[0].texts(3)[0]}, "
-        f"with the mean removed {more[1].texts(3)[0]}."
+        f"with the mean removed {more[1].texts(3)[0]}; the last eighth less the layer just before "
+        f"{last[0].texts(3)[0]}, with the mean removed {last[1].texts(3)[0]}."
     )
     return measured.finding(turned, verdict, note)
 
@@ -453,7 +510,10 @@ def entropy_figure(measured: Measured) -> Figure:
     axes.set_yticks(range(len(measured.named)), [measured.called(name) for name in measured.named])
     axes.set_ylim(-0.6, len(measured.named) - 0.2)
     axes.set_xlabel("entropy at the last layer, nats, mean of a picture's tokens")
-    axes.set_title("Entropy of what would be said next")
+    title = f"Entropy at {measured.short} tokens: {float(measured.of('entropy', 'dead').value):.2f} nats"
+    if measured.study.has("remaining"):
+        title += f", at the remaining ones {float(measured.of('entropy', 'remaining').value):.2f}"
+    figures.headline(fig, title)
     figures.sign(fig, measured.model, f"boxes: quartiles of n = {len(measured.study)} pictures")
     return fig
 
@@ -489,9 +549,19 @@ def readout_figure(measured: Measured, read: Readouts, n_pictures: int) -> Figur
     axes.grid(axis="y", visible=False)
     legend = "filled: own projector; open: random projectors; grey bar: most frequent answer"
     axes.set_xlabel(f"right answers in pictures that the probe has not seen\n{legend}", fontsize=10.5, x=0.35)
-    figures.headline(fig, "What a linear probe reads from single tokens")
+    figures.headline(fig, _probe_title(measured, read))
     figures.sign(fig, measured.model, f"n = {n_pictures} pictures, a third of them for the test")
     return fig
+
+
+def _probe_title(measured: Measured, read: Readouts) -> str:
+    own, anew = (read.get((QUESTIONS[0], "dead", form)) for form in (OWN, ANEW))
+    if own is None or anew is None:
+        return f"Too few {measured.short} tokens to probe for the colour of the patch"
+    right, beside = float(own.accuracy().value), float(anew.accuracy().value)
+    return (
+        f"{QUESTIONS[0].capitalize()} from {measured.short} tokens: {right:.0%} right, random projectors {beside:.0%}"
+    )
 
 
 def readout_table(measured: Measured, read: Readouts) -> pd.DataFrame:
@@ -535,8 +605,19 @@ def hidden_sentence(measured: Measured, read: Readouts) -> str:
     )
     return (
         f"{reads} the colour of the patch from them: {float(colour.accuracy().value):.0%} right in unseen pictures, "
-        f"where always saying the most frequent colour gives {float(colour.baseline().value):.0%}."
+        f"where always saying the most frequent colour gives {float(colour.baseline().value):.0%}"
+        f"{_beside_random(colour, read.get((QUESTIONS[0], 'dead', ANEW)), measured.seed)}."
     )
+
+
+def _beside_random(own: Readout, anew: Readout | None, seed: int) -> str:
+    """What is read behind random projectors, and what that says of the model's own."""
+    if anew is None:
+        return ""
+    lead = own.gain(anew, seed=seed)
+    said = "which is less" if lead.low > 0 else "which is more" if lead.high < 0 else "not told apart from it"
+    gives = "" if lead.low > 0 else ": what is read there the vision tower gives, not the projector"
+    return f" (random projectors: {float(anew.accuracy().value):.0%}, {said}{gives})"
 
 
 def probe_sentence(measured: Measured, read: Readouts) -> str:
@@ -627,8 +708,8 @@ def told(
         )
         found["cap"] = 'As only a stand-in can be measured, no claim about dead tokens gets more than "partly".'
     for at, place in (("first", 0), ("last", -1)):
-        found[f"aligned_{at}"] = measured.of("aligned", "dead").value[place]
-        found[f"removed_{at}"] = measured.of("aligned_removed", "dead").value[place]
+        found[f"aligned_{at}"] = measured.of("aligned", "dead").at(place)
+        found[f"removed_{at}"] = measured.of("aligned_removed", "dead").at(place)
     last, less_mean = (float(measured.of(of, "dead").value[-1]) for of in ("tower_aligned", "tower_aligned_removed"))
     found["fixed_caveat"] = (
         f"At the tower's last layer the cosine is {last:.2f}, and {less_mean:.2f} less the common mean."

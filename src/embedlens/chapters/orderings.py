@@ -472,8 +472,8 @@ def told(found: Orderings, seed: int = 0) -> dict[str, str | int]:
         said[f"level_{value}"] = level.texts(3)[0]
     if len({len(part) for part in found.attention}) == 1:
         summed = np.stack(found.attention).cumsum(0)
-        rho = [rank_correlation(a, b) for a, b in zip(summed, found.values("probability"), strict=True)]
-        said["rho_summed"] = mean_interval(np.nan_to_num(np.array(rho)), seed=seed).texts()[0]
+        each = [rank_correlation(a, b) for a, b in zip(summed, found.values("probability"), strict=True)]
+        said["rho_summed"] = mean_interval(np.nan_to_num(np.array(each)), seed=seed).texts()[0]
     else:
         said["rho_summed"] = "not defined, as pictures differ in their tokens"
     head = mean_interval(

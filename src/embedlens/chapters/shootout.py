@@ -560,7 +560,8 @@ def pipeline_figure(books: Codebooks, found: Orderings, budget: int) -> Figure:
             axes.annotate(
                 "", (x + 0.06, y + 0.5), (x - 0.1, y + 0.5), arrowprops={"arrowstyle": "-|>", "color": "#555555"}
             )
-    axes.annotate("", (0.8, 1.05), (2.5, 1.5), arrowprops={"arrowstyle": "-|>", "color": "#555555"})
+    axes.plot([2.54, 2.54, 0.75], [1.53, 1.37, 1.37], color="#555555", linewidth=1)  # above the names of the lower row
+    axes.annotate("", (0.75, 1.02), (0.75, 1.38), arrowprops={"arrowstyle": "-|>", "color": "#555555"})
     axes.set_xlim(0, 3)
     axes.set_ylim(-0.1, 2.85)
     axes.set_axis_off()
@@ -605,7 +606,7 @@ def shootout_figure(table: pd.DataFrame, budgets: Sequence[int], model: str, n_t
     grid[0, 0].invert_yaxis()
     fig.supxlabel("")
     place = names.index(RELEASED_NAME) + 1 if RELEASED_NAME in names else 0
-    figures.headline(fig, f"{names[0]} keeps most at {middle} tokens; codebook: {place}. of {len(names)}")
+    figures.headline(fig, f"{names[0]} keeps most at {middle} tokens; codebook: number {place} of {len(names)}")
     figures.sign(
         fig,
         model,

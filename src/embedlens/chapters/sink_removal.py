@@ -121,11 +121,15 @@ def called(arm: str, found: Mapping[str, bool], named: Mapping[str, str]) -> str
     >>> names = {"LLM sink": "5 highest-phi tokens", "ViT sink": "ViT sinks"}
     >>> called("LLM sinks skip MLP-2", {"LLM sink": False, "ViT sink": True}, names)
     '5 highest-phi tokens skip MLP-2'
+    >>> called("-LLM sinks", {"LLM sink": False, "ViT sink": True}, names)
+    'without the 5 highest-phi tokens'
     """
     if not all(found[kind] for kind in KINDS):
         arm = arm.replace("all sinks", "both kinds")
     for kind in KINDS:
         arm = arm.replace(f"{kind}s", named[kind])
+    if not all(found[kind] for kind in KINDS) and arm.startswith("-"):  # "-5 tokens" would be minus five
+        arm = f"without {'the ' if arm[1].isdigit() else ''}{arm[1:]}"
     return arm
 
 
@@ -204,6 +208,11 @@ def _unharmed(found: Answers, names: Sequence[str], kinds: Sequence[str]) -> Fin
     told += f"of {len(rows)} arms: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}; "
     told += f"as many random tokens pruned as of both kinds: {found.compared[CONTROL, AVG].text()}."
     verdict = at_best(unharmed_verdict([row.verdict for row in rows]), not lacking)
+    if verdict == claims.UNTESTABLE:
+        told += (
+            f" For an arm whose score does not move, about {needed(found, names)} questions of each family would be "
+        )
+        told += f"needed; {found.questions // len(FAMILIES)} were asked."
     value, low, high = (round(100 * part, 6) for part in (worst.difference, worst.low, worst.high))
     return Finding(value, low, high, worst.pictures, verdict, told)
 
@@ -211,7 +220,7 @@ def _unharmed(found: Answers, names: Sequence[str], kinds: Sequence[str]) -> Fin
 def answers_told(found: Answers) -> dict[str, str | int]:
     """What the prose says of the answers."""
     of = {name: found.compared[name, AVG] for name in found.arms}
-    least = min((of[name].narrow_high - of[name].narrow_low) / 2 for name in (*PRUNED, *SKIPPED))
+    least = narrowest(found, (*PRUNED, *SKIPPED))
     return {
         "n_asked": found.questions,
         "n_of_family": found.questions // len(FAMILIES),
@@ -225,7 +234,7 @@ def answers_told(found: Answers) -> dict[str, str | int]:
         "removed_tokens": f"{found.tokens(PRUNED[2]):.1f}",
         "margin": f"{100 * MARGIN:g}",
         "narrowest": f"{100 * least:.1f}",
-        "needed": enough(found.questions // len(FAMILIES), least),
+        "needed": needed(found, (*PRUNED, *SKIPPED)),
         "arms_said": arms_said([of[name].verdict for name in (*PRUNED, *SKIPPED)]),
         "e27_note": answer_findings(found)["E27"].note,
         "e28_note": answer_findings(found)["E28"].note,
@@ -253,6 +262,16 @@ def enough(n: int, half_width: float, margin: float = MARGIN) -> int:
     (800, 200)
     """
     return n if half_width < margin else int(-(-n * (half_width / margin) ** 2 // 100) * 100)
+
+
+def narrowest(found: Answers, names: Sequence[str]) -> float:
+    """How far the narrowest 90 % interval of some arms' changes of Avg reaches to either side."""
+    return min((found.compared[name, AVG].narrow_high - found.compared[name, AVG].narrow_low) / 2 for name in names)
+
+
+def needed(found: Answers, names: Sequence[str]) -> int:
+    """About how many questions of each family would be enough for one of some arms (see `enough`)."""
+    return enough(found.questions // len(FAMILIES), narrowest(found, names))
 
 
 def answer_numbers(found: Answers) -> dict[str, float]:
@@ -334,7 +353,7 @@ def contradictions_table() -> pd.DataFrame:
 
 
 def answers_figure(found: Answers) -> Figure:
-    """Change of Avg under every arm, with its interval, the margin, and the paper's change."""
+    """Change of Avg under every arm, with its interval, the margin, and the paper's change, computed from Table a."""
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(figures.WIDTH, 0.5 * len(found.arms) + 1.9))
@@ -362,6 +381,7 @@ def families_figure(found: Answers) -> Figure:
     for axes in panels:
         axes.set_xlim(-widest, widest)
         axes.tick_params(axis="x", labelsize=9)
+        axes.set_xlabel("change, points", fontsize=10)
     own = [found.compared[name, of].verdict for name in (*PRUNED, *SKIPPED) for of in FAMILIES]
     random = [found.compared[CONTROL, of].verdict for of in FAMILIES].count("degradation")
     degraded = own.count("degradation")
@@ -382,7 +402,7 @@ def _changes(axes: Axes, found: Answers, of: str) -> None:
         places = np.array([found.arms.index(name) for name in names], dtype=float)
         figures.dots(axes, places, points, LOOKS[label], along="x")
     for number, (name, change) in enumerate((name, paper[name]) for name in found.arms if name in paper):
-        row, named = found.arms.index(name), "paper (7B)" if number == 0 else None
+        row, named = found.arms.index(name), "paper (7B), from Table a" if number == 0 else None
         axes.plot([change[of]] * 2, [row - 0.32, row + 0.32], color=figures.FACT, linewidth=2, label=named)
     axes.grid(axis="y", visible=False)
 
@@ -390,7 +410,11 @@ def _changes(axes: Axes, found: Answers, of: str) -> None:
 def _labelled(axes: Axes, found: Answers) -> None:
     labels = [_seeded(found, name) for name in found.arms]
     broken = [
-        label.replace(" skip ", "\nskip ").replace(", as many", ",\nas many").replace(" (", "\n(") for label in labels
+        label.replace(" skip ", "\nskip ")
+        .replace("without the ", "without the\n")
+        .replace(", as many", ",\nas many")
+        .replace(" (", "\n(")
+        for label in labels
     ]
     axes.set_yticks(range(len(labels)), broken, fontsize=9.5)
     axes.set_ylim(len(labels) - 0.4, -0.6)

@@ -627,7 +627,8 @@ def norms_figure(seen: Sinkhood) -> Figure:
         axes.annotate(note, (0.01, 0.9), xycoords="axes fraction", va="top", fontsize=10)
     _plain_ticks(axes.xaxis)
     axes.set_xlabel("L2 norm of a patch (dashed: outer fence)")
-    figures.headline(fig, f"{beyond[-1]:.2%} of the patches stand out in norm at the tower's last layer")
+    who = f"{beyond[-1]:.2%} of the patches stand" if beyond[-1] else "No patch stands"
+    figures.headline(fig, f"{who} out in norm at the tower's last layer")
     figures.sign(fig, seen.model, f"n = {norms.shape[1]} patches of {seen.n} pictures")
     return fig
 
@@ -677,9 +678,14 @@ def centroids_figure(seen: Sinkhood) -> Figure:
     axes.set_yticks(range(len(rows)), [which for _, which, _ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.1)
     axes.set_xlabel("cosine between the centroids of two pictures, layer 0")
-    axes.set_title("Centroids of two pictures, beside random sets")
+    figures.headline(fig, f"Cosine beyond random sets: {', '.join(_beyond_random(seen, kind) for kind in KINDS)}")
     figures.sign(fig, seen.model, f"{len(seen.pairs)} pairs of n = {seen.n} pictures")
     return fig
+
+
+def _beyond_random(seen: Sinkhood, kind: str) -> str:
+    value, name = float(seen.alike[kind].beyond.value), kind if seen.found[kind] else SHORT[kind]
+    return f"{name} {'not measurable' if np.isnan(value) else f'{value:+.2f}'}"
 
 
 def attention_figure(seen: Sinkhood) -> Figure:
@@ -717,8 +723,10 @@ def phi_figure(seen: Sinkhood) -> Figure:
     picked = picking_layer(study.reference, seen.n_layers)
     axes.axvline(picked, color="#B0B0B0", linewidth=1.0)
     axes.annotate(" picked here", (picked, axes.get_ylim()[1]), va="top", fontsize=10, color="#555555")
-    axes.set_ylabel("phi")
-    axes.set_title(f"phi in the dimensions {' and '.join(map(str, study.dims))}")
+    axes.set_ylabel(f"phi, dimensions {' and '.join(map(str, study.dims))}")
+    _, early, late = seen.rising
+    rise = "none" if np.isnan(late.value) else f"{early.value:.1f} in layers 0 and 1, {late.value:.1f} later"
+    figures.headline(fig, f"phi of the {seen.named['LLM sink']}: {rise}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figures.sign(fig, seen.model, f"n = {seen.n} pictures")
     return fig
