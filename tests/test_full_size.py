@@ -1,9 +1,8 @@
 """The measurement of a full-size model runs on a small one; without a GPU it writes nothing."""
 
-import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import full_size
@@ -23,10 +22,11 @@ def test_the_full_size_model_is_the_one_of_the_paper():
     assert memory.needed(RELEASED[0].config).parameters == 7_063_427_072
 
 
-def test_without_a_gpu_nothing_is_measured_or_written(tmp_path):
-    if torch.cuda.is_available():
-        return
+def test_without_a_gpu_nothing_is_measured_or_written(tmp_path, monkeypatch):
     out = tmp_path / "full_size.json"
-    command = [sys.executable, "-m", "benchmarks.full_size", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode != 0 and "nothing is measured" in done.stderr and not out.exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(full_size, "measured", lambda *_, **__: pytest.fail("it measures"))
+    monkeypatch.setattr(sys, "argv", ["full_size", "--out", str(out)])
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        full_size.main()
+    assert not out.exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from embedlens import book
+from embedlens import book, launch
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -42,3 +42,13 @@ def test_no_cell_hides_its_value_behind_a_semicolon(page):
     assert not [
         cell["source"] for cell in cells if cell["cell_type"] == "code" and cell["source"].rstrip().endswith(";")
     ]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_a_notebook_begins_with_the_cell_that_installs_what_is_missing_and_checks_its_parameters(page):
+    notebook = book.read(ROOT / page)
+    address = launch.stated(notebook)
+    assert address is not None, "run python -m embedlens.launch"
+    assert not launch.begin(notebook, address), "run python -m embedlens.launch"
+    sources = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(sources) == len(set(sources)), "a cell stands there twice"

@@ -110,7 +110,9 @@ def test_overlaps_are_those_of_the_largest_clusters(studies, study):
     assert found.finding().value == min(float(overlap.value) for overlap in found.of_thresholds)
     assert set(found.told()) == {"overlap_95", "overlap_80", "overlap_raster"}
     assert len(recurrence.thresholds_table(studies, picture_pairs(len(study)))) == len(studies)
-    assert len(recurrence.thresholds_figure(found, "miniature").axes) == 2
+    figure = recurrence.thresholds_figure(found, "miniature")
+    assert len(figure.axes) == 2
+    assert figure.get_suptitle().endswith(f" is {found.finding().value:.0%}")  # rounded as the bar is, not cut off
 
 
 def test_framing_tells_bars_from_clusters(study):

@@ -8,6 +8,7 @@ import pytest
 
 from embedlens import EmbedLens, LogitLens, claims, samples
 from embedlens.chapters import retrieval
+from embedlens.intervals import Interval
 from embedlens.labels import RULES, LabelHits, label_ids, largest_object
 
 matplotlib.use("Agg")
@@ -79,9 +80,21 @@ def test_figures_draw_both_lenses(found):
     every = {(lens, k, rule): hits(i, often) for i, (lens, often) in enumerate((("EmbedLens", 0.9), ("LogitLens", 0.3)))
              for k in retrieval.KS for rule in RULES}  # fmt: skip
     figure = retrieval.rules_figure(every, 2, "miniature")
-    assert len(figure.axes) == 9 and figure.get_suptitle() == "EmbedLens leads in 9 of 9 ways to count"
+    assert len(figure.axes) == 9 and figure.get_suptitle() == "EmbedLens has the higher mean in 9 of 9 ways to count"
     assert len(retrieval.rules_table(every)) == 18
-    assert len(retrieval.tokens_figure(hits(1, 0.9), hits(2, 0.3), "miniature").axes) == 1
+    (axes,) = retrieval.tokens_figure(hits(1, 0.9), hits(2, 0.3), "miniature").axes
+    assert axes.get_title().startswith("Layers above chance: EmbedLens 4 of 4, LogitLens ")
+
+
+def test_titles_count_layers_whose_whole_interval_lies_on_one_side(found):
+    title = retrieval.recall_figure(found, "miniature").axes[0].get_title()
+    assert title == "EmbedLens finds more at 4 of 4 layers, LogitLens at 0"
+    swapped = Interval(-found.lead.value, -found.lead.high, -found.lead.low)
+    assert retrieval.who_finds_more(swapped) == "EmbedLens finds more at 0 of 4 layers, LogitLens at 4"
+    wide = Interval(found.lead.value, found.lead.value - 2, found.lead.value + 2)
+    assert retrieval.who_finds_more(wide) == "EmbedLens finds more at 0 of 4 layers, LogitLens at 0"
+    excess = retrieval.excess_figure(found, "miniature").axes[0].get_title()
+    assert excess == f"Less chance: {retrieval.who_finds_more(found.lead_beyond_chance)}"
 
 
 def test_readings_keep_the_pictures_and_change_one_thing(miniature):

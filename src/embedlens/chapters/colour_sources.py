@@ -475,8 +475,9 @@ def recoloured_figure(found: Recoloured, model: str) -> Figure:
     figures.stacked_bars(axes, parts, CHANGES)
     axes.set_xlabel("the answer ...")
     axes.set_ylabel("recoloured:")
-    said = ", ".join(f"{shares['becomes the new colour']:.0%} with {name}" for name, shares in parts.items())
-    figures.headline(fig, f"Turned: {said}")
+    turned = ((name.removeprefix("the "), shares["becomes the new colour"]) for name, shares in parts.items())
+    said = ", ".join(f"{name} {share:.0%}" for name, share in turned)
+    figures.headline(fig, f"Answers that recolouring turns: {said}")
     figures.sign(fig, model, f"n = {len(found.cases)} texts on white patches in coloured surrounds")
     return fig
 

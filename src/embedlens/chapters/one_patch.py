@@ -95,9 +95,9 @@ def rates_figure(found: Rates, n_larger: int, model: str) -> Figure:
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.set_ylabel("answered rightly")
     axes.set_title(f"The picture helps in {helps} of 9 cells")
-    axes.legend(loc="upper center", ncols=4, fontsize=10)
-    n = f"n = {3 * n_larger // 7} objects and {2 * n_larger // 7} texts of each kind in the larger set"
-    figures.sign(fig, model, f"{n}, Wilson's 95 % intervals")
+    axes.legend(loc="upper center", ncols=4, fontsize=10, columnspacing=1.2, handletextpad=0.4)
+    n = f"larger set: n = {3 * n_larger // 7} objects, 2 × {2 * n_larger // 7} texts"
+    figures.sign(fig, model, f"{n}; Wilson's 95 % intervals")
     return fig
 
 

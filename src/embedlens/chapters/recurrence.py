@@ -395,7 +395,7 @@ def thresholds_figure(found: Thresholds, model: str) -> Figure:
     right.set_ylim(0, 1.08)
     right.set_ylabel("overlap with C0 at 0.9")
     least = min(float(overlap.value) for overlap in found.of_thresholds)
-    figures.headline(fig, f"C0 at other thresholds overlaps by {int(100 * least)} % or more")
+    figures.headline(fig, f"The least overlap of C0 at other thresholds is {least:.0%}")
     figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures")
     return fig
 

@@ -194,8 +194,18 @@ def lead_verdict(low: float, high: float, ahead: int, layers: int) -> str:
     return claims.PARTLY if verdict == claims.HOLDS and ahead < layers else verdict
 
 
+def who_finds_more(lead: Interval) -> str:
+    """At how many layers the lead of EmbedLens lies above zero with its whole interval, and at how many below.
+
+    >>> who_finds_more(Interval(np.array([0.2, -0.1]), np.array([0.1, -0.3]), np.array([0.3, 0.1])))
+    'EmbedLens finds more at 1 of 2 layers, LogitLens at 0'
+    """
+    more, fewer = int((lead.low > 0).sum()), int((lead.high < 0).sum())
+    return f"EmbedLens finds more at {more} of {len(lead.value)} layers, LogitLens at {fewer}"
+
+
 def recall_figure(found: Retrieval, model: str) -> Figure:
-    """Labels found by each lens, by layer, each with its chance."""
+    """Labels found by each lens, by layer, each with its chance; its title counts `who_finds_more`."""
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(figures.WIDTH, 4.4))
@@ -208,9 +218,9 @@ def recall_figure(found: Retrieval, model: str) -> Figure:
         figures.chance_curve(axes, chance.value, f"chance, {lens}", look.line, chance.low, chance.high)
     axes.set_ylim(0, 1)
     axes.set_ylabel("labels found (top 5 of any token)")
-    axes.set_title("Labels found by each lens, layer by layer")
+    axes.set_title(who_finds_more(found.lead))
     figures.label_ends(axes)
-    figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures")
+    figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures; more: by the whole interval of the difference")
     return fig
 
 
@@ -218,7 +228,6 @@ def excess_figure(found: Retrieval, model: str) -> Figure:
     """Labels found less chance, by lens and layer, with the bar of E14."""
     from matplotlib import pyplot as plt
 
-    leads = int((found.lead_beyond_chance.value > 0).sum())
     fig, axes = plt.subplots(figsize=(figures.WIDTH, 4.0))
     axes.axvspan(-0.3, found.middle + 0.5, color=figures.SHADE, zorder=0)
     for lens, look in figures.LENSES.items():
@@ -227,9 +236,9 @@ def excess_figure(found: Retrieval, model: str) -> Figure:
     axes.annotate("bar of E14", (0, SUBSTANTIAL + 0.01), color=figures.FACT, fontsize=10)
     axes.axhline(0, color=figures.CHANCE, linewidth=1.2)
     axes.set_ylabel("labels found, less chance")
-    axes.set_title(f"Less chance, EmbedLens leads at {leads} of {found.n_layers} layers")
+    axes.set_title(f"Less chance: {who_finds_more(found.lead_beyond_chance)}")
     figures.label_ends(axes)
-    figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures")
+    figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures; more: by the whole interval of the difference")
     return fig
 
 
@@ -254,9 +263,9 @@ def rules_figure(hits: Hits, middle: int, model: str, seed: int = 0) -> Figure:
         axes.set_title(f"{rule}, top {k}", fontsize=11, fontweight="normal")
     grid[0, 0].legend(loc="upper left")
     fig.supylabel("labels found, less chance", fontsize=12)
-    figures.headline(fig, f"EmbedLens leads in {ahead_in} of {len(settings)} ways to count")
+    figures.headline(fig, f"EmbedLens has the higher mean in {ahead_in} of {len(settings)} ways to count")
     n = len(hits["EmbedLens", KS[0], RULES[0]].present)
-    figures.sign(fig, model, f"by layer, n = {n} held-out pictures")
+    figures.sign(fig, model, f"by layer, n = {n} held-out pictures; means of layers 0 to {middle}")
     return fig
 
 
@@ -350,16 +359,19 @@ def readings(
 
 
 def tokens_figure(embed: LabelHits, logit: LabelHits, model: str, seed: int = 0) -> Figure:
-    """Object tokens that name their object, by layer and lens, each with its chance."""
+    """Object tokens that name their object, by layer and lens; the title counts bands that lie above chance whole."""
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(figsize=(figures.WIDTH, 4.0))
+    above = {}
     for (lens, look), found in zip(figures.LENSES.items(), (embed, logit), strict=True):
-        figures.layer_curve(axes, *found.token_rate(seed=seed), lens, look)
-        figures.chance_curve(axes, found.token_chance(), f"chance, {lens}", look.line)
+        rate, chance = found.token_rate(seed=seed), found.token_chance()
+        above[lens] = int((rate.low > chance).sum())
+        figures.layer_curve(axes, *rate, lens, look)
+        figures.chance_curve(axes, chance, f"chance, {lens}", look.line)
     axes.set_ylim(0, 1)
     axes.set_ylabel("object tokens that name their object")
-    axes.set_title("Tokens that name the object they lie in")
+    axes.set_title("Layers above chance: " + ", ".join(f"{lens} {n} of {len(chance)}" for lens, n in above.items()))
     figures.label_ends(axes)
     objects = int(embed.object_tokens.sum())
     figures.sign(fig, model, f"n = {objects} object tokens of {len(embed.tokens)} held-out pictures")
