@@ -94,7 +94,7 @@ def test_titles_count_layers_whose_whole_interval_lies_on_one_side(found):
     wide = Interval(found.lead.value, found.lead.value - 2, found.lead.value + 2)
     assert retrieval.who_finds_more(wide) == "EmbedLens finds more at 0 of 4 layers, LogitLens at 0"
     excess = retrieval.excess_figure(found, "miniature").axes[0].get_title()
-    assert excess == f"Less chance: {retrieval.who_finds_more(found.lead_beyond_chance)}"
+    assert excess == f"Beyond chance,\n{retrieval.who_finds_more(found.lead_beyond_chance)}"
 
 
 def test_readings_keep_the_pictures_and_change_one_thing(miniature):

@@ -477,7 +477,7 @@ def recoloured_figure(found: Recoloured, model: str) -> Figure:
     axes.set_ylabel("recoloured:")
     turned = ((name.removeprefix("the "), shares["becomes the new colour"]) for name, shares in parts.items())
     said = ", ".join(f"{name} {share:.0%}" for name, share in turned)
-    figures.headline(fig, f"Answers that recolouring turns: {said}")
+    figures.headline(fig, f"Recolouring turns: {said}")
     figures.sign(fig, model, f"n = {len(found.cases)} texts on white patches in coloured surrounds")
     return fig
 

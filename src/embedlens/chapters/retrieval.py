@@ -236,7 +236,7 @@ def excess_figure(found: Retrieval, model: str) -> Figure:
     axes.annotate("bar of E14", (0, SUBSTANTIAL + 0.01), color=figures.FACT, fontsize=10)
     axes.axhline(0, color=figures.CHANCE, linewidth=1.2)
     axes.set_ylabel("labels found, less chance")
-    axes.set_title(f"Less chance: {who_finds_more(found.lead_beyond_chance)}")
+    axes.set_title(f"Beyond chance,\n{who_finds_more(found.lead_beyond_chance)}")
     figures.label_ends(axes)
     figures.sign(fig, model, f"n = {found.n_pictures} held-out pictures; more: by the whole interval of the difference")
     return fig
