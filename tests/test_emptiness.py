@@ -214,11 +214,10 @@ def test_titles_say_what_was_measured():
     assert emptiness.entropy_figure(study).get_suptitle() == (
         "Entropy at dead tokens: 3.00 nats, at the remaining ones 2.00"
     )
-    assert "Dead less alive tokens: +0.30 among one another" in emptiness.likeness_figure(study).get_suptitle()
+    assert "Dead less alive: +0.30 among one another" in emptiness.likeness_figure(study).get_suptitle()
     assert "0.60 before the last eighth, 1.40 in it" in emptiness.tower_figure(study).get_suptitle()
     assert (
-        "+0.50 over all layers before, +0.50 over the one"
-        in emptiness.direction_figure(study, tower=True).get_suptitle()
+        "cosine +0.50, over the layer before it +0.50" in emptiness.direction_figure(study, tower=True).get_suptitle()
     )
 
 
@@ -251,9 +250,10 @@ def test_sentences_say_whether_colour_is_read():
         read = dict.fromkeys(names, probe(strength))
         assert emptiness.hidden_sentence(measured(), read).startswith(reads)
         assert emptiness.reads_colour(measured(), read) == (strength > 0)
+        assert ("it is the vision tower that gives it" in emptiness.hidden_sentence(measured(), read)) == (strength > 0)
         assert "not told apart from random projectors" in emptiness.probe_sentence(measured(), read)
     weak, strong = probe(0.15), probe(1.0)
-    for own, anew, said in ((strong, weak, "which is less)"), (weak, strong, "which is more: what is read there")):
+    for own, anew, said in ((strong, weak, "which is less)"), (weak, strong, "which is more")):
         read = dict.fromkeys(names, own) | {(QUESTIONS[0], "dead", "random projectors"): anew}
         sentence = emptiness.hidden_sentence(measured(), read)
         assert f"random projectors: {float(anew.accuracy().value):.0%}, {said}" in sentence

@@ -189,6 +189,9 @@ def test_figures_and_page_values_are_there_for_any_model(tiny, table, found, boo
     ):
         figure.canvas.draw()
         plt.close(figure)
+    place = shootout.told(table, books, shares, [6, 2], 16, tiny.n_layers)["place"]
+    title = shootout.shootout_figure(table, [6, 2], "tiny", 16).get_suptitle()
+    assert f"codebook: number {place} of {len(shootout.arms_in(table))}" in title
     told = shootout.told(table, books, shares, [6, 2], 16, tiny.n_layers)
     findings = orderings.findings(tiny, found) | shootout.findings(tiny, table, found, books, [6, 2])
     told |= shootout.glued(findings) | orderings.told(found)

@@ -133,6 +133,22 @@ def test_nothing_on_the_page_is_a_hole(readings, kind, tiny, pictures):
     assert ("No sinks" in figure.texts[0].get_text()) == (kind == "none")
 
 
+def test_titles_say_what_was_measured(readings):
+    seen = readings["unseen"]
+    assert "Beyond random sets: ViT sink not measurable" in sinkhood.centroids_figure(seen).get_suptitle()
+    assert sinkhood.phi_figure(seen).get_suptitle() == "phi of the LLM sinks: none"
+    own = readings["none"]
+    beyond = float(own.alike["ViT sink"].beyond.value)
+    assert f"highest norms {beyond:+.2f}, highest phi" in sinkhood.centroids_figure(own).get_suptitle()
+    late = float(own.rising[2].value)
+    assert sinkhood.phi_figure(own).get_suptitle().endswith(f"in layers 0 and 1, {late:.1f} later")
+    tall = tuple(norms + 1e6 * (np.arange(norms.shape[-1]) == 0) for norms in own.study.norms)  # one patch of 16
+    high = replace(own.study, norms=tall)
+    for study, said in ((own.study, "No patch stands out"), (high, "6.25% of the patches stand out")):
+        shown = sinkhood.norms_figure(replace(own, study=study)).get_suptitle()
+        assert shown.startswith(said)
+
+
 def test_what_is_read_is_what_was_measured(readings):
     seen = readings["none"]
     study, at = seen.study, seen.study.aligner

@@ -229,8 +229,9 @@ def _likeness_title(measured: Measured) -> str:
     ahead = {name: float(ahead_of(measured, name, "inside").value) for name in measured.rivals}
     closest = min(ahead, key=lambda name: ahead[name])
     later = float(ahead_of(measured, closest, "kept").value)
-    who = f"{measured.short[0].upper()}{measured.short[1:]} less {closest} tokens"
-    return f"{who}: {ahead[closest]:+.2f} among one another, {later:+.2f} a layer later"
+    who = f"{measured.short[0].upper()}{measured.short[1:]} less {closest}"
+    among, later = (round(value, 2) + 0.0 for value in (ahead[closest], later))  # no minus before a zero
+    return f"{who}: {among:+.2f} among one another, {later:+.2f} a layer later"
 
 
 def held_out_likeness(
@@ -298,7 +299,7 @@ def _turn_title(measured: Measured) -> str:
     if _late(measured) < 2:
         return f"Cosine to the group's direction at the last layer: {measured.over(values).value[-1]:.2f}"
     rise, last = (float(measured.over(part).value) for part in (_rise(measured, values), _last_step(measured, values)))
-    return f"Cosine in the last eighth: {rise:+.2f} over all layers before, {last:+.2f} over the one just before"
+    return f"Late rise of the cosine {rise:+.2f}, over the layer before it {last:+.2f}"
 
 
 # --- E35, E36: who reads them ----------------------------------------------------------------------------------------
@@ -559,9 +560,7 @@ def _probe_title(measured: Measured, read: Readouts) -> str:
     if own is None or anew is None:
         return f"Too few {measured.short} tokens to probe for the colour of the patch"
     right, beside = float(own.accuracy().value), float(anew.accuracy().value)
-    return (
-        f"{QUESTIONS[0].capitalize()} from {measured.short} tokens: {right:.0%} right, random projectors {beside:.0%}"
-    )
+    return f"Colour from {measured.short} tokens: {right:.0%} right, random projectors {beside:.0%}"
 
 
 def readout_table(measured: Measured, read: Readouts) -> pd.DataFrame:
@@ -616,7 +615,8 @@ def _beside_random(own: Readout, anew: Readout | None, seed: int) -> str:
         return ""
     lead = own.gain(anew, seed=seed)
     said = "which is less" if lead.low > 0 else "which is more" if lead.high < 0 else "not told apart from it"
-    gives = "" if lead.low > 0 else ": what is read there the vision tower gives, not the projector"
+    read = own.gain(seed=seed).low > 0
+    gives = ", so it is the vision tower that gives it" if read and not lead.low > 0 else ""
     return f" (random projectors: {float(anew.accuracy().value):.0%}, {said}{gives})"
 
 

@@ -678,7 +678,7 @@ def centroids_figure(seen: Sinkhood) -> Figure:
     axes.set_yticks(range(len(rows)), [which for _, which, _ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.1)
     axes.set_xlabel("cosine between the centroids of two pictures, layer 0")
-    figures.headline(fig, f"Cosine beyond random sets: {', '.join(_beyond_random(seen, kind) for kind in KINDS)}")
+    figures.headline(fig, f"Beyond random sets: {', '.join(_beyond_random(seen, kind) for kind in KINDS)}")
     figures.sign(fig, seen.model, f"{len(seen.pairs)} pairs of n = {seen.n} pictures")
     return fig
 
