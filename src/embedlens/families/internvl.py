@@ -19,6 +19,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.families import plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs
+from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import shows_patch as shows_patch
 from embedlens.patches import Frame, ManyViews, PatchGrid
@@ -108,13 +109,6 @@ def tower_states(hf: InternVLForConditionalGeneration, inputs: Sequence[Inputs])
             shuffled.append(hf.model.pixel_shuffle(patches, scale_factor=config.downsample_ratio).flatten(0, 2))
         found.append(torch.stack(shuffled))
     return found
-
-
-def feature_layer(hf: InternVLForConditionalGeneration) -> int:
-    """Index into `tower_states` of the layer that the projector reads."""
-    config: Any = hf.config
-    wanted = config.vision_feature_layer
-    return wanted if wanted >= 0 else config.vision_config.num_hidden_layers + 1 + wanted
 
 
 def check_config(hf: InternVLForConditionalGeneration, processor: InternVLProcessor, name: str) -> None:

@@ -16,6 +16,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.families import plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs, side_by_side
+from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import shows_patch as shows_patch
 from embedlens.patches import PREPROCESSINGS as PREPROCESSINGS
@@ -83,13 +84,6 @@ def tower_states(hf: LlavaForConditionalGeneration, inputs: Sequence[Inputs]) ->
     tower: Any = hf.get_submodule(MODULES["vision_tower"])
     layers = tower(side_by_side(inputs), output_hidden_states=True).hidden_states
     return list(torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1))
-
-
-def feature_layer(hf: LlavaForConditionalGeneration) -> int:
-    """Index into `tower_states` of the layer that the projector reads."""
-    config: Any = hf.config
-    wanted = config.vision_feature_layer
-    return wanted if wanted >= 0 else config.vision_config.num_hidden_layers + 1 + wanted
 
 
 def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:

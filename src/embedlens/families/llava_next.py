@@ -20,6 +20,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.families import plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs
+from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
 from embedlens.patches import Frame, ManyViews, PatchGrid, Span, UnevenGrid
@@ -151,13 +152,6 @@ def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Flo
     patches = (hf.config.vision_config.image_size // hf.config.vision_config.patch_size) ** 2
     layers = hf.get_submodule(MODULES["vision_tower"])(views, output_hidden_states=True).hidden_states
     return [layer[:, layer.shape[1] - patches :] for layer in layers]
-
-
-def feature_layer(hf: LlavaNextForConditionalGeneration) -> int:
-    """Index into `tower_states` of the layer that the projector reads."""
-    config: Any = hf.config
-    wanted = config.vision_feature_layer
-    return wanted if wanted >= 0 else config.vision_config.num_hidden_layers + 1 + wanted
 
 
 def check_config(hf: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, name: str) -> None:

@@ -21,11 +21,11 @@ from embedlens.errors import EmbedLensError
 from embedlens.families import plain
 from embedlens.families.llava_next import canvas_side as canvas_side
 from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
-from embedlens.families.llava_next import feature_layer as feature_layer
 from embedlens.families.llava_next import shows_patch as shows_patch
 from embedlens.families.llava_next import visual_features as visual_features
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Inputs
+from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
 from embedlens.patches import ManyViews, Span, UnevenGrid

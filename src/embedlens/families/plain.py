@@ -54,6 +54,12 @@ def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
     return torch.ones(len(grid), dtype=torch.bool)
 
 
+def feature_layer(hf: Any) -> int:
+    """Index into `tower_states` of the layer that the projector reads; configs also count it from the end."""
+    wanted = hf.config.vision_feature_layer
+    return wanted if wanted >= 0 else hf.config.vision_config.num_hidden_layers + 1 + wanted
+
+
 def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Nothing to set: pictures are cut the way that belongs to the model."""
 
