@@ -1,5 +1,7 @@
 """The rules of the book: each passes a sound page and catches the fault it exists for."""
 
+import base64
+import io
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from embedlens import book
 
@@ -142,6 +145,33 @@ def test_traces_of_one_run_or_machine_are_a_fault_and_cleaning_removes_metadata(
 
 
 # Glued keys
+
+
+def encoded(pixels):
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
+
+
+def test_a_figure_is_kept_in_fewer_bytes_and_looks_the_same():
+    ramp = np.linspace(0, 255, 200).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 9, (200, 200, 4)).astype(np.uint8)
+    pixels = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200))] * 2, 2) // 2 + noise
+    pixels[..., 3] = 255
+    figure = encoded(pixels)
+    light = book.lighter(figure)
+    assert len(light) < len(figure) / 2
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB")).astype(int)
+    assert np.abs(seen - pixels[..., :3]).mean() < 6
+    assert book.lighter(light) == light
+    output = new_output("display_data", data={"image/png": figure, "text/plain": "a figure"})
+    cell = book.cleaned(new_notebook(cells=[new_code_cell("figure", outputs=[output])]))["cells"][0]
+    assert cell["outputs"][0]["data"] == {"image/png": light, "text/plain": "a figure"}
+
+
+def test_a_figure_with_see_through_parts_is_left_alone():
+    clear = encoded(np.zeros((8, 8, 4), np.uint8))
+    assert book.lighter(clear) == clear
 
 
 def glue_book(tmp_path, prose, keys, front=""):

@@ -17,7 +17,9 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +285,8 @@ def run(source: Path, target: Path, parameters: Mapping[str, Any] | None = None,
 
 
 def cleaned(notebook: Notebook) -> Notebook:
-    """The notebook without what belongs to one run on one machine: times, durations, versions, kernel names."""
+    """The notebook without what belongs to one run on one machine (times, durations, versions, kernel names), and
+    with its figures in a third of the bytes: every run that is committed stays in the repository's history."""
     notebook["metadata"] = {
         **{key: value for key, value in notebook["metadata"].items() if key in NOTEBOOK_METADATA},
         "kernelspec": dict(KERNEL),
@@ -294,7 +297,22 @@ def cleaned(notebook: Notebook) -> Notebook:
         tags = cell["metadata"].get("tags", [])
         if "injected-parameters" in tags and "hide-input" not in tags:
             tags.append("hide-input")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data |= {mime: lighter(content) for mime, content in data.items() if mime.endswith("image/png")}
     return notebook
+
+
+def lighter(png: str) -> str:
+    """The picture, base64 as notebooks hold it, in 256 colours; one with see-through parts is left as it is."""
+    from PIL import Image
+
+    picture = Image.open(BytesIO(b64decode(png)))
+    if picture.mode == "P" or picture.convert("RGBA").getextrema()[3][0] < 255:
+        return png
+    written = BytesIO()
+    picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+    return b64encode(written.getvalue()).decode("ascii")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
