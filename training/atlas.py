@@ -1,6 +1,6 @@
 """Remake the sprite atlas from Debian's `fonts-noto-color-emoji` (needed only to change the atlas).
 
-    python -m training.atlas [--font PATH] [--out DIR]
+    python -m training.atlas [--font PATH] [--out FILE]
 
 The atlas is one PNG: a row of 16 cells of 96 px, one cell per category, alpha-trimmed, longest side 96 px.
 Pillow rasterises the font's own bitmaps, so the same font and the same Pillow give the same bytes.
