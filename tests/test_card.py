@@ -88,3 +88,22 @@ def test_random_weights_and_another_picture_are_asked_the_same_questions(tiny):
     assert answers["object", "miniature"].question.tolist() == answers["object", "another picture"].question.tolist()
     assert answers["object", "miniature"].id.tolist() != answers["object", "another picture"].id.tolist()
     assert len(answers["object", "untrained"]) == 2
+
+
+def test_experiments_say_how_many_samples_and_what_was_right(log):
+    run = {
+        "stage": "language",
+        "steps": 4,
+        "seconds": 150,
+        "log": [
+            {"samples": 16, "heldout/relation": 0.4, "heldout/caption": 0.1},
+            {"samples": 32, "heldout/relation": 0.626},
+            {"samples": 64, "heldout/relation": 0.5, "loss": 1.0},
+        ],
+    }
+    table = card.experiments_table({**log, "experiments": {"relation_words": run}})
+    assert table.loc[0, ["steps", "samples", "right at first", "at the end", "at best", "minutes"]].tolist() == [
+        4, 64, 0.4, 0.5, 0.63, 2
+    ]  # fmt: skip
+    assert card.experiments_table({"stages": {}}).empty
+    assert set(log["experiments"]) == set(card.TRIED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -132,7 +133,7 @@ def test_what_training_asks_is_what_the_processor_writes(tokenizer, trained, tmp
 
 
 def test_recipes_are_named_and_the_shipped_model_is_one_of_them(miniature):
-    assert set(RECIPES) == {"cpu", "quick", "onward", "gpu"}
+    assert set(RECIPES) == {"cpu", "quick", "onward", "relation_words", "relation_pictures", "gpu"}
     assert miniature.hf.config.text_config.hidden_size in {CPU.text_width, RECIPES["gpu"].text_width}
 
 
@@ -150,6 +151,28 @@ def test_an_onward_training_begins_at_what_ships_and_sees_other_pictures(miniatu
     assert heldout[0] == heldout[1]  # measured on the same pictures, so that the curves go on
     early, late = (data.options(onward, progress, "tower") for progress in (0.0, 0.9))
     assert early["writing"] > 1 and early["lengths"][0] > 0.9 and "writing" not in late
+
+
+def test_the_relation_experiments_ask_nothing_else_and_begin_at_what_ships(miniature, tmp_path):
+    encoder = Encoder(miniature.tokenizer)
+    for name, stage in (("relation_words", "language"), ("relation_pictures", "tuning")):
+        recipe = RECIPES[name]
+        batch = conversations(recipe, stage, "train", 0, 8, encoder, recipe.tuning.steps)
+        asked = {data.KINDS[kind] for kind in batch.kind.unique().tolist() if kind >= 0}
+        assert "relation" in asked and asked <= {"relation", "caption"}
+        usual = conversations(RECIPES["onward"], stage, "train", 0, 8, encoder, 1).kind.unique().tolist()
+        assert {data.KINDS[kind] for kind in usual if kind >= 0} > {"relation", "where", "colour"}
+    begun = talk.assembled(RECIPES["relation_pictures"], miniature.tokenizer, tmp_path)
+    assert equal(begun.state_dict(), shipped().state_dict())
+
+
+def test_an_experiment_ships_its_log_and_no_weights(tokenizer, trained, tmp_path):
+    (tmp_path / "training.json").write_text('{"stages": {"tower": 1}}')
+    ship(replace(TINY, name="tried", asks={"relation": 1.0}), tokenizer, trained, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["training.json"]
+    log = json.loads((tmp_path / "training.json").read_text())
+    assert log["stages"] == {"tower": 1} and log["experiments"]["tried"]["stage"] == "language"
+    assert log["experiments"]["tried"]["log"][-1]["step"] == TINY.language.steps
 
 
 def test_the_log_of_an_onward_training_continues_the_one_before():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -77,6 +77,8 @@ def options(recipe: Recipe, progress: float, stage: str) -> dict[str, Any]:
     """
     ease = max(0.0, 1 - 4 * progress) if stage in ("tower", "language") and not recipe.onward else 0.0
     chosen: dict[str, Any] = {"square": not recipe.letterbox}
+    if recipe.pairs:
+        chosen |= {"objects": (2, 2), "words": 0.0, "repeated": 0.0, "tiny": 0.0}
     if stage == "tower":
         chosen["words"] = recipe.tower_words
         early = max(0.0, 1 - 2 * progress) if recipe.onward else 0.0
@@ -127,11 +129,13 @@ class Encoder:
         return self.encode(f"\n{question}{ASSISTANT}"), [*self.encode(f" {answer}"), self.eos]
 
 
-def asked(drawn: Scene, rng: random.Random, most: int) -> list[language.Question]:
-    """Up to `most` different questions, hard kinds more often than easy ones."""
+def asked(
+    drawn: Scene, rng: random.Random, most: int, asks: Mapping[str, float] | None = None
+) -> list[language.Question]:
+    """Up to `most` different questions; hard kinds more often than easy ones, unless `asks` says how often."""
     found: dict[str, language.Question] = {}
     for kind, ask in language.ASK.items():
-        share = SHARE.get(kind, 1.0)
+        share = SHARE.get(kind, 1.0) if asks is None else asks.get(kind, 0.0)
         for _ in range(int(share) + (rng.random() < share % 1)):
             question = ask(drawn, rng)
             if question is not None:
@@ -189,7 +193,7 @@ def conversations(
             question, answer = encoder.turn(rng.choice(DESCRIBE), caption)
             turns.append((question, answer, KINDS.index("caption"), 1.0 if stage == "alignment" else 0.25))
         if stage != "alignment":
-            for item in asked(drawn, rng, 14):
+            for item in asked(drawn, rng, 14, recipe.asks):
                 question, answer = encoder.turn(item.text, item.answer)
                 turns.append((question, answer, KINDS.index(item.kind), 1.0))
         while not room(prefix, turns):

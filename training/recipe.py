@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -52,6 +53,8 @@ class Recipe:
     freeze_language_in_alignment: bool = True
     onward: int = 0  # how many trainings came before: begins at the shipped weights, with pictures not seen yet
     tower_words: float = 0.4  # share of the tower's pictures with something written on them
+    asks: Mapping[str, float] | None = None  # questions of a kind in a conversation; None: those of training.data.SHARE
+    pairs: bool = False  # True: nothing but two different objects in every picture or description
     heads: Stage | None = None  # before an onward "tower": new decoder and text encoder on the frozen old tower
     contrastive: float = 1.0  # loss weights of the tower
     captioning: float = 2.0
@@ -124,6 +127,24 @@ ONWARD = replace(
     alignment=replace(CPU.alignment, steps=250),
     tuning=replace(CPU.tuning, steps=4600, muon_lr=1.2e-3),
 )
+# Experiments, not miniatures: does anything but relation questions stand in the way of relation answers? Both begin at
+# the weights that ship and ask about nothing else, one from descriptions in words, one from pictures.
+NOTHING = Stage(steps=0, batch=1, lr=0.0)
+RELATION = replace(
+    ONWARD, name="relation", onward=2, asks={"relation": 6.0}, pairs=True, heads=None, tower=NOTHING, alignment=NOTHING
+)
+RELATION_WORDS = replace(
+    RELATION,
+    name="relation_words",
+    language=Stage(steps=250, batch=64, lr=1.5e-3, muon_lr=3e-3, warmup=50),
+    tuning=NOTHING,
+)
+RELATION_PICTURES = replace(
+    RELATION,
+    name="relation_pictures",
+    language=NOTHING,
+    tuning=Stage(steps=250, batch=32, lr=6e-4, muon_lr=1.2e-3, weight_decay=0.05, warmup=50),
+)
 # Sized for one large GPU; not run yet (see the model card).
 GPU = replace(
     CPU,
@@ -172,4 +193,4 @@ class LateEntry:
 
 
 LATE_ENTRY = LateEntry(ONWARD)
-RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, GPU)}
+RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, RELATION_WORDS, RELATION_PICTURES, GPU)}

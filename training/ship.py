@@ -70,12 +70,15 @@ def written(
     processor_of(recipe, tokenizer).save_pretrained(home)
 
 
+def curve(folder: Path, stage: str) -> dict[str, Any]:
+    """How long a stage has learned, and its log."""
+    state = torch.load(folder / f"{stage}.pt", weights_only=True, map_location="cpu")
+    return {"steps": state["step"], "seconds": round(state["seconds"]), "log": state["log"]}
+
+
 def logs(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Settings, every stage's curve with its held-out measurements, and what was changed on the way."""
-    stages = {}
-    for stage in ("tower", "language", "alignment", "tuning"):
-        state = torch.load(folder / f"{stage}.pt", weights_only=True, map_location="cpu")
-        stages[stage] = {"steps": state["step"], "seconds": round(state["seconds"]), "log": state["log"]}
+    stages = {stage: curve(folder, stage) for stage in ("tower", "language", "alignment", "tuning")}
     history = folder / "history.json"  # what a person changed while a stage ran; absent if nothing was
     return {
         "recipe": dataclasses.asdict(recipe),
@@ -108,10 +111,23 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             }
         )
         history += [{**e, "step": e["step"] + past["steps"]} for e in now["history"] if e["stage"] == stage]
-    return {**now, "stages": stages, "history": history}
+    return {**before, **now, "stages": stages, "history": history}
+
+
+def record(recipe: Recipe, folder: Path, home: Path = HOME) -> None:
+    """Put the curve of an experiment into the log that ships; its weights are not kept."""
+    file = home / "training.json"
+    log = json.loads(file.read_text())
+    stage = next(name for name in ("language", "tuning") if getattr(recipe, name).steps)
+    log.setdefault("experiments", {})[recipe.name] = {"stage": stage, **curve(folder, stage)}
+    file.write_text(json.dumps(log, separators=(",", ":")) + "\n")
+    print(f"recorded {recipe.name} in {file.name}")
 
 
 def ship(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, home: Path = HOME) -> None:
+    """Write the folder that ships; an experiment adds its log to it and nothing else."""
+    if recipe.asks is not None:
+        return record(recipe, folder, home)
     model = assembled(recipe, tokenizer, folder)
     model.set_attn_implementation("sdpa")
     log = logs(recipe, folder)

@@ -171,19 +171,25 @@ def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaForCon
 
 
 def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> LlavaForConditionalGeneration:
-    """Tower and language model put together, from the latest checkpoint of each stage."""
+    """Tower and language model put together, from the latest checkpoint of each stage.
+
+    An onward training keeps the part that ships where its stage has no steps.
+    """
     model = shipped() if recipe.onward else untrained(recipe, tokenizer)
-    parts = {"tower": folder / "tower.pt", "language": folder / "language.pt"}
+    planned = {"tower": recipe.tower, "language": recipe.language}
+    parts = {name: folder / f"{name}.pt" for name, stage in planned.items() if stage.steps or not recipe.onward}
     for stage, file in parts.items():
         if not file.exists():
             raise FileNotFoundError(f"no {file.name} in {folder}: run `python -m training --stage {stage}` first")
-    tower = Captioner(recipe, len(tokenizer))
-    tower.load_state_dict(torch.load(parts["tower"], weights_only=True)["module"])
-    model.model.vision_tower.load_state_dict(tower.vision.state_dict())
-    words = LlamaForCausalLM(recipe.text_config(len(tokenizer)))
-    words.load_state_dict(torch.load(parts["language"], weights_only=True)["module"])
-    model.model.language_model.load_state_dict(words.model.state_dict())
-    model.lm_head.load_state_dict(words.lm_head.state_dict())
+    if "tower" in parts:
+        tower = Captioner(recipe, len(tokenizer))
+        tower.load_state_dict(torch.load(parts["tower"], weights_only=True)["module"])
+        model.model.vision_tower.load_state_dict(tower.vision.state_dict())
+    if "language" in parts:
+        words = LlamaForCausalLM(recipe.text_config(len(tokenizer)))
+        words.load_state_dict(torch.load(parts["language"], weights_only=True)["module"])
+        model.model.language_model.load_state_dict(words.model.state_dict())
+        model.lm_head.load_state_dict(words.lm_head.state_dict())
     for stage in ("alignment", "tuning"):
         file = folder / f"{stage}.pt"
         if file.exists():

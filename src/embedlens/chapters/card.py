@@ -236,6 +236,38 @@ def stages_table(log: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("stage")
 
 
+TRIED = {
+    "relation_words": ("language model", "descriptions of two objects in words"),
+    "relation_pictures": ("projector, language model", "pictures of two objects"),
+}
+
+
+def experiments_table(log: Mapping[str, Any]) -> pd.DataFrame:
+    """Further trainings on relation questions alone: on how many samples, and what share was then right.
+
+    Held-out samples of the same kind, two objects each; every token of the answer is the first choice.
+    """
+    import pandas as pd
+
+    rows = []
+    for name, run in log.get("experiments", {}).items():
+        points = heldout(run)["relation"]
+        learns, source = TRIED[name]
+        rows.append(
+            {
+                "learns": learns,
+                "from": source,
+                "steps": run["steps"],
+                "samples": run["log"][-1]["samples"],
+                "right at first": round(points[0][1], 2),
+                "at the end": round(points[-1][1], 2),
+                "at best": round(max(share for _, share in points), 2),
+                "minutes": round(run["seconds"] / 60),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def loss_figure(log: Mapping[str, Any]) -> Figure:
     """Training loss by stage, over the samples seen; a dotted line where a further training began."""
     from matplotlib import pyplot as plt
