@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_families import FAMILIES
 from torch.testing import assert_close
 
+from embedlens import load
 from embedlens.errors import EmbedLensError
 from embedlens.patches import Frame, ManyViews, PatchGrid
 from embedlens.redundancy import (
@@ -124,32 +126,44 @@ def test_the_head_vocabulary_renormalises():
 # --- readings --------------------------------------------------------------------------------------------------------
 
 
-def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny):
-    prompt = tiny.prompt(picture(), "what is in the picture?")
-    protocol = Protocol(question=prompt.question, articles=())
-    places = [0, 5, 10, 15]
-    found = readings_of(tiny, prompt, places, protocol)
-    blank = tiny.input_embeddings[0]
-    at = prompt.visual.nonzero()[:, 0]
+@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny, family, tmp_path):
+    model = tiny if family == "llava" else load(FAMILIES[family][0](tmp_path), device="cpu")
+    prompt = model.prompt(picture(), "what is in the picture?")
+    n, at = len(prompt.grid), prompt.visual.nonzero()[:, 0]
+    places = [0, n // 3, n // 2, n - 1]
+    found = readings_of(model, prompt, places, Protocol(question=prompt.question, articles=()))
+
+    def blanked(tokens):
+        embeds, deep = prompt.embeds.clone(), prompt.deep
+        embeds[at[tokens]] = model.input_embeddings[0]
+        if deep is not None:
+            deep = deep.clone()
+            deep[:, tokens] = 0
+        return replace(prompt, embeds=embeds, deep=deep)
+
+    close = dict(atol=2e-4, rtol=2e-4)
     for row, place in enumerate(places):
         own = window(place, prompt.grid)
-        only = torch.ones(len(prompt.grid), dtype=torch.bool)
-        only[place] = False
-        region = torch.ones(len(prompt.grid), dtype=torch.bool)
-        region[own] = False
-
-        def blanked(tokens, prompt=prompt):
-            embeds = prompt.embeds.clone()
-            embeds[at[tokens]] = blank
-            return replace(prompt, embeds=embeds)
-
-        close = dict(atol=2e-4, rtol=1e-4)
-        assert_close(found.alone[row], tiny.logits(prompt.without(only))[-1], **close)
-        assert_close(found.region[row], tiny.logits(prompt.without(region))[-1], **close)
-        assert_close(found.region_without[row], tiny.logits(blanked([place]).without(region))[-1], **close)
-        assert_close(found.picture[row], tiny.logits(prompt)[-1], **close)
-        assert_close(found.picture_without[row], tiny.logits(blanked(own))[-1], **close)
+        only, region = (torch.ones(n, dtype=torch.bool) for _ in range(2))
+        only[place], region[own] = False, False
+        assert_close(found.alone[row], model.logits(prompt.without(only))[-1], **close)
+        assert_close(found.region[row], model.logits(prompt.without(region))[-1], **close)
+        assert_close(found.region_without[row], model.logits(blanked([place]).without(region))[-1], **close)
+        assert_close(found.picture[row], model.logits(prompt)[-1], **close)
+        assert_close(found.picture_without[row], model.logits(blanked(own))[-1], **close)
     assert not torch.allclose(found.picture, found.picture_without, atol=1e-2)
+
+
+def test_the_model_is_as_before_after_readings_and_after_one_that_failed(tiny, monkeypatch):
+    prompt = tiny.prompt(picture(), "what is in the picture?")
+    before = tiny.logits(prompt)
+    readings_of(tiny, prompt, [5], Protocol(prompt.question))
+    assert torch.equal(tiny.logits(prompt), before)
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(type(tiny.blocks[-1].mlp), "forward", lambda *_: 1 / 0)
+        readings_of(tiny, prompt, [5], Protocol(prompt.question))
+    assert torch.equal(tiny.logits(prompt), before)
 
 
 def test_the_batch_size_changes_nothing(tiny):

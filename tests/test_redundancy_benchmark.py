@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.testing import assert_close
 
+from benchmarks.measure import operations
 from benchmarks.redundancy import BARE, FULL, OURS, lines, one_by_one
 from embedlens import samples
 from embedlens.redundancy import Protocol, readings_of
@@ -22,5 +23,18 @@ def test_one_call_a_reading_gives_the_same_logits(tiny):
 
 def test_the_printed_rows_name_every_way():
     ratio = {"median": 2.0, "low": 1.0, "high": 3.0}
-    found = {"tokens": 2, "readings": 9, "ways": {name: {"ratio": ratio} for name in (OURS, BARE, FULL)}}
-    assert [row[0].split(", ", 2)[2] for row in lines(found)] == [OURS, BARE, FULL]
+    way = {"ratio": ratio, "operations": 5e9}
+    found = {"tokens": 2, "readings": 9, "ways": dict.fromkeys((OURS, BARE, FULL), way)}
+    assert [row[0].split(", ", 3)[2:] for row in lines(found)] == [["5.0 GFLOP", name] for name in (OURS, BARE, FULL)]
+
+
+def test_sharing_spares_arithmetic_and_generation_costs_some(tiny):
+    prompt = tiny.prompt(samples.load("miniworld", n=1)[0].image, "what is in the picture?")
+    places = [0, 15]
+    ours = operations(lambda: readings_of(tiny, prompt, places, Protocol(question=prompt.question, articles=())))
+    bare, full = (operations(lambda way=way: one_by_one(tiny, prompt, places, way)) for way in (False, True))
+    assert 0 < ours < bare < full
+
+
+def test_operations_are_two_for_each_number_that_a_product_multiplies():
+    assert operations(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
