@@ -151,11 +151,11 @@ def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, sa
         except (EmbedLensError, OSError):
             return size  # a damaged picture, which the run records
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         else:
             return size
-        _release()
+        release()
         size //= 2
     raise EmbedLensError(_too_little(model))
 
@@ -212,14 +212,15 @@ def _begun_with(folder: Path) -> int | None:
     return None
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a batch is too large for the device."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def _release() -> None:
-    """What the failed attempt held, given back to the device."""
+def release() -> None:
+    """Give back to the device what a failed attempt held."""
     from accelerate.utils import release_memory
 
     release_memory()
@@ -296,11 +297,11 @@ def _answers(
             return [{"error": _sentence(error)}]
         return [answer for sample in batch for answer in _answers(study, model, [sample], batch_size)]
     except RuntimeError as error:
-        too_large = _out_of_memory(error)
+        too_large = out_of_memory(error)
         if not too_large:
             raise
     if too_large:  # out of the clause, whose traceback holds what filled the memory
-        _release()
+        release()
         if len(batch) == 1:
             return [{"error": _too_little(model)}]
         halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
