@@ -57,6 +57,14 @@ def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, m
     assert not any(line.startswith("time:") for line in said)
 
 
+def test_another_preprocessing_writes_rows_and_record_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for way in ("stretch", "letterbox"):
+        run_named("other_models", n=2, device="cpu", preprocessing=way)
+    assert sorted(path.name for path in Path("results").iterdir()) == ["miniature", "miniature@stretch"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["miniature", "miniature@stretch"]
+
+
 def test_a_long_run_says_first_what_time_it_takes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr("embedlens.studies.LONG", 2)

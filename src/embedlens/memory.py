@@ -93,7 +93,7 @@ def needed(
     if dtype not in DTYPES:
         raise EmbedLensError(f"unknown dtype {dtype!r}: pass one of {', '.join(map(repr, DTYPES))}")
     if quantize not in (None, *QUANTIZED):
-        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit', '8bit' or None")
+        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit' or '8bit', or leave it out")
     size = torch.empty((), dtype=DTYPES[dtype]).element_size()
     plain, matrices, vocabulary = _counted(config)
     text = config.get_text_config()

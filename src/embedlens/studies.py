@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from embedlens import memory, samples, study
 from embedlens.chapters import other_models
 from embedlens.errors import EmbedLensError
-from embedlens.vlm import MINIATURE, VisionLanguageModel, load
+from embedlens.model_names import MINIATURE, signed
+from embedlens.vlm import VisionLanguageModel, load
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,13 +146,16 @@ def run_named(
         seconds = study.rehearse(function, loaded, measured, trial)
         whole = seconds * len(measured) / processes
         aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
-    out = Path(out) if out is not None else Path("runs") / model.strip("/").replace("/", "--") / name.replace(":", ".")
+    # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
+    measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)
+    own_folder = Path("runs") / measured_as.strip("/").replace("/", "--") / name.replace(":", ".")
+    out = own_folder if out is None else Path(out)
     table = study.run(function, loaded, measured, out, batch_size, progress=None)
     if rank == 0:
         table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
         if named is not None and named.record is not None:
-            aloud(f"record: {named.record(Path(results), model, dataset, table, seed)}")
+            aloud(f"record: {named.record(Path(results), measured_as, dataset, table, seed)}")
     return table
 
 
