@@ -126,9 +126,14 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder for the record that a chapter reads.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Folder for the record of other_models.")] = Path("results"),
 ) -> None:
-    """Run a study on many pictures, in as many processes as accelerate or torchrun launched."""
+    """Run a study on many pictures, in as many processes as accelerate or torchrun launched.
+
+    Each writes a table. other_models: clusters and token groups of one model; the whole of chapter 09, whose record it
+    writes. sinks: the arms of Table 1; a part of chapter 03, whose notebook writes the record. dead: the arms of
+    Table 2; a part of chapter 04, whose notebook writes the record.
+    """
     from embedlens.errors import EmbedLensError
     from embedlens.studies import run_named
 

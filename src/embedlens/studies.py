@@ -34,6 +34,7 @@ class Named:
     """A study with its pictures, and what is written of its table."""
 
     about: str
+    """What it is and whether a record comes of it; `embedlens run --help` says the same."""
     prepare: Callable[[VisionLanguageModel, str, int, int], Prepared]
     """(model, dataset, n, seed) → the study, taking a batch, and the samples to run it on."""
     record: Callable[[Path, str, str, pd.DataFrame, int], Path] | None = None
@@ -59,12 +60,12 @@ def _arms(model: VisionLanguageModel, dataset: str, n: int, seed: int, arms: str
 
 STUDIES: Mapping[str, Named] = {
     "other_models": Named(
-        "clusters and token groups of one model, for chapter 09; writes results/<model>/09_other_models.json",
+        "clusters and token groups of one model; the whole of chapter 09, whose record it writes",
         _anatomy,
         other_models.write,
     ),
-    "sinks": Named("the arms of Table 1 on n questions of each family", partial(_arms, arms="sink_arms")),
-    "dead": Named("the arms of Table 2 on n questions of each family", partial(_arms, arms="dead_arms")),
+    "sinks": Named("the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")),
+    "dead": Named("the arms of Table 2; a part of chapter 04, whose notebook writes the record", partial(_arms, arms="dead_arms")),
 }
 
 
@@ -156,6 +157,8 @@ def run_named(
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
         if named is not None and named.record is not None:
             aloud(f"record: {named.record(Path(results), measured_as, dataset, table, seed)}")
+        elif named is not None:
+            aloud(f"no record: {name} is {named.about}")
     return table
 
 
