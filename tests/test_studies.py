@@ -118,4 +118,7 @@ def test_a_study_that_is_a_part_of_a_chapter_says_that_it_writes_no_record(tmp_p
 
 def test_the_help_says_what_every_study_is():
     text = " ".join(CliRunner().invoke(app, ["run", "--help"]).output.split())
-    assert all(f"{name}: {study.about}" in text for name, study in STUDIES.items()) and other_models.CHAPTER == "09_other_models"
+    assert (
+        all(f"{name}: {study.about}" in text for name, study in STUDIES.items())
+        and other_models.CHAPTER == "09_other_models"
+    )

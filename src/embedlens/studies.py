@@ -64,8 +64,12 @@ STUDIES: Mapping[str, Named] = {
         _anatomy,
         other_models.write,
     ),
-    "sinks": Named("the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")),
-    "dead": Named("the arms of Table 2; a part of chapter 04, whose notebook writes the record", partial(_arms, arms="dead_arms")),
+    "sinks": Named(
+        "the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")
+    ),
+    "dead": Named(
+        "the arms of Table 2; a part of chapter 04, whose notebook writes the record", partial(_arms, arms="dead_arms")
+    ),
 }
 
 
