@@ -35,6 +35,8 @@ def test_sound_parameters_pass():
         ({"n_images": True}, "n_images is True"),
         ({"n_images": "many"}, "n_images is 'many'"),
         ({"n_images": 2.5}, "n_images is 2.5"),
+        ({"n_questions": 4}, "n_questions is 4: pass a whole number of at least 5, one for each kind of question"),
+        ({"n_fewer": 4, "n_trained": 5}, "^n_fewer is 4"),
         ({"seed": -1}, "seed is -1: pass a whole number, 0 or more"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit' or '8bit', or leave it out"),

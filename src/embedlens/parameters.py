@@ -97,6 +97,15 @@ def _count(name: str, value: Any) -> str:
     )
 
 
+def _each_kind(name: str, value: Any) -> str:
+    from embedlens.tasks import FAMILIES
+
+    least = max(sum(len(metric.kinds) for metric in family) for family in FAMILIES.values())
+    if _is_a(value, int) and value >= least:
+        return ""
+    return f"{name} is {value!r}: pass a whole number of at least {least}, one for each kind of question in a family"
+
+
 def _some(name: str, value: Any) -> str:
     return "" if _is_a(value, int) and value >= 1 else f"{name} is {value!r}: pass a whole number of at least 1"
 
@@ -164,7 +173,9 @@ RULES: Mapping[str, Callable[[str, Any], str]] = {
     "model": _model,
     "dataset": _dataset,
     "n_images": _count,
-    "n_questions": _count,
+    "n_questions": _each_kind,
+    "n_trained": _each_kind,
+    "n_fewer": _each_kind,
     "scale": _positive,
     "seed": _seed,
     "device": _device,
