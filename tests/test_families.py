@@ -503,3 +503,16 @@ def test_every_family_says_what_it_cannot_do_and_was_tested_with_this_version():
         assert families.family_of(family.CLASSES[0]) is family
         assert set(family.MODULES) >= {"vision_tower", "projector", "decoder", "blocks", "final_norm", "head"}
     assert {f.__name__.rsplit(".", 1)[-1] for f in families.FAMILIES} - {"llava"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_small_checkpoint_does_not_depend_on_what_ran_before(name, tmp_path):
+    from safetensors.torch import load_file
+
+    save, *_ = FAMILIES[name]
+    saved = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        saved.append(load_file(save(tmp_path / str(before)) / "model.safetensors"))
+    assert saved[0].keys() == saved[1].keys()
+    assert not [key for key, weight in saved[0].items() if not torch.equal(weight, saved[1][key])]

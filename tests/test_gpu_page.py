@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from embedlens import sizes
+from embedlens import book, sizes
 from embedlens.__main__ import app
 
 PAGE = (Path(__file__).parents[1] / "book/gpu.md").read_text(encoding="utf-8")
@@ -15,6 +15,15 @@ BLOCK = re.compile(r"<!-- memory: .*? -->\n(.*?)\n<!-- end -->", re.S)
 
 def test_the_table_of_memory_is_what_the_function_gives():
     assert BLOCK.search(PAGE)[1].strip() == sizes.markdown()
+
+
+def test_the_notebook_commands_name_parameters_that_exist():
+    text = PAGE.replace("\\\n", " ")
+    runs = [line for line in text.splitlines() if line.startswith("papermill notebooks/")]
+    assert any("-p quantize 4bit" in line for line in runs)
+    for line in runs:
+        declared = book.declared_parameters(Path(__file__).parents[1] / line.split()[1])
+        assert set(re.findall(r"-p (\w+)", line)) <= set(declared)
 
 
 def test_the_page_says_that_nothing_was_measured():

@@ -15,7 +15,7 @@ import yaml
 from embedlens import EmbedLensError, Prune, intervene, lmms, tasks
 from embedlens.groups import token_groups
 from embedlens.interventions import Silence
-from embedlens.lmms import Answerer, arm_of, generation, one_question, until, write_task
+from embedlens.lmms import Answerer, Asked, arm_of, batch_size_of, generation, one_question, until, write_task
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms_eval = pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed: pip install lmms-eval")
@@ -30,6 +30,16 @@ def user(*parts):
     return [{"role": "user", "content": list(parts)}]
 
 
+def of(items, new_tokens=tasks.ANSWER_TOKENS):
+    """Questions as the plugin gets them."""
+    return [Asked(item.sample.image, item.question.text, place, new_tokens) for place, item in enumerate(items)]
+
+
+def alone(model, arm, item):
+    (said,) = Answerer(model, arm).answers(of([item], 12))
+    return said
+
+
 PICTURE, TEXT = {"type": "image", "url": "the picture"}, {"type": "text", "text": "What?"}
 
 
@@ -39,42 +49,82 @@ PICTURE, TEXT = {"type": "image", "url": "the picture"}, {"type": "text", "text"
 def test_the_answers_are_those_of_the_model_under_the_intervention(miniature):
     item = tasks.questions("colour", 1, 3)[0]
     prompt = miniature.prompt(item.sample.image, item.question.text)
-    plain = Answerer(miniature, arm_of("none")).answer(item.sample.image, item.question.text, 0, 12)
+    plain = alone(miniature, arm_of("none"), item)
     assert plain.text == miniature.answer(prompt, 12) and plain.tokens == 0
     dead = token_groups(miniature, prompt).dead
-    said = Answerer(miniature, arm_of("prune_dead")).answer(item.sample.image, item.question.text, 0, 12)
+    said = alone(miniature, arm_of("prune_dead"), item)
     with intervene(miniature, Prune(dead)):
         assert said.text == miniature.answer(prompt, 12)
     assert said.tokens == int(dead.sum())
-    silent = Answerer(miniature, arm_of("silence_mlp")).answer(item.sample.image, item.question.text, 0, 12)
+    silent = alone(miniature, arm_of("silence_mlp"), item)
     with intervene(miniature, Silence("mlp")):
         assert silent.text == miniature.answer(prompt, 12)
     assert silent.tokens == len(prompt.grid)
 
 
+@pytest.mark.parametrize("arm", [arm_of("none"), arm_of("prune_random", seed=1), arm_of("enter_at", layer=2)])
+def test_a_batch_gives_the_answers_of_one_question_at_a_time(miniature, arm, monkeypatch):
+    tower = []
+    prompts = type(miniature).prompts
+    monkeypatch.setattr(type(miniature), "prompts", lambda self, *own: tower.append(len(own[0])) or prompts(self, *own))
+    questions = [*of(asked()), *of(asked()[:3], 2)]  # of two lengths
+    together, single = Answerer(miniature, arm, batch_size=5), Answerer(miniature, arm, batch_size=1)
+    said = list(together.answers(iter(questions)))
+    assert tower == [5, 3, 3]
+    assert said == list(single.answers(questions))
+    assert len({one.text for one in said}) > 3
+    counts = [(one.asked, one.acted, one.tokens) for one in (together, single)]
+    assert counts[0] == counts[1] and counts[0][0] == len(questions)
+    assert together.report() == single.report()
+
+
+def test_a_batch_that_does_not_fit_is_answered_in_halves(miniature, monkeypatch):
+    tried = []
+
+    def short(model, cases, *more):
+        tried.append(len(cases))
+        if len(cases) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ["yes"] * len(cases)
+
+    monkeypatch.setattr(lmms, "answers", short)
+    answerer = Answerer(miniature, arm_of("none"))
+    assert len(list(answerer.answers(of(asked())))) == answerer.asked == len(asked())
+    assert tried == [8, 4, 2, 2, 2, 2] and answerer.batch_size == 2  # on a CPU "auto" begins with eight
+    monkeypatch.setattr(lmms, "answers", lambda *given: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        list(answerer.answers(of(asked())))
+
+
+def test_the_size_of_a_batch_is_a_number_or_found():
+    assert (batch_size_of("1"), batch_size_of(16), batch_size_of("auto")) == (1, 16, "auto")
+    for wrong in ("0", "auto:4", -1, 2.5, None):
+        with pytest.raises(EmbedLensError, match="pass a number of at least 1, or auto"):
+            batch_size_of(wrong)
+
+
 def test_what_acted_is_counted_and_what_never_acted_gives_no_score(miniature):
     item = tasks.questions("colour", 1, 3)[0]
     pruned = Answerer(miniature, arm_of("prune_random", seed=1))
-    pruned.answer(item.sample.image, item.question.text, 0, 12)
+    list(pruned.answers(of([item], 12)))
     assert (pruned.asked, pruned.acted) == (1, 1) and "acted on 1 of 1 pictures" in pruned.report()
     without = Answerer(miniature, arm_of("prune_llm_sinks"))  # the miniature has none
-    assert without.answer(item.sample.image, item.question.text, 0, 12).tokens == 0
+    assert next(without.answers(of([item], 12))).tokens == 0
     with pytest.raises(EmbedLensError, match="found nothing to act on in any of 1 pictures"):
         without.report()
 
 
 def test_an_empty_answer_ends_the_run(miniature, monkeypatch):
-    monkeypatch.setattr(type(miniature), "answer", lambda self, prompt, new_tokens: "  ")
-    picture = tasks.questions("colour", 1)[0].sample.image
-    with pytest.raises(EmbedLensError, match="about picture 7 is empty, and no score counts it"):
-        Answerer(miniature, arm_of("none")).answer(picture, "What?", 7, 12)
+    monkeypatch.setattr(lmms, "answers", lambda model, cases, *more: ["fine", " "])
+    with pytest.raises(EmbedLensError, match="about picture 1 is empty, and no score counts it"):
+        list(Answerer(miniature, arm_of("none")).answers(of(asked()[:2])))
 
 
 def test_random_arms_are_seeded_by_picture_and_seed(miniature):
     prompt = miniature.prompt(tasks.questions("colour", 1)[0].sample.image, "What?")
 
     def mask(seed, key):
-        return Answerer(miniature, arm_of("prune_random", seed=seed))._plan(prompt, key)[0].mask
+        return Answerer(miniature, arm_of("prune_random", seed=seed))._plans([prompt], [key])[0][0].mask
 
     assert torch.equal(mask(1, 5), mask(1, 5))
     assert not torch.equal(mask(1, 5), mask(2, 5)) and not torch.equal(mask(1, 5), mask(1, 6))
@@ -140,7 +190,7 @@ def test_without_lmms_eval_its_model_names_the_pip_command():
 def evaluate(tmp_path, model_args, *more):
     write_task(tmp_path / "task", KINDS, N)
     command = [sys.executable, "-m", "lmms_eval", "--model", lmms.MODEL, "--model_args", model_args]
-    command += ["--tasks", lmms.TASK, "--include_path", str(tmp_path / "task"), "--batch_size", "1"]
+    command += ["--tasks", lmms.TASK, "--include_path", str(tmp_path / "task"), "--batch_size", "auto"]
     command += ["--log_samples", "--output_path", str(tmp_path / "out"), *more]
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
@@ -159,11 +209,8 @@ def test_lmms_eval_scores_the_answers_that_tasks_scores(tmp_path, intervention, 
     if intervention == "none":
         expected = tasks.evaluate(miniature, asked(), batch_size=1)["prediction"].tolist()
     else:
-        dead = Answerer(miniature, arm_of("prune_dead"))
-        expected = [
-            dead.answer(item.sample.image, item.question.text, place, tasks.ANSWER_TOKENS).text
-            for place, item in enumerate(asked())
-        ]
+        dead = Answerer(miniature, arm_of("prune_dead"), batch_size=1)
+        expected = [said.text for said in dead.answers(of(asked()))]
         assert f"acted on {dead.acted} of {len(rows)} pictures" in done.stdout + done.stderr
     assert given == expected
     right = [tasks.score(item.question, answer) for item, answer in zip(asked(), given, strict=True)]

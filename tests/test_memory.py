@@ -1,9 +1,26 @@
 """Memory is estimated before anything is loaded; what is exact about it is the weights."""
 
 import pytest
+import torch
 
 from embedlens import EmbedLensError, memory
 from embedlens.released import RELEASED
+
+
+def test_a_batch_is_halved_until_it_fits_and_no_other_error_is_swallowed():
+    tried, full = [], torch.OutOfMemoryError("CUDA out of memory")
+
+    def run(batch_size, error=full):
+        tried.append(batch_size)
+        if batch_size > 3:
+            raise error
+        return "done"
+
+    assert memory.halving(run, 16) == ("done", 2) and tried == [16, 8, 4, 2]
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.halving(lambda size: run(size, RuntimeError("shapes do not match")), 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.halving(lambda size: run(4), 16)
 
 
 def config_of_released(model):

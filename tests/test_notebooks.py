@@ -27,6 +27,16 @@ def test_a_notebook_says_what_each_parameter_is(page):
         assert not [name for name, text in helps.items() if not text.strip()]
 
 
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
+def test_a_chapter_that_takes_quantize_loads_with_it_and_signs_what_it_measures_with_it(page):
+    if "quantize" in book.declared_parameters(ROOT / page):
+        lines = [line for cell in book.read(ROOT / page)["cells"] for line in cell["source"].splitlines()]
+        assert [line for line in lines if "el.load(" in line] == [
+            "vlm = el.load(model, device=device, quantize=quantize or None)"
+        ]
+        assert any(line.startswith("model = vlm.name") for line in lines), "its record would replace the whole model's"
+
+
 def test_every_notebook_is_in_the_book():
     assert set(NOTEBOOKS) == set(book.chapters(ROOT))
 

@@ -67,6 +67,14 @@ def test_nothing_is_judged_of_models_that_were_not_run():
     assert judged(record(SEVEN, 0.3), record(THIRTEEN, 0.3, photographs=0.0))["E10"] == UNTESTABLE
 
 
+def test_a_quantised_model_is_shown_and_is_not_the_one_that_the_paper_names():
+    packed, thirteen = record(f"{SEVEN}@4bit", 0.3), record(THIRTEEN, 0.3)
+    assert judged(packed, thirteen)["E10"] == UNTESTABLE
+    table = other_models.side_by_side({packed.model: packed})
+    assert table.loc["LLaVA-1.5-7B", "kind"] == "not run here"
+    assert table.loc["llava-1.5-7b-hf@4bit", "kind"] == "full scale"
+
+
 @pytest.mark.parametrize(
     ("share", "dead", "width", "verdict"),
     [(0.31, 0.3, 0.01, HOLDS), (0.31, 0.3, 0.05, PARTLY), (0.31, 0.2, 0.01, FAILS), (0.5, 0.3, 0.01, FAILS)],

@@ -1,17 +1,26 @@
 """A misspelt parameter or an impossible value stops a notebook in its first cells."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import papermill
 import pytest
 
-from embedlens import EmbedLensError, book, launch, parameters
+from embedlens import EmbedLensError, book, launch, parameters, vlm
 from embedlens.parameters import check
 
 ROOT = Path(__file__).parents[1]
 DECLARED = 'model: str = "miniature"  # a model\nn_images: int = 4  # pictures\nscale: float = 1.0  # of them'
-SOUND = {"model": "miniature", "dataset": "miniworld", "n_images": 4, "seed": 0, "device": "cpu", "out": "../results"}
+SOUND = {
+    "model": "miniature",
+    "dataset": "miniworld",
+    "n_images": 4,
+    "seed": 0,
+    "device": "cpu",
+    "quantize": "",
+    "out": "../results",
+}
 
 
 def test_sound_parameters_pass():
@@ -26,8 +35,14 @@ def test_sound_parameters_pass():
         ({"n_images": True}, "n_images is True"),
         ({"n_images": "many"}, "n_images is 'many'"),
         ({"n_images": 2.5}, "n_images is 2.5"),
+        ({"n_questions": 4}, "n_questions is 4: pass a whole number of at least 5, one for each kind of question"),
+        ({"n_fewer": 4, "n_trained": 5}, "^n_fewer is 4"),
         ({"seed": -1}, "seed is -1: pass a whole number, 0 or more"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit' or '8bit', or leave it out"),
+        ({"quantize": 4}, "quantize is 4: pass '4bit' or '8bit', or leave it empty"),
+        ({"quantize": "4bit"}, "quantize='4bit' needs a CUDA GPU"),
+        ({"quantize": "4bit", "device": "gpu"}, "unknown device 'gpu'"),
         ({"model": "no-such-model"}, "no-such-model"),
         ({"model": None}, "model is None: pass a name or a folder"),
         ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
@@ -40,6 +55,22 @@ def test_sound_parameters_pass():
 def test_an_impossible_value_is_refused_with_what_to_pass(changed, sentence):
     with pytest.raises(EmbedLensError, match=sentence):
         check({**SOUND, **changed})
+
+
+@pytest.mark.parametrize(
+    ("device", "packages", "sentence"),
+    [
+        ("cpu", ("bitsandbytes", "accelerate"), "needs a CUDA GPU, not cpu: pass device='cuda', or leave it out$"),
+        ("cuda", ("accelerate",), "needs bitsandbytes: pip install bitsandbytes$"),
+        ("cuda", ("bitsandbytes", "accelerate"), None),
+    ],
+)
+def test_quantisation_needs_a_gpu_to_run_on_and_its_package(device, packages, sentence, monkeypatch):
+    monkeypatch.setattr(vlm.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vlm.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(vlm, "find_spec", lambda name: object() if name in packages else None)
+    with nullcontext() if sentence is None else pytest.raises(EmbedLensError, match=sentence):
+        check({**SOUND, "device": device, "quantize": "4bit"})
 
 
 def test_a_name_that_the_notebook_does_not_declare_is_refused():

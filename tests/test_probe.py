@@ -121,6 +121,7 @@ def test_models_lists_families_and_the_miniature(monkeypatch, capsys, miniature)
         (["probe", "street.jpg", "--out", "b.doc"], "--out b.doc has no picture ending: end it in .png or .jpg"),
         (["probe", "street.jpg", "--out", "."], "--out . is a folder: name a file in it"),
         (["probe", "street.jpg", "--device", "gpu"], "unknown device 'gpu'"),
+        (["probe", "street.jpg", "--device", "cpu", "--quantize", "4bit"], "quantize='4bit' needs a CUDA GPU"),
         (["probe", "street.jpg", "--preprocessing", "pad"], "unknown preprocessing 'pad'"),
         (["probe", "street.jpg", "--question", ""], "the question is empty"),
         (["probe", "street.jpg", "--layer", "99"], "no layer 99 in"),

@@ -57,6 +57,14 @@ def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, m
     assert not any(line.startswith("time:") for line in said)
 
 
+def test_another_preprocessing_writes_rows_and_record_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for way in ("stretch", "letterbox"):
+        run_named("other_models", n=2, device="cpu", preprocessing=way)
+    assert sorted(path.name for path in Path("results").iterdir()) == ["miniature", "miniature@stretch"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["miniature", "miniature@stretch"]
+
+
 def test_a_long_run_says_first_what_time_it_takes(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr("embedlens.studies.LONG", 2)
@@ -100,6 +108,17 @@ def test_the_arms_of_a_table_are_answered_family_by_family(name, tmp_path, monke
     assert {row["arm"] for row in rows} == {arm.name for arm in study.keywords["arms"]}
 
 
-def test_the_help_names_every_study():
-    text = CliRunner().invoke(app, ["run", "--help"]).output
-    assert all(name in text for name in STUDIES) and other_models.CHAPTER == "09_other_models"
+def test_a_study_that_is_a_part_of_a_chapter_says_that_it_writes_no_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    run_named("sinks", n=5, device="cpu", say=said.append)
+    assert said[-1].startswith("no record: sinks is the arms of Table 1; a part of chapter 03")
+    assert Path("runs/miniature/sinks/table.csv").is_file() and not Path("results").exists()
+
+
+def test_the_help_says_what_every_study_is():
+    text = " ".join(CliRunner().invoke(app, ["run", "--help"]).output.split())
+    assert (
+        all(f"{name}: {study.about}" in text for name, study in STUDIES.items())
+        and other_models.CHAPTER == "09_other_models"
+    )

@@ -22,6 +22,7 @@ from embedlens import (
     SkipSublayers,
     TokenGroups,
     paired,
+    prefix,
     printed,
     sweep,
     tasks,
@@ -119,6 +120,24 @@ def test_each_picture_is_seen_and_grouped_once_whatever_the_questions_and_arms(t
     pictures = {item.sample.id for item in items}
     run_arms(tiny, items, ARMS, groups, batch_size=2)
     assert len(items) > len(pictures) == sum(seen) == len(grouped)
+
+
+def test_pictures_that_do_not_fit_together_run_in_halves_and_are_answered_the_same(tiny, monkeypatch):
+    items = several_on_a_picture()
+    whole = run_arms(tiny, items, ARMS, ranked)
+    tried = []
+
+    def short(model, cases, new_tokens, batch_size):
+        tried.append(batch_size)
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefix.answers(model, cases, new_tokens, batch_size)
+
+    monkeypatch.setattr(sweep, "answers", short)
+    assert run_arms(tiny, items, ARMS, ranked, batch_size=8).equals(whole) and tried[:3] == [8, 4, 2]
+    assert set(tried[3:]) <= {2}  # what did not fit once is not tried again
+    with pytest.raises(torch.OutOfMemoryError):
+        run_arms(tiny, items, ARMS, ranked, batch_size=8, halve=False)
 
 
 def test_arms_that_do_not_act_cost_one_baseline_answer(tiny, monkeypatch):

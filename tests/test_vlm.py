@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from embedlens import EmbedLensError, load, vlm
+from embedlens import EmbedLensError, claims, load, vlm
 from embedlens.patches import PREPROCESSINGS
 
 QUESTION = "what is in the picture ?"
@@ -336,8 +336,8 @@ def test_a_broken_folder_gets_its_sentence(broken, damage, sentence):
         ({"device": "xpu"}, "unsupported device 'xpu': pass 'cpu', 'cuda'"),
         ({"dtype": "float8"}, "unknown dtype 'float8': pass one of 'float32', 'float16', 'bfloat16'"),
         ({"dtype": torch.int8}, "unknown dtype torch.int8"),
-        ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit', '8bit' or None"),
-        ({"quantize": "4bit", "device": "cpu"}, "quantize='4bit' needs a CUDA GPU: leave it out"),
+        ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit' or '8bit', or leave it out"),
+        ({"quantize": "4bit", "device": "cpu"}, "quantize='4bit' needs a CUDA GPU"),
         ({"preprocessing": "pad"}, "unknown preprocessing 'pad': choose one of letterbox, centre-crop, stretch"),
     ],
 )
@@ -351,6 +351,36 @@ def test_a_gpu_that_is_not_there_gets_its_sentence(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EmbedLensError, match="'cuda' is asked for, but PyTorch sees no CUDA GPU: pass device='cpu'"):
         load(tiny_folder, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("there", "sentence"), [(False, "PyTorch sees none: leave it out"), (True, "not cpu: pass dev")]
+)
+def test_quantisation_that_is_not_to_run_on_a_gpu_gets_its_sentence(tiny_folder, monkeypatch, there, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    with pytest.raises(EmbedLensError, match=f"quantize='4bit' needs a CUDA GPU, .*{sentence}"):
+        load(tiny_folder, device="cpu", quantize="4bit")
+
+
+def test_a_quantised_model_is_called_so_and_has_records_of_its_own(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(vlm, "_quantization", lambda quantize, place: None)  # the weights stay whole here
+    whole, packed = (load(tiny_folder, device="cpu", quantize=quantize) for quantize in (None, "4bit"))
+    assert (whole.name, packed.name) == (str(tiny_folder), f"{tiny_folder}@4bit")
+    files = [claims.write(tmp_path, model.name, "01", 2, 0, {}, {}) for model in (whole, packed)]
+    assert files[0] != files[1] and claims.read(files[1]).model == packed.name
+    assert claims.kind_of_result("miniature@4bit") == "miniature"
+
+
+def test_another_preprocessing_shares_the_weights_and_leaves_the_first_model_alone(tiny_folder):
+    model = load(tiny_folder, device="cpu")
+    image = Image.linear_gradient("L").resize((90, 40)).convert("RGB")
+    before = model.prompt(image, "What?").embeds
+    stretched = model.with_preprocessing("stretch")
+    assert stretched.hf is model.hf and stretched.name == model.name
+    loaded = load(tiny_folder, device="cpu", preprocessing="stretch")
+    assert torch.equal(stretched.prompt(image, "What?").embeds, loaded.prompt(image, "What?").embeds)
+    assert torch.equal(model.prompt(image, "What?").embeds, before)
+    assert not torch.equal(stretched.prompt(image, "What?").embeds, before)
 
 
 def test_quantisation_without_bitsandbytes_gets_its_sentence(tiny_folder, monkeypatch):

@@ -78,9 +78,11 @@ def randomise(model: Any, seed: int = 0) -> None:
     """Weights larger than the usual init, so that pictures matter and answers differ; patches stay local in the tower.
 
     A picture's own content lies over the tower's constant parts, and layers add to a patch what it is not drowned by,
-    as trained towers have it; norms have unequal gains, so that norming twice shows.
+    as trained towers have it; norms have unequal gains, so that norming twice shows. Nothing is left as the
+    constructor drew it: that depends on what ran before.
     """
     torch.manual_seed(seed)
+    own = torch.Generator().manual_seed(seed)  # of single vectors, so that all other weights stay what they are
     for name, parameter in model.named_parameters():
         tower = "vision_tower" in name or "visual." in name
         if parameter.ndim > 1:
@@ -89,6 +91,8 @@ def randomise(model: Any, seed: int = 0) -> None:
             parameter.normal_(0, 0.02)
         elif "norm" in name or "ln_q" in name:
             parameter.uniform_(0.5, 1.5)
+        elif "lambda" not in name:  # newlines and class tokens; the gains of a tower's layers are one constant
+            parameter.normal_(0, parameter.numel() ** -0.5, generator=own)
         if tower and name.endswith(WRITERS) and "patch_embed" not in name:
             parameter.mul_(0.1)
         if tower and "patch_embed" in name and parameter.ndim > 1:

@@ -45,6 +45,10 @@ def probe(
         Optional[str],  # noqa: UP045
         typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one"),
     ] = None,
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
+    ] = None,
 ) -> None:
     """Print the top words of each visual token of PICTURE and write them on it."""
     from embedlens.pictures import open_picture
@@ -54,7 +58,7 @@ def probe(
     out = out if out is not None else Path(f"{picture.stem}-probed.png")
     _check_out(out, picture)
     image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
-    loaded = load(model, device=device, preprocessing=preprocessing)
+    loaded = load(model, device=device, quantize=quantize, preprocessing=preprocessing)
     result = probe_picture(loaded, image, question, k=k, layer=layer, lens=lens)
     shapes = " + ".join(f"{view.rows}x{view.cols}" for view in result.grid.views)
     bars = int(result.grid.padded.sum())
@@ -126,9 +130,14 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder for the record that a chapter reads.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Folder for the record of other_models.")] = Path("results"),
 ) -> None:
-    """Run a study on many pictures, in as many processes as accelerate or torchrun launched."""
+    """Run a study on many pictures, in as many processes as accelerate or torchrun launched.
+
+    Each writes a table. other_models: clusters and token groups of one model; the whole of chapter 09, whose record it
+    writes. sinks: the arms of Table 1; a part of chapter 03, whose notebook writes the record. dead: the arms of
+    Table 2; a part of chapter 04, whose notebook writes the record.
+    """
     from embedlens.errors import EmbedLensError
     from embedlens.studies import run_named
 

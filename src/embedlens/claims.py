@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedlens.errors import EmbedLensError
 from embedlens.intervals import Interval
+from embedlens.model_names import MINIATURE, unsigned
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 HOLDS, PARTLY, FAILS, UNTESTABLE = "holds", "partly", "does not hold", "not testable here"
 VERDICTS = (HOLDS, PARTLY, FAILS, UNTESTABLE)
 UNMEASURED = "not measured yet"
-MINIATURE = "miniature"
 PACKAGES = ("torch", "transformers", "numpy")  # whose versions a number may depend on
 DECIMALS = 4
 FIELDS = ("model", "chapter", "n_images", "seed", "machine", "versions", "claims", "numbers")
@@ -195,7 +195,7 @@ def kind_of_result(model: str) -> str:
     >>> kind_of_result("llava-hf/llava-1.5-7b-hf")
     'full scale'
     """
-    return "miniature" if model == MINIATURE else "full scale"
+    return "miniature" if unsigned(model) == MINIATURE else "full scale"
 
 
 def machine() -> str:
@@ -221,7 +221,7 @@ def write(
 
     Args:
         folder: the book's `results`.
-        model: as passed to `embedlens.load`.
+        model: the name of what `embedlens.load` gave; a quantised model has a folder of its own.
         chapter: the notebook's name, such as "02_embedlens_vs_logitlens".
         claims: claim id → what was found.
         numbers: anything else that other pages or tests read, by name.
@@ -341,8 +341,8 @@ def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
 def _folder_of(model: str) -> str:
     """One folder name per model: a repository id keeps its owner, a path only its last part.
 
-    >>> [_folder_of(name) for name in ("miniature", "llava-hf/llava-1.5-7b-hf", "/data/checkpoints/mine")]
-    ['miniature', 'llava-hf--llava-1.5-7b-hf', 'mine']
+    >>> [_folder_of(name) for name in ("llava-hf/llava-1.5-7b-hf@4bit", "/data/checkpoints/mine")]
+    ['llava-hf--llava-1.5-7b-hf@4bit', 'mine']
     """
     parts = [part for part in model.split("/") if part]
     return "--".join(parts) if len(parts) == 2 and not model.startswith(("/", ".", "~")) else parts[-1]

@@ -2,7 +2,7 @@
 
 lmms-eval finds the model by an entry point of its own (`lmms_eval.models`), so nothing of it is changed:
 
-    python -m lmms_eval --model embedlens --tasks pope,mme --batch_size 1 \\
+    python -m lmms_eval --model embedlens --tasks pope,mme --batch_size auto \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,intervention=prune_dead
 
 This module does not need lmms-eval; `lmms_model`, which the entry point leads to, does.
@@ -11,18 +11,20 @@ This module does not need lmms-eval; `lmms_model`, which the entry point leads t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embedlens import samples, sweep, tasks
+from embedlens import memory, samples, study, sweep, tasks
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
-from embedlens.interventions import EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers, intervene
+from embedlens.interventions import EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers
+from embedlens.prefix import Case, answers
 from embedlens.sweep import Arm, everywhere, members, pruning, random_alive, skipping
 
 if TYPE_CHECKING:
@@ -82,6 +84,33 @@ def arm_of(intervention: str, seed: Any = 0, layer: Any = None, factor: Any = No
     return INTERVENTIONS[intervention](whole["seed"] or 0, whole["layer"], factor)
 
 
+def batch_size_of(given: Any) -> int | str:
+    """What `--batch_size` says: a number of questions, or "auto".
+
+    >>> batch_size_of("4"), batch_size_of("auto")
+    (4, 'auto')
+    """
+    if given == study.AUTO or (str(given).isdecimal() and int(given) > 0):
+        return study.AUTO if given == study.AUTO else int(given)
+    raise EmbedLensError(f"--batch_size {given}: pass a number of at least 1, or auto")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question.
+
+    Attributes:
+        key: of the picture; what is random about the arm is seeded by it.
+        stops: the answer ends before the first of these.
+    """
+
+    picture: Any
+    question: str
+    key: int
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Said:
     """One answer, and on how many visual tokens of its picture the intervention acted."""
@@ -97,59 +126,80 @@ class Answerer:
         asked: questions answered.
         acted: those whose picture the arm acted on; the others ran as the baseline.
         tokens: visual tokens that it acted on, in all.
+        batch_size: questions answered together; it becomes less where a batch does not fit into memory.
     """
 
-    def __init__(self, model: VisionLanguageModel, arm: Arm, calibration: str | None = None) -> None:
+    def __init__(
+        self, model: VisionLanguageModel, arm: Arm, calibration: str | None = None, batch_size: int | str = study.AUTO
+    ) -> None:
         self.model, self.arm = model, arm
         self.asked = self.acted = self.tokens = 0
+        most = study.ON_CPU if model.device.type == "cpu" else study.LARGEST
+        self.batch_size = most if isinstance(batch_size, str) else batch_size
         self._reference: Reference | None = None
         if arm.name.startswith(GROUPED):
             self._reference = (
                 discover(model, samples.load(calibration, CALIBRATION)) if calibration else reference_of(model)
             )
 
-    def answer(self, picture: Any, question: str, key: int, max_new_tokens: int, stops: Sequence[str] = ()) -> Said:
-        """The greedy answer to one question.
-
-        Args:
-            key: of the picture; what is random about the arm is seeded by it.
-            stops: the answer ends before the first of these.
+    def answers(self, questions: Iterable[Asked]) -> Iterator[Said]:
+        """The greedy answers in the order of the questions, which are read a batch at a time.
 
         Raises:
             EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was
                 to act and did not.
         """
-        prompt = self.model.prompt(picture, question)
-        plan = self._plan(prompt, key)
-        tokens = _acted_on(plan, len(prompt.grid))
-        if plan:
-            with intervene(self.model, *plan) as run:
-                text = self.model.answer(prompt, max_new_tokens)
-            if not run.fired:
-                raise EmbedLensError(f"{self.arm.name} did not act on picture {key}: report this, and use no score")
-        else:
-            text = self.model.answer(prompt, max_new_tokens)
-        text = until(text, stops)
-        if not text:
-            raise EmbedLensError(
-                f"the answer to {question[:60]!r} about picture {key} is empty, and no score counts it as a wrong one: "
-                "allow more new tokens, or choose another intervention"
-            )
-        self.asked += 1
-        self.acted += bool(plan)
-        self.tokens += tokens
-        return Said(text, tokens)
+        for _, alike in groupby(questions, key=lambda one: one.max_new_tokens):
+            left: list[Asked] = []
+            while left := left or list(islice(alike, self.batch_size)):
+                batch = left[: self.batch_size]
+                said = self._said_if_it_fits(batch)
+                if said is None:
+                    memory.release()
+                    self.batch_size = len(batch) // 2
+                else:
+                    yield from said
+                    left = left[len(batch) :]
 
-    def _plan(self, prompt: Prompt, key: int) -> tuple[Intervention, ...]:
+    def _said_if_it_fits(self, batch: Sequence[Asked]) -> list[Said] | None:
+        try:
+            return self._said(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not memory.out_of_memory(error):
+                raise
+        return None
+
+    def _said(self, batch: Sequence[Asked]) -> list[Said]:
+        prompts = self.model.prompts([one.picture for one in batch], [one.question for one in batch])
+        plans = self._plans(prompts, [one.key for one in batch])
+        cases = [Case(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+        texts = answers(self.model, cases, batch[0].max_new_tokens, len(batch))
+        found = []
+        for one, case, text in zip(batch, cases, texts, strict=True):
+            text = until(text, one.stops)
+            if not text:
+                raise EmbedLensError(
+                    f"the answer to {one.question[:60]!r} about picture {one.key} is empty, and no score counts it as "
+                    "a wrong one: allow more new tokens, or choose another intervention"
+                )
+            found.append(Said(text, _acted_on(case.plan, len(case.prompt.grid))))
+        self.asked += len(found)
+        self.acted += sum(bool(plan) for plan in plans)
+        self.tokens += sum(said.tokens for said in found)
+        return found
+
+    def _plans(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[tuple[Intervention, ...]]:
+        """What is done to each picture; nothing where the arm finds nothing to act on."""
         if self.arm.name == sweep.BASELINE.name:
-            return ()
+            return [()] * len(prompts)
         if self._reference is not None:
-            (groups,) = token_groups_of(self.model, [prompt], self._reference)
+            groups = token_groups_of(self.model, prompts, self._reference)
         else:  # the arm does the same to all tokens
-            none = torch.zeros(len(prompt.grid), dtype=torch.bool)
-            groups = TokenGroups(none, none, none, ~none, {})
-        plan = self.arm.act(groups, prompt.grid, sweep.generator(key, self.arm.name, self.arm.seed))
-        return tuple(plan or ())
+            groups = [_all_alive(len(prompt.grid)) for prompt in prompts]
+        return [
+            tuple(self.arm.act(own, prompt.grid, sweep.generator(key, self.arm.name, self.arm.seed)) or ())
+            for own, prompt, key in zip(groups, prompts, keys, strict=True)
+        ]
 
     def report(self) -> str:
         """How often the arm acted, in one sentence.
@@ -169,6 +219,11 @@ class Answerer:
             f"{self.arm.name} (seed {self.arm.seed}) acted on {self.acted} of {self.asked} pictures, on {mean:.1f} "
             "visual tokens each; pruned positions keep their gaps, and the cache is short at every layer"
         )
+
+
+def _all_alive(n: int) -> TokenGroups:
+    none = torch.zeros(n, dtype=torch.bool)
+    return TokenGroups(none, none, none, ~none, {})
 
 
 def _acted_on(plan: Sequence[Intervention], n: int) -> int:

@@ -35,7 +35,7 @@ class EmbedLensModel(Base):
         calibration: pictures in which dead and sink tokens are told apart, such as coco:/data/coco/val2017; default:
             drawn ones.
         device, dtype, quantize, preprocessing: as `embedlens.load` takes them.
-        batch_size: 1; each picture has a mask of its own.
+        batch_size: questions answered together, or auto: as many as fit, found by halving.
     """
 
     is_simple = False
@@ -66,8 +66,7 @@ class EmbedLensModel(Base):
                 f"--model_args has no {', '.join(unknown)}: pretrained, intervention, seed, layer, factor, "
                 "calibration, device, dtype, quantize and preprocessing are known"
             )
-        if int(batch_size) != 1:
-            raise EmbedLensError(f"--batch_size {batch_size}: questions are asked one at a time here, pass 1")
+        together = plugin.batch_size_of(batch_size)
         arm = plugin.arm_of(intervention, seed, layer, factor)
         place = own_device() or device
         self._rank, self._world_size = meet("cuda" if (place or "").startswith("cuda") else "cpu")
@@ -77,7 +76,7 @@ class EmbedLensModel(Base):
             self.accelerator = Accelerator(cpu=place == "cpu")
         chosen = {"dtype": dtype, "quantize": quantize, "preprocessing": preprocessing}
         model = load(pretrained, device=place, **{name: value for name, value in chosen.items() if value is not None})
-        self.answerer = plugin.Answerer(model, arm, calibration)
+        self.answerer = plugin.Answerer(model, arm, calibration, together)
 
     @property
     def device(self) -> torch.device:
@@ -91,21 +90,24 @@ class EmbedLensModel(Base):
             SystemExit: on any exception. lmms-eval's command line catches the ordinary ones and ends well without a
                 score, or goes on with the next task.
         """
+        answers: list[str] = []
         try:
-            answers = [self._answer(request) for request in tqdm(requests, disable=self._quiet(), unit="question")]
+            said = self.answerer.answers(map(self._asked, requests))
+            bar = tqdm(said, total=len(requests), disable=self._quiet(), unit="question")
+            for one, request in zip(bar, requests, strict=True):
+                context, _, kwargs, *_ = request.args
+                self.cache_hook.add_partial("generate_until", (context, kwargs), one.text)
+                answers.append(one.text)
             logger.info(self.answerer.report())
         except Exception as error:
             traceback.print_exc()
             raise SystemExit(f"embedlens: no score, because {error}") from error
         return answers
 
-    def _answer(self, request: Any) -> str:
-        context, messages_of, kwargs, doc_id, task, split = request.args
+    def _asked(self, request: Any) -> plugin.Asked:
+        _, messages_of, kwargs, doc_id, task, split = request.args
         picture, question = plugin.one_question(messages_of(self.task_dict[task][split][doc_id]))
-        new_tokens, stops = plugin.generation(kwargs)
-        said = self.answerer.answer(picture, question, int(doc_id), new_tokens, stops)
-        self.cache_hook.add_partial("generate_until", (context, kwargs), said.text)
-        return said.text
+        return plugin.Asked(picture, question, int(doc_id), *plugin.generation(kwargs))
 
     def _quiet(self) -> bool:
         return self.rank != 0 or bool(os.environ.get("TQDM_DISABLE"))

@@ -1,6 +1,7 @@
-"""How much memory a model will take, from its config alone: nothing is loaded, so the answer comes before the wait.
+"""How much memory a model will take, from its config alone, and what to do where a batch takes too much.
 
-What is counted exactly is the weights: the architecture is built without any storage. The rest is an estimate of what
+Nothing is loaded for an estimate, so the answer comes before the wait. What is counted exactly is the weights: the
+architecture is built without any storage. The rest is an estimate of what
 a study holds at a time, and whether it fits is known only when it runs.
 
 >>> from embedlens.vlm import MINIATURE
@@ -11,13 +12,15 @@ a study holds at a time, and whether it fits is known only when it runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from embedlens.errors import EmbedLensError
 from embedlens.vlm import DTYPES, _locate
 
+T = TypeVar("T")
 GIB = 2**30
 TEXT = 64  # positions of template and question, beside the visual ones
 RESERVE = GIB  # what driver, kernels and fragments take on a GPU; on a CPU, Python with its libraries
@@ -93,7 +96,7 @@ def needed(
     if dtype not in DTYPES:
         raise EmbedLensError(f"unknown dtype {dtype!r}: pass one of {', '.join(map(repr, DTYPES))}")
     if quantize not in (None, *QUANTIZED):
-        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit', '8bit' or None")
+        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit' or '8bit', or leave it out")
     size = torch.empty((), dtype=DTYPES[dtype]).element_size()
     plain, matrices, vocabulary = _counted(config)
     text = config.get_text_config()
@@ -152,6 +155,37 @@ def visual_tokens_of(config: Any) -> int:
 
 def _side(value: Any) -> int | None:
     return max(value) if isinstance(value, (tuple, list)) else value
+
+
+def halving(run: Callable[[int], T], batch_size: int) -> tuple[T, int]:
+    """What `run(batch_size)` gives, with half the batch as often as it does not fit on the device, and the last size.
+
+    >>> halving(lambda batch_size: "so many at a time", 8)
+    ('so many at a time', 8)
+    """
+    while True:
+        try:
+            return run(batch_size), batch_size
+        except RuntimeError as error:
+            if batch_size == 1 or not out_of_memory(error):
+                raise
+        release()  # out of the clause, whose traceback holds what filled the memory
+        batch_size //= 2
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a batch is too large for the device."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def release() -> None:
+    """Give back to the device what a failed attempt held."""
+    from accelerate.utils import release_memory
+
+    release_memory()
 
 
 def available(device: str) -> int | None:

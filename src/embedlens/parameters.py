@@ -51,6 +51,9 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
         if rule is not None and name in namespace and name not in wrong:
             fault = rule(name, namespace[name])
             faults += [fault] if fault else []
+    if not faults and namespace.get("quantize"):
+        fault = _quantized_on(namespace.get("device"), namespace["quantize"])
+        faults += [fault] if fault else []
     if faults:
         raise EmbedLensError("; ".join(faults))
 
@@ -94,6 +97,15 @@ def _count(name: str, value: Any) -> str:
     )
 
 
+def _each_kind(name: str, value: Any) -> str:
+    from embedlens.tasks import FAMILIES
+
+    least = max(sum(len(metric.kinds) for metric in family) for family in FAMILIES.values())
+    if _is_a(value, int) and value >= least:
+        return ""
+    return f"{name} is {value!r}: pass a whole number of at least {least}, one for each kind of question in a family"
+
+
 def _some(name: str, value: Any) -> str:
     return "" if _is_a(value, int) and value >= 1 else f"{name} is {value!r}: pass a whole number of at least 1"
 
@@ -127,6 +139,18 @@ def _device(name: str, value: Any) -> str:
     return _said(placed, value)
 
 
+def _quantize(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        return f"{name} is {value!r}: pass '4bit' or '8bit', or leave it empty"
+    return _quantized_on("cuda", value) if value else ""
+
+
+def _quantized_on(device: str | None, value: str) -> str:
+    from embedlens.vlm import _quantization
+
+    return _said(lambda quantize: _quantization(quantize, device or "cuda"), value)
+
+
 def _dataset(name: str, value: Any) -> str:
     from embedlens.samples import coco
 
@@ -149,10 +173,13 @@ RULES: Mapping[str, Callable[[str, Any], str]] = {
     "model": _model,
     "dataset": _dataset,
     "n_images": _count,
-    "n_questions": _count,
+    "n_questions": _each_kind,
+    "n_trained": _each_kind,
+    "n_fewer": _each_kind,
     "scale": _positive,
     "seed": _seed,
     "device": _device,
+    "quantize": _quantize,
     "out": _folder,
     "results": _folder,
 }

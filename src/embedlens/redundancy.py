@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.vlm import MINIATURE, QUESTION
+from embedlens.model_names import MINIATURE, unsigned
+from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
     from embedlens.patches import PatchGrid
@@ -85,7 +86,7 @@ def describing(model: VisionLanguageModel) -> str:
 
     The miniature answers the paper's prompt with a caption, whose first word is no object.
     """
-    return QUESTION if model.name == MINIATURE else RELEASED_QUESTION
+    return QUESTION if unsigned(model.name) == MINIATURE else RELEASED_QUESTION
 
 
 # --- pure parts ------------------------------------------------------------------------------------------------------

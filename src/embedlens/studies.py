@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from embedlens import memory, samples, study
 from embedlens.chapters import other_models
 from embedlens.errors import EmbedLensError
-from embedlens.vlm import MINIATURE, VisionLanguageModel, load
+from embedlens.model_names import MINIATURE, signed
+from embedlens.vlm import VisionLanguageModel, load
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,7 @@ class Named:
     """A study with its pictures, and what is written of its table."""
 
     about: str
+    """What it is and whether a record comes of it; `embedlens run --help` says the same."""
     prepare: Callable[[VisionLanguageModel, str, int, int], Prepared]
     """(model, dataset, n, seed) → the study, taking a batch, and the samples to run it on."""
     record: Callable[[Path, str, str, pd.DataFrame, int], Path] | None = None
@@ -58,12 +60,16 @@ def _arms(model: VisionLanguageModel, dataset: str, n: int, seed: int, arms: str
 
 STUDIES: Mapping[str, Named] = {
     "other_models": Named(
-        "clusters and token groups of one model, for chapter 09; writes results/<model>/09_other_models.json",
+        "clusters and token groups of one model; the whole of chapter 09, whose record it writes",
         _anatomy,
         other_models.write,
     ),
-    "sinks": Named("the arms of Table 1 on n questions of each family", partial(_arms, arms="sink_arms")),
-    "dead": Named("the arms of Table 2 on n questions of each family", partial(_arms, arms="dead_arms")),
+    "sinks": Named(
+        "the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")
+    ),
+    "dead": Named(
+        "the arms of Table 2; a part of chapter 04, whose notebook writes the record", partial(_arms, arms="dead_arms")
+    ),
 }
 
 
@@ -145,13 +151,18 @@ def run_named(
         seconds = study.rehearse(function, loaded, measured, trial)
         whole = seconds * len(measured) / processes
         aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
-    out = Path(out) if out is not None else Path("runs") / model.strip("/").replace("/", "--") / name.replace(":", ".")
+    # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
+    measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)
+    own_folder = Path("runs") / measured_as.strip("/").replace("/", "--") / name.replace(":", ".")
+    out = own_folder if out is None else Path(out)
     table = study.run(function, loaded, measured, out, batch_size, progress=None)
     if rank == 0:
         table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
         if named is not None and named.record is not None:
-            aloud(f"record: {named.record(Path(results), model, dataset, table, seed)}")
+            aloud(f"record: {named.record(Path(results), measured_as, dataset, table, seed)}")
+        elif named is not None:
+            aloud(f"no record: {name} is {named.about}")
     return table
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embedlens import memory
 from embedlens.errors import EmbedLensError
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
@@ -151,11 +152,11 @@ def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, sa
         except (EmbedLensError, OSError):
             return size  # a damaged picture, which the run records
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if not memory.out_of_memory(error):
                 raise
         else:
             return size
-        _release()
+        memory.release()
         size //= 2
     raise EmbedLensError(_too_little(model))
 
@@ -210,19 +211,6 @@ def _begun_with(folder: Path) -> int | None:
         for _, header in _lines(path):
             return header.get("batch_size")
     return None
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
-def _release() -> None:
-    """What the failed attempt held, given back to the device."""
-    from accelerate.utils import release_memory
-
-    release_memory()
 
 
 def _too_little(model: VisionLanguageModel) -> str:
@@ -296,11 +284,11 @@ def _answers(
             return [{"error": _sentence(error)}]
         return [answer for sample in batch for answer in _answers(study, model, [sample], batch_size)]
     except RuntimeError as error:
-        too_large = _out_of_memory(error)
+        too_large = memory.out_of_memory(error)
         if not too_large:
             raise
     if too_large:  # out of the clause, whose traceback holds what filled the memory
-        _release()
+        memory.release()
         if len(batch) == 1:
             return [{"error": _too_little(model)}]
         halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from embedlens import memory
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import Intervention, Prune, SkipSublayers
@@ -259,6 +260,7 @@ def run_arms(
     groups: Callable[..., Sequence[TokenGroups]] = token_groups_of,
     batch_size: int = 32,
     max_new_tokens: int = ANSWER_TOKENS,
+    halve: bool = True,
 ) -> pd.DataFrame:
     """Ask every question under every arm.
 
@@ -269,6 +271,7 @@ def run_arms(
         groups: (model, prompts) → the groups of each prompt's picture; bind a reference or membership with `partial`.
         batch_size: pictures that run together, each with up to eight questions.
         max_new_tokens: of an answer.
+        halve: run fewer pictures together where they do not fit on the device; False: raise, the caller halves.
 
     Returns:
         One row per question and arm, question by question: item (its place), id (of the picture), family, kind,
@@ -286,7 +289,10 @@ def run_arms(
     _check(items, arms, batch_size)
     rows: list[dict[str, Any]] = []
     for places in _chunks(items, CHUNK * batch_size):
-        rows += _rows_of(model, {place: items[place] for place in places}, arms, groups, batch_size, max_new_tokens)
+        own = {place: items[place] for place in places}
+        ask = partial(_rows_of, model, own, arms, groups, max_new_tokens)
+        found, batch_size = memory.halving(ask, batch_size) if halve else (ask(batch_size), batch_size)
+        rows += found
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
     rows.sort(key=lambda row: (row["item"], order[row["arm"], row["seed"]]))
     return pd.DataFrame(rows)
@@ -311,7 +317,7 @@ def answer_arms(
     el.run(partial(answer_arms, arms=sink_arms()), model, asked(items), out="arms", batch_size=32)
     """
     items = [Item(sample, question) for sample in samples for question in sample.questions]
-    table = run_arms(model, items, arms, groups, batch_size=max(1, len(items)))
+    table = run_arms(model, items, arms, groups, batch_size=max(1, len(items)), halve=False)
     first = {item.sample.id: place for place, item in reversed(list(enumerate(items)))}
     found: dict[int, list[dict[str, Any]]] = {sample.id: [] for sample in samples}
     for row in table.to_dict("records"):
@@ -355,8 +361,8 @@ def _rows_of(
     items: dict[int, Item],
     arms: Sequence[Arm],
     groups: Callable[..., Sequence[TokenGroups]],
-    batch_size: int,
     max_new_tokens: int,
+    batch_size: int,
 ) -> list[dict[str, Any]]:
     """Rows of questions whose pictures are held at the same time."""
     prompts = _prompts(model, items, batch_size)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from embedlens import memory
 from embedlens.errors import EmbedLensError
 from embedlens.patches import Box, Frame
 from embedlens.samples import Question, Sample
@@ -306,7 +307,7 @@ def evaluate(
         items: from `questions`.
         swap: control: ask about the picture of another item (the next but `len(items) // 2`), so that everything
             but the picture's content is the same.
-        batch_size: questions answered together.
+        batch_size: questions answered together; halved where they do not fit on the device.
 
     Returns:
         columns id (of the picture shown), question, answer, prediction, correct (1.0 or 0.0).
@@ -324,7 +325,7 @@ def evaluate(
         batch = items[start : start + batch_size]
         pictures = [sample.image for sample in shown[start : start + batch_size]]
         prompts = model.prompts(pictures, [item.question.text for item in batch])
-        predictions = model.answers(prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
+        predictions, _ = memory.halving(partial(model.answers, prompts, ANSWER_TOKENS), batch_size)
         for item, sample, prediction in zip(batch, shown[start:], predictions, strict=False):
             rows.append(
                 {

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
 from embedlens.families.plain import OWN, Features
+from embedlens.model_names import MINIATURE, signed
 from embedlens.patches import PREPROCESSINGS, Frame, PatchGrid, within
 from embedlens.pictures import Picture, open_picture, squared
 
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import and is not needed before a model is loaded
     BitsAndBytesConfig = PreTrainedModel = PreTrainedTokenizerFast = object
 
-MINIATURE = "miniature"
 QUESTION = "What is in the picture?"  # where only the picture matters: visual tokens stand before it and cannot see it
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -145,7 +146,7 @@ class VisionLanguageModel:
     Attributes:
         hf: the Hugging Face model, in eval mode, untouched.
         processor: its processor, set to `preprocessing`.
-        name: what was passed to `load`.
+        name: what was passed to `load`, signed with the quantisation: of what figures and records are.
         family: the module under `embedlens.families` that knows this class.
         blocks: the decoder's transformer blocks, `n_layers` of them.
         input_embeddings: Float[V, d], the embedding rows of the tokenizer's vocabulary; never padded rows.
@@ -183,6 +184,10 @@ class VisionLanguageModel:
             f"<{self.name}: {type(self.hf).__name__}, {size:.1f} M parameters, {self.n_layers} layers of width "
             f"{self.width}, {self._n_rows} tokens, {tying} embeddings, {self.preprocessing}>"
         )
+
+    def with_preprocessing(self, preprocessing: str) -> VisionLanguageModel:
+        """The same weights, reading pictures in another way; nothing is loaded again, nothing takes memory twice."""
+        return VisionLanguageModel(self.hf, deepcopy(self.processor), self.name, preprocessing)
 
     # --- what the model is -------------------------------------------------------------------------------------------
 
@@ -651,7 +656,7 @@ def load(
     if isinstance(source, Path):
         _check_weight_files(source, name)
     hf = _load_weights(source, name, place, weights_dtype, quantization)
-    return VisionLanguageModel(hf, _load_processor(source, name, family), name, preprocessing)
+    return VisionLanguageModel(hf, _load_processor(source, name, family), signed(name, quantize), preprocessing)
 
 
 def _family(class_name: str, name: str) -> ModuleType:
@@ -754,9 +759,13 @@ def _quantization(quantize: str | None, place: str) -> BitsAndBytesConfig | None
     if quantize is None:
         return None
     if quantize not in ("4bit", "8bit"):
-        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit', '8bit' or None")
-    if not place.startswith(("cuda", "auto")) or not torch.cuda.is_available():
-        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU: leave it out on this device ({place})")
+        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit' or '8bit', or leave it out")
+    if not torch.cuda.is_available():
+        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU, and PyTorch sees none: leave it out")
+    if not place.startswith(("cuda", "auto")):
+        raise EmbedLensError(
+            f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or leave it out"
+        )
     absent = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
     if absent:
         raise EmbedLensError(f"quantize={quantize!r} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
