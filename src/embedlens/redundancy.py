@@ -361,7 +361,6 @@ def readings_of(
     # own positions or features added at depth: each reading is a prompt of its own
     plain = prompt.positions is None and prompt.deep is None
     reader = (_Reader if plain else PromptReader)(model, prompt, protocol, batch_size)
-    _keep_freed_memory()
     around = [window(int(place), prompt.grid, protocol.side) for place in at]
     if len({len(own) for own in around}) > 1:
         raise EmbedLensError("some places lie in views smaller than the neighbourhood: score each size by itself")
@@ -593,16 +592,6 @@ class PromptReader(_Reader):
             output = self.model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         ends = torch.tensor([len(prompt) - 1 for prompt in entered], device=output.last_hidden_state.device)
         return self._logits(output.last_hidden_state[torch.arange(len(ends), device=ends.device), ends])
-
-
-def _keep_freed_memory() -> None:
-    """Free a block of 31 MiB, unused, after which glibc keeps blocks up to this size for the next layer's activations.
-
-    It gives larger ones back to the system, which zeroes every page it hands out again; that took 8 % of the time on
-    the miniature. How large follows the largest block freed so far, up to 32 MiB (`man mallopt`, M_MMAP_THRESHOLD).
-    Other allocators do not mind.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _batches(rows: Int[Tensor, " m"], size: int) -> Sequence[Int[Tensor, " _"]]:
