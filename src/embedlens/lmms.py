@@ -22,7 +22,7 @@ import torch
 from embedlens import samples, sweep, tasks
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
-from embedlens.interventions import EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers, intervene
+from embedlens.interventions import MASKED, EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers, intervene
 from embedlens.sweep import Arm, everywhere, members, pruning, random_alive, skipping
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Answerer:
 
 
 def _acted_on(plan: Sequence[Intervention], n: int) -> int:
-    masks = [value.mask for value in plan if isinstance(value, (Prune, SkipSublayers))]
+    masks = [value.mask for value in plan if isinstance(value, MASKED)]
     return sum(int(torch.as_tensor(mask).sum()) for mask in masks) if len(masks) == len(plan) else n
 
 
