@@ -12,7 +12,17 @@ from PIL import Image
 from torch.testing import assert_close
 
 import embedlens as el
-from embedlens import EmbedLensError, EnterAt, LeaveAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, intervene
+from embedlens import (
+    EmbedLensError,
+    EnterAt,
+    LeaveAt,
+    Prune,
+    ReleasedLayer0,
+    Rescale,
+    Silence,
+    SkipSublayers,
+    intervene,
+)
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # same sums in another order, or by another kernel
 

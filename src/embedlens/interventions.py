@@ -312,10 +312,7 @@ class Run:
         side: Literal["left", "right"],
         begins: Sequence[int] | None,
     ) -> _Batch:
-        masks = {
-            index: _masks_of(value, prompts, start, total)
-            for index, value in self._of(MASKED)
-        }
+        masks = {index: _masks_of(value, prompts, start, total) for index, value in self._of(MASKED)}
         entered, keep = list(prompts), False
         own = any(prompt.positions is not None for prompt in prompts)  # then rows carry their positions with them
         if own and any(value.positions == "renumber" for _, value in self._of((Prune, LeaveAt))):
@@ -543,8 +540,8 @@ class Run:
 def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Iterator[Run]:
     """Apply interventions to everything the model runs in the block.
 
-    They compose in any order; two Prune or two EnterAt are refused, several LeaveAt are stages. Masks always cover all visual tokens of the prompt
-    as written, also beside Prune.
+    They compose in any order; two Prune or two EnterAt are refused, several LeaveAt are stages. Masks always cover all
+    visual tokens of the prompt as written, also beside Prune.
 
     Raises:
         EmbedLensError: an intervention that does not fit the model or the prompts, one that never acted by the end of

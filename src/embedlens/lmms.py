@@ -22,7 +22,7 @@ import torch
 from embedlens import samples, sweep, tasks
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
-from embedlens.interventions import MASKED, EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers, intervene
+from embedlens.interventions import MASKED, EnterAt, Intervention, Rescale, Silence, intervene
 from embedlens.sweep import Arm, everywhere, members, pruning, random_alive, skipping
 
 if TYPE_CHECKING:
