@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -261,19 +261,35 @@ def attended(
         per prompt: from the last position, which predicts the first word, in every layer; and from SparseVLM's raters
         in its layer. Both are means over heads.
     """
-    found: list[tuple[Tensor, Tensor]] = []
     rated_at = min(SPARSEVLM_LAYER, model.n_layers - 1)
+
+    def asking(prompt: Prompt) -> Tensor:
+        return torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])])
+
+    read = _attention_of(model, prompts, asking, model.n_layers, batch_size)
+    return [(own[:, -1], own[rated_at, :-1].mean(0)) for own in read]
+
+
+def _attention_of(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    asking: Callable[[Prompt], Int[Tensor, " _"]],
+    n_layers: int,
+    batch_size: int,
+) -> Iterator[Float[Tensor, "layers queries _"]]:
+    """Attention of some positions of each prompt to its visual tokens in the first layers, mean over heads.
+
+    What comes after those layers is not run.
+    """
     for start, batch in model.batches(prompts, batch_size):
         with model.running(batch, start, len(prompts)) as entered:
             layers: list[list[Tensor]] = []
-            queries = [torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])]) for prompt in entered]
             embeds, mask = model.padded(entered)
-            with _attending(model, queries, layers):
+            with suppress(_Read), _attending(model, [asking(prompt) for prompt in entered], layers, n_layers):
                 model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         for row, prompt in enumerate(entered):
-            own = torch.stack([layer[row][:, prompt.visual.nonzero()[:, 0].to(layer[row].device)] for layer in layers])
-            found.append((own[:, -1], own[rated_at, :-1].mean(0)))
-    return found
+            places = prompt.visual.nonzero()[:, 0]
+            yield torch.stack([layer[row][:, places.to(layer[row].device)] for layer in layers])
 
 
 def raters(prompt: Prompt) -> Int[Tensor, " r"]:
@@ -290,11 +306,16 @@ def raters(prompt: Prompt) -> Int[Tensor, " r"]:
     return text[share >= share.mean()]
 
 
+class _Read(Exception):
+    """All attention that is asked for has been read: the rest of a forward would be of no use."""
+
+
 @contextmanager
 def _attending(
-    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " _"]], layers: list[list[Tensor]]
+    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " _"]], layers: list[list[Tensor]], n_layers: int
 ) -> Iterator[None]:
-    """Append, layer by layer, the attention Float[q, s] of some queries of each prompt, while the forward runs."""
+    """Append, layer by layer, the attention Float[q, s] of some queries of each prompt, while the forward runs; it ends
+    with so many layers, by `_Read` if there are more."""
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
     if kernel != "sdpa":
@@ -319,6 +340,8 @@ def _attending(
                     unseen = unseen | (~own if own.dtype == torch.bool else own < 0)
                 found.append(scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(0))
             layers.append(found)
+            if len(layers) == n_layers < model.n_layers:
+                raise _Read
         return stock(module, query, key, value, mask, **options)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
@@ -727,7 +750,8 @@ def plans_inside(
     for stage, layer in enumerate(layers):
         if stage or attention is None:
             with intervene(model, *before) if before else nullcontext():
-                attention = [one for one, _ in attended(model, prompts, batch_size)]
+                upto = layer + rule.ranked + 1
+                attention = [own[:, -1] for own in _attention_of(model, prompts, _last, upto, batch_size)]
         masks = []
         for i, (own, weights) in enumerate(zip(stages, attention, strict=True)):
             weight = weights[layer + rule.ranked].cpu().masked_fill(gone[i], -torch.inf)
@@ -739,6 +763,10 @@ def plans_inside(
         if any(bool(mask.any()) for mask in masks):
             before.append(LeaveAt(masks, layer, closing))
     return plans
+
+
+def _last(prompt: Prompt) -> Int[Tensor, " 1"]:
+    return torch.tensor([len(prompt) - 1])
 
 
 def usable(features: Features, context: Context, names: Sequence[str] | None = None) -> list[Pruner]:

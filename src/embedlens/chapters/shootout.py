@@ -726,7 +726,7 @@ def shootout_figure(table: pd.DataFrame, shares: Sequence[float], model: str, se
     for axes, share in zip(grid[0], shares, strict=True):
         for place, name in enumerate(names):
             if not asked_at(table, name, share):
-                axes.text(0.02, place, "too few for it", fontsize=8, va="center", color="#555555")
+                axes.text(0.02, place, "out of reach", fontsize=8, va="center", color="#555555")
                 continue
             face = "white" if name.endswith(LEFT) else None
             value = kept(table, name, share, seed=seed)
@@ -745,7 +745,7 @@ def shootout_figure(table: pd.DataFrame, shares: Sequence[float], model: str, se
     fig.supxlabel("")
     place = before.index(RELEASED_NAME) + 1 if RELEASED_NAME in before else 0
     kept_at = budget_name(counts, middle)
-    figures.headline(fig, f"{before[0]} keeps most at {kept_at} tokens; codebook: number {place} of {len(before)}")
+    figures.headline(fig, f"{before[0]} keeps most at {kept_at} tokens;\ncodebook: number {place} of {len(before)}")
     figures.sign(
         fig,
         model,
@@ -772,7 +772,14 @@ def inside_figure(table: pd.DataFrame, shares: Sequence[float], model: str, seed
             at = [average_in(table, name, share) / full for share in shares]
             values = [kept(table, name, share, seed=seed) for share in shares]
             look = _look(name)
-            axes.plot(at, [float(v.value) for v in values], style, color=look.colour, marker=look.marker, label=name)
+            axes.plot(
+                at,
+                [float(v.value) for v in values],
+                style,
+                color=look.colour,
+                marker=look.marker,
+                label=f"{name}, before layer 0",
+            )
             low, high = (
                 [float(part) for part in parts] for parts in zip(*(value[1:] for value in values), strict=True)
             )
@@ -790,9 +797,11 @@ def inside_figure(table: pd.DataFrame, shares: Sequence[float], model: str, seed
     axes.legend(fontsize=9, ncols=2, loc="lower right")
     share, others = _inside_pair(table, shares)
     gains = ", ".join(f"{name.split(' inside')[0]} {float(value.value):+.0%}" for name, value in others.items())
-    title = f"At an average of {share:.0%}, dropping inside gains: {gains}"
+    title = f"Dropped inside at an average of {share:.0%}, against before layer 0:\n{gains} of the questions"
     figures.headline(fig, title if others else "No budget is as large as the average of the first layers")
-    figures.sign(fig, model, f"gains: over FastV's choice before layer 0 | n = {len(per_question(table, BASELINE))}")
+    figures.sign(
+        fig, model, f"against FastV's choice before layer 0, n = {len(per_question(table, BASELINE))} questions"
+    )
     return fig
 
 
@@ -810,7 +819,7 @@ def _look(name: str) -> figures.Look:
     if name in (RELEASED_NAME, LOOSE_NAME, DOUBLE_SOFTMAX.name):
         return figures.Look(figures.ORDER[1], "D")
     if name in INSIDE_ARMS:
-        return figures.Look(figures.ORDER[3], "^" if name.startswith("FastV") else "v")
+        return figures.Look(*((figures.ORDER[0], "^") if name.startswith("FastV") else (figures.ORDER[3], "v")))
     if name in INTERMEDIATE:
         return figures.Look(figures.ORDER[0], "o")
     if name == "random":
