@@ -403,6 +403,22 @@ def last_attention(model, prompt, gone, layer):
     raise AssertionError
 
 
+def test_attention_is_read_as_an_intervention_leaves_it(tiny, prompts):
+    masks = [torch.arange(16) % (3 + i) == 1 for i in range(3)]
+    with el.intervene(tiny, el.LeaveAt(masks, 1)):
+        found = [own for own, _ in attended(tiny, prompts, batch_size=2)]
+    tiny.hf.set_attn_implementation("eager")
+    try:
+        for prompt, mask, own in zip(prompts, masks, found, strict=True):
+            for layer in (1, 2):
+                looked = last_attention(tiny, prompt, [(~prompt.spread(mask), 1, False)], layer)
+                assert_close(own[layer][~mask], looked[~mask], atol=1e-5, rtol=1e-4)
+                assert not own[layer][mask].any()  # weight that is hidden goes to the others
+            assert (own[0][mask] > 0).all()
+    finally:
+        tiny.hf.set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("name", INSIDE)
 def test_what_leaves_inside_is_what_the_last_position_looks_at_least_with_the_others_gone(tiny, prompts, name):
     rule = INSIDE[name]
