@@ -452,15 +452,17 @@ def test_known_attention_and_the_batch_size_change_no_choice(tiny, prompts):
             assert all(torch.equal(x.mask, y.mask) for x, y in zip(a, b, strict=True))
 
 
-def test_a_planted_token_that_the_question_looks_at_stays_to_the_end(tiny, prompts):
-    """One visual token is made the key that the last position asks for in the layer that ranks."""
-    prompt, rule = prompts[0], INSIDE["FastV"]
-    at = int(prompt.visual.nonzero()[5, 0])
-    embeds = prompt.embeds.clone()
-    embeds[at] = embeds[-1] * 4  # of the last position's own direction, so that the two are alike in every layer
-    planted = replace(prompt, embeds=embeds)
-    looked = attended(tiny, [planted])[0][0][1]
-    (plan,) = plans_inside(tiny, [planted], rule, [rule.left(16, tiny.n_layers, int((looked >= looked[5]).sum()))])
-    assert not bool(plan[0].mask[5])
-    (plan,) = plans_inside(tiny, [planted], rule, [rule.left(16, tiny.n_layers, 16)])
+def test_planted_attention_decides_what_leaves_first(tiny, prompts):
+    """Each layer looks at other tokens: FastV asks the layer before its drop, PyramidDrop the one after."""
+    planted = torch.zeros(tiny.n_layers, 16)
+    for layer in range(tiny.n_layers):
+        planted[layer, layer * 5 : layer * 5 + 5] = 1
+    for name, asks in (("FastV", 1), ("PyramidDrop", 1)):
+        rule = INSIDE[name]
+        assert rule.layers(tiny.n_layers)[0] + rule.ranked == asks
+        stages = tuple((layer, 5) for layer in rule.layers(tiny.n_layers))
+        (plan,) = plans_inside(tiny, prompts[:1], rule, [stages], [planted])
+        assert (~plan[0].mask).nonzero()[:, 0].tolist() == [5, 6, 7, 8, 9]
+        assert len(plan) == 1  # later stages have nothing to drop
+    (plan,) = plans_inside(tiny, prompts[:1], INSIDE["FastV"], [INSIDE["FastV"].left(16, tiny.n_layers, 16)], [planted])
     assert plan == ()  # nothing leaves, nothing is done
