@@ -22,6 +22,7 @@ import embedlens as el
 from embedlens import (
     EmbedLensError,
     EnterAt,
+    LeaveAt,
     Prune,
     ReleasedLayer0,
     Rescale,
@@ -340,6 +341,38 @@ def test_entering_late_equals_two_phases_by_hand(model, prompt, layer):
     assert not torch.allclose(layers[-1][-1], model.hidden_states(prompt)[-1][-1], atol=1e-2)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_leaving_half_way_equals_the_sequence_that_is_shorter_from_there_on(model, prompt, layer):
+    mask = random_mask(prompt)
+    rows = (~prompt.spread(mask)).nonzero()[:, 0]
+    with intervene(model, LeaveAt(mask, layer)):
+        layers = model.hidden_states(prompt)
+    whole = by_hand(model, prompt)
+    joined = shorter_from(model, prompt, whole[layer], rows, layer)
+    for seen, expected in zip(layers[layer:], joined, strict=True):
+        assert_close(seen[rows], expected, **CLOSE)
+    for seen, expected in zip(layers[: layer + 1], whole, strict=False):
+        assert_close(seen, expected, **CLOSE)
+    assert not torch.allclose(layers[-1][-1], whole[-1][-1], atol=1e-2)
+
+
+def shorter_from(model, prompt, stream, rows, layer):
+    """What `by_hand` gives from a layer on, begun at that layer with some rows of a stream."""
+    positions = torch.arange(len(prompt))[None] if prompt.positions is None else prompt.positions
+    kept = torch.isin(prompt.visual.nonzero()[:, 0], rows)
+    h, streams = stream[None, rows], [stream[rows]]
+    for index in range(layer, model.n_layers):
+        place = positions[:, rows]
+        rotary = model.decoder.rotary_emb(h, place if prompt.positions is None else place[:, None])
+        mask = torch.full((len(rows),) * 2, float("-inf")).triu(1)[None, None]
+        h = model.blocks[index](h, attention_mask=mask, position_embeddings=rotary)
+        if prompt.deep is not None and index < len(prompt.deep):
+            h = h.clone()
+            h[:, prompt.visual[rows]] += prompt.deep[index][kept]
+        streams.append(h[0])
+    return streams
+
+
 def test_skipping_and_silencing_leave_exactly_their_rows_without_update(model, prompt):
     mask = random_mask(prompt)
     with intervene(model, SkipSublayers(mask, at=[0.5, 1])):
@@ -375,6 +408,7 @@ ARMS = {
     "prune": lambda masks: [Prune(masks)],
     "skip": lambda masks: [SkipSublayers(masks, at=[0.5, 1])],
     "enter": lambda masks: [EnterAt(1)],
+    "leave": lambda masks: [LeaveAt(masks, 1)],
     "several": lambda masks: [Rescale(2.0), EnterAt(1), Prune(masks), Silence("mlp", layers=[2])],
 }
 

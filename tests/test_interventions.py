@@ -12,7 +12,17 @@ from PIL import Image
 from torch.testing import assert_close
 
 import embedlens as el
-from embedlens import EmbedLensError, EnterAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, intervene
+from embedlens import (
+    EmbedLensError,
+    EnterAt,
+    LeaveAt,
+    Prune,
+    ReleasedLayer0,
+    Rescale,
+    Silence,
+    SkipSublayers,
+    intervene,
+)
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # same sums in another order, or by another kernel
 
@@ -39,6 +49,11 @@ def per_prompt(prompts, share: float = 0.4) -> list[torch.Tensor]:
     return [random_mask(prompt, seed, share) for seed, prompt in enumerate(prompts)]
 
 
+def _some_of(mask: torch.Tensor) -> torch.Tensor:
+    """Every other of the marked tokens."""
+    return mask & (mask.cumsum(0) % 2 == 0)
+
+
 #: Arms by name; each is built from one mask per prompt. All but the last act the same with and without a cache.
 ARMS = {
     "prune, keep": lambda masks: [Prune(masks)],
@@ -48,7 +63,10 @@ ARMS = {
     "silence an mlp": lambda masks: [Silence("mlp", layers=(1,))],
     "enter at 1": lambda masks: [EnterAt(1)],
     "enter at 2": lambda masks: [EnterAt(2)],
+    "leave at 1": lambda masks: [LeaveAt(masks, 1)],
+    "leave in stages": lambda masks: [LeaveAt(masks, 1, "renumber"), LeaveAt([~mask for mask in masks], 2, "renumber")],
     "rescale": lambda masks: [Rescale(0.3)],
+    "enter and leave": lambda masks: [EnterAt(1), LeaveAt(masks, 2), Prune([_some_of(mask) for mask in masks])],
     "several": lambda masks: [
         Rescale(2.0),
         EnterAt(1),
@@ -296,6 +314,76 @@ def test_entering_late_equals_two_phases_by_hand(tiny, prompt, layer):
     assert not torch.allclose(expected[-1][-1], tiny.hidden_states(prompt)[-1, -1], atol=1e-2)
 
 
+# --- leaving half-way ------------------------------------------------------------------------------------------------
+
+
+def leaving_by_hand(model, whole, stages, positions):
+    """The stock blocks on a sequence that becomes physically shorter at each stage: [(rows that stay, layer), ...]."""
+    places = rows = torch.arange(len(whole))
+    h, streams = whole.embeds[None], []
+    with torch.no_grad():
+        for index, block in enumerate(model.blocks):
+            for stay, layer in stages:
+                if index == layer:
+                    left = stay[rows]
+                    h, rows, places = h[:, left], rows[left], places[left]
+                    places = torch.arange(len(rows)) if positions == "renumber" else places
+            streams.append((rows, h[0]))
+            rotary = model.decoder.rotary_emb(h, places[None])
+            h = block(h, attention_mask=None, position_embeddings=rotary)
+    return [*streams, (rows, h[0])]
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("layers", [[0], [1], [2], [1, 2]])
+def test_leaving_equals_a_sequence_that_is_shorter_from_there_on(tiny, prompt, layers, positions):
+    masks = [random_mask(prompt, seed, 0.3) for seed in range(len(layers))]
+    stays = [~prompt.spread(torch.stack(masks[: stage + 1]).any(0)) for stage in range(len(layers))]
+    values = [LeaveAt(mask, layer, positions) for mask, layer in zip(masks, layers, strict=True)]
+    with intervene(tiny, *values) as run:
+        seen = tiny.hidden_states(prompt)
+        answer = tiny.answer(prompt, max_new_tokens=8)
+    assert all(run.counts)
+
+    def by_hand(new):
+        after = torch.ones(len(new), dtype=torch.bool)
+        stages = [(torch.cat([stay, after]), layer) for stay, layer in zip(stays, layers, strict=True)]
+        return leaving_by_hand(tiny, extended(tiny, prompt, new), stages, positions)
+
+    for stream, (rows, expected) in zip(seen, by_hand([]), strict=True):
+        assert_close(stream[rows], expected, **CLOSE)
+    assert answer == greedy(tiny, lambda new: tiny.unembed(by_hand(new)[-1][1][-1]))
+    assert not torch.allclose(seen[-1][-1], tiny.hidden_states(prompt)[-1, -1], atol=1e-2)
+    gone = prompt.spread(masks[0])
+    assert torch.equal(seen[-1][gone], seen[layers[0]][gone])  # they wait where they left
+    assert not torch.allclose(seen[-1][~gone], seen[layers[0]][~gone], atol=1e-2)
+    other = "renumber" if positions == "keep" else "keep"
+    assert not torch.allclose(
+        seen[-1][-1],
+        leaving_by_hand(tiny, prompt, [*zip(stays, layers, strict=True)], other)[-1][1][-1],
+        atol=1e-3,
+    )
+
+
+def test_leaving_before_layer_0_is_pruning(tiny, prompt):
+    mask = random_mask(prompt)
+    stay = ~prompt.spread(mask)
+    for positions in ("keep", "renumber"):
+        with intervene(tiny, LeaveAt(mask, 0, positions)):
+            left, text = tiny.logits(prompt)[stay], tiny.answer(prompt)
+        with intervene(tiny, Prune(mask, positions)):
+            assert_close(left, tiny.logits(prompt), **CLOSE)
+            assert text == tiny.answer(prompt)
+
+
+def test_all_visual_tokens_may_leave_and_none_is_read_any_more(tiny, prompt):
+    every = torch.ones(len(prompt.grid), dtype=torch.bool)
+    with intervene(tiny, LeaveAt(every, 1)):
+        seen = el.trace(tiny, prompt, {"visual": prompt.visual})
+    assert not seen.attention["visual"][1:, prompt.text].any()
+    assert (seen.attention["visual"][0, -1] > 0).all()
+
+
 # --- skipping and silencing ------------------------------------------------------------------------------------------
 
 
@@ -461,6 +549,9 @@ def ones(n: int = 16) -> torch.Tensor:
         (lambda: SkipSublayers(ones(), at=[]), "skips nothing: name sublayers, for example at="),
         (lambda: SkipSublayers(ones(), at=[1.25]), "no sublayer 1.25: pass n for the attention of layer n, n \\+ 0.5"),
         (lambda: SkipSublayers(ones(), at=[-1]), "no sublayer -1"),
+        (lambda: LeaveAt(ones(), -1), "no layer -1: pass the first block without the tokens, 0-based"),
+        (lambda: LeaveAt(~ones(), 1), "the mask of LeaveAt is empty"),
+        (lambda: LeaveAt(ones(), 1, positions="shift"), "pass 'keep' or 'renumber'"),
         (lambda: Silence("ffn"), "no sublayer 'ffn': pass 'attention' or 'mlp'"),
         (lambda: Silence("mlp", layers=[]), "silences nothing: name layers, or leave layers out"),
         (lambda: Rescale(float("nan")), "the factor is nan: pass a finite number"),
@@ -477,6 +568,8 @@ def test_a_broken_value_is_refused_with_the_fix(build, message):
         ([], "pass at least one"),
         ([EnterAt(3)], "no layer 3 in .*: pass 0 to 2"),
         ([EnterAt(-1)], "no layer -1 in .*: pass 0 to 2"),
+        ([LeaveAt(ones(), 3)], "no layer 3 in .*: pass 0 to 2"),
+        ([LeaveAt(ones(17), 1)], "shape \\(17,\\), the picture 16 visual tokens"),
         ([Silence("mlp", layers=[0, 3])], "no layer 3 in .*: pass 0 to 2"),
         ([Silence("mlp", layers=[-1])], "no layer -1 in"),
         ([SkipSublayers(ones(), at=[3.5])], "no layer 3 in .*: pass 0 to 2"),
@@ -531,7 +624,7 @@ def test_blocks_do_not_nest_and_unannounced_forwards_are_refused(tiny, prompt):
 
 def test_kernels_that_cannot_be_changed_are_refused(tiny, prompt, monkeypatch):
     monkeypatch.setattr(tiny.decoder.config, "_attn_implementation_internal", "flash_attention_2")
-    for value in (EnterAt(1), ReleasedLayer0()):
+    for value in (EnterAt(1), LeaveAt(random_mask(prompt), 0), ReleasedLayer0()):
         with pytest.raises(EmbedLensError, match="set_attn_implementation"), intervene(tiny, value):
             tiny.logits(prompt)
 

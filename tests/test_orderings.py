@@ -63,8 +63,17 @@ def test_each_picture_is_sorted_by_its_own_score_and_as_released_by_the_running_
     assert orderings.by_rank(order, values).tolist() == [[10, 20, 30], [60, 50, 40]]
     # at the second picture the sums are 4, 4, 10
     assert orderings.by_rank(order, values, cumulative=True).tolist() == [[10, 20, 30], [60, 40, 50]]
-    with pytest.raises(EmbedLensError, match="score as many in each"):
+    with pytest.raises(EmbedLensError, match="pass one of each per token"):
         orderings.by_rank(order, [np.zeros(2), np.zeros(3)])
+
+
+def test_pictures_of_different_numbers_of_tokens_are_read_equally_far_along_and_not_summed():
+    order = [np.array([3.0, 2, 1]), np.array([1.0, 2, 9, 4, 5])]
+    values = [np.array([10.0, 20, 30]), np.array([40.0, 50, 60, 70, 80])]
+    # the second picture in order: 60, 80, 70, 50, 40; first, middle and last of it
+    assert orderings.by_rank(order, values).tolist() == [[10, 20, 30], [60, 70, 40]]
+    with pytest.raises(EmbedLensError, match="do not sum: leave it out"):
+        orderings.by_rank(order, values, cumulative=True)
 
 
 def test_low_and_high_are_thirds_by_every_score(found):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import embedlens as el
-from embedlens import EmbedLensError, EnterAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, prefix
+from embedlens import EmbedLensError, EnterAt, LeaveAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, prefix
 from embedlens.prefix import Case, asked_of
 from embedlens.samples import miniworld
 
@@ -70,6 +70,11 @@ def plan_of(rng, n: int, n_layers: int) -> tuple:
         found.append(Silence(str(rng.choice(["attention", "mlp"]))))
     if rng.random() < 0.25:
         found.append(EnterAt(int(rng.integers(n_layers))))
+    if rng.random() < 0.3:
+        mask = drawn(rng, n)
+        if found and isinstance(found[0], Prune):
+            mask[int((~found[0].mask).int().argmax())] = True
+        found.append(LeaveAt(mask, int(rng.integers(n_layers)), str(rng.choice(["keep", "renumber"]))))
     if rng.random() < 0.25:
         found.append(Rescale(float(rng.uniform(0.2, 2))))
     if rng.random() < 0.25:
@@ -82,7 +87,7 @@ def alone(model, case: Case, max_new_tokens: int = N_TOKENS) -> str:
     """One answer, by nothing but the stock model and its own `generate`."""
     if not case.plan:
         return model.answer(case.prompt, max_new_tokens)
-    pruned = [index for index, value in enumerate(case.plan) if isinstance(value, (Prune, SkipSublayers))]
+    pruned = [index for index, value in enumerate(case.plan) if isinstance(value, (Prune, SkipSublayers, LeaveAt))]
     assert all(isinstance(case.plan[index].mask, torch.Tensor) for index in pruned)
     with el.intervene(model, *case.plan):
         return model.answer(case.prompt, max_new_tokens)
@@ -125,6 +130,8 @@ def test_the_miniature_answers_the_same_under_every_kind_of_intervention(miniatu
         (Silence("attention"),),
         (Silence("mlp", layers=[miniature.n_layers - 1]),),
         (EnterAt(3),),
+        (LeaveAt(drawn(rng, n), 2),),
+        (LeaveAt(drawn(rng, n), 2, "renumber"), LeaveAt(drawn(rng, n), 5, "renumber")),
         (Rescale(0.1),),
         (Silence("attention"), ReleasedLayer0()),
         (Prune(drawn(rng, n)), SkipSublayers(drawn(rng, n), at=[0]), EnterAt(2), Rescale(2)),

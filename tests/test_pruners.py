@@ -18,16 +18,19 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
 from embedlens.patches import Frame, ManyViews, PatchGrid
 from embedlens.pruners import (
+    INSIDE,
     PRUNERS,
     Context,
     Features,
     attended,
+    average_tokens,
     cells,
     cls_similarity,
     divprune,
     features_of,
     hiprune,
     middles,
+    plans_inside,
     prune,
     raters,
     usable,
@@ -324,3 +327,142 @@ def test_what_a_selection_keeps_is_what_the_model_is_fed(tiny, prompts):
     with el.intervene(tiny, el.Prune(mask, positions="renumber")):
         expected = tiny.logits(prompt)
     assert_close(tiny.logits(kept.prompt(prompt)), expected, atol=1e-5, rtol=1e-4)
+
+
+# --- inside the language model ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 600), st.integers(2, 40), st.data())
+def test_stages_leave_exactly_the_budget_or_have_it_on_average(n, n_layers, data):
+    budget = data.draw(st.integers(1, n))
+    for rule in INSIDE.values():
+        left = rule.left(n, n_layers, budget)
+        assert left[-1][1] == budget and [layer for layer, _ in left] == list(rule.layers(n_layers))
+        assert 0 < left[0][0] and left[-1][0] < n_layers
+        counts = [n, *(count for _, count in left)]
+        assert counts == sorted(counts, reverse=True)
+        by_hand = [next((c for layer, c in reversed(left) if layer <= at), n) for at in range(n_layers)]
+        assert average_tokens(left, n, n_layers) == pytest.approx(sum(by_hand) / n_layers)
+        mean = rule.averaging(n, n_layers, budget)
+        least = average_tokens(tuple((layer, 1) for layer in rule.layers(n_layers)), n, n_layers)
+        assert (mean is None) == (least > budget)
+        if mean is not None:  # stages are whole numbers of tokens, so that an average is met to half of one each
+            assert abs(average_tokens(mean, n, n_layers) - budget) <= len(mean) / 2
+            assert mean[-1][1] <= budget
+
+
+def test_stages_are_those_of_the_papers():
+    # FastV: K = 2, half of 576. PyramidDrop: a half, a quarter, an eighth after 8, 16 and 24 of 32 layers
+    assert INSIDE["FastV"].left(576, 32, 288) == ((2, 288),)
+    assert INSIDE["PyramidDrop"].left(576, 32, 72) == ((8, 288), (16, 144), (24, 72))
+    assert INSIDE["PyramidDrop"].layers(8) == (2, 4, 6) and INSIDE["FastV"].layers(8) == (2,)
+    assert INSIDE["FastV"].averaging(576, 32, 64) == ((2, 30),)  # (2 * 576 + 30 * 30) / 32 = 64.1
+    assert INSIDE["FastV"].averaging(576, 32, 29) is None  # the first two layers alone have 36
+
+
+def test_wrong_budgets_and_models_get_a_sentence(tiny, prompts):
+    for rule in INSIDE.values():
+        for schedule in (rule.left, rule.averaging):
+            for budget in (0, 17):
+                with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
+                    schedule(16, 8, budget)
+        with pytest.raises(EmbedLensError, match="the model has 1: use a pruner before layer 0"):
+            rule.left(16, 1, 4)
+    rule = INSIDE["FastV"]
+    with pytest.raises(EmbedLensError, match="1 schedules for 3 prompts: pass one per prompt"):
+        plans_inside(tiny, prompts, rule, [rule.left(16, 3, 4)])
+    with pytest.raises(EmbedLensError, match="pass one per prompt, from FastV's `left`"):
+        plans_inside(tiny, prompts, rule, [((7, 4),)] * 3)
+    with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
+        plans_inside(tiny, prompts, rule, [((2, 0),)] * 3)
+
+
+@torch.no_grad()
+def last_attention(model, prompt, gone, layer):
+    """Attention of the last position in one layer, the stock blocks run on rows that stages have left: [(rows, layer)].
+
+    Eager, so that the weights are the model's own.
+    """
+    h, rows = prompt.embeds[None], torch.arange(len(prompt))
+    places = rows
+    for index, block in enumerate(model.blocks):
+        for stay, at, closing in gone:
+            if at == index:
+                left = stay[rows]
+                h, rows, places = h[:, left], rows[left], places[left]
+                places = torch.arange(len(rows)) if closing else places
+        rotary = model.decoder.rotary_emb(h, places[None])
+        mask = torch.full((len(rows),) * 2, float("-inf")).triu(1)[None, None]
+        if index == layer:
+            weights = block.self_attn(block.input_layernorm(h), position_embeddings=rotary, attention_mask=mask)[1]
+            whole = torch.full((len(prompt),), -torch.inf)
+            whole[rows] = weights[0].mean(0)[-1]
+            return whole[prompt.visual]
+        h = block(h, attention_mask=mask, position_embeddings=rotary)
+    raise AssertionError
+
+
+def test_attention_is_read_as_an_intervention_leaves_it(tiny, prompts):
+    masks = [torch.arange(16) % (3 + i) == 1 for i in range(3)]
+    with el.intervene(tiny, el.LeaveAt(masks, 1)):
+        found = [own for own, _ in attended(tiny, prompts, batch_size=2)]
+    tiny.hf.set_attn_implementation("eager")
+    try:
+        for prompt, mask, own in zip(prompts, masks, found, strict=True):
+            for layer in (1, 2):
+                looked = last_attention(tiny, prompt, [(~prompt.spread(mask), 1, False)], layer)
+                assert_close(own[layer][~mask], looked[~mask], atol=1e-5, rtol=1e-4)
+                assert not own[layer][mask].any()  # weight that is hidden goes to the others
+            assert (own[0][mask] > 0).all()
+    finally:
+        tiny.hf.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_leaves_inside_is_what_the_last_position_looks_at_least_with_the_others_gone(tiny, prompts, name):
+    rule = INSIDE[name]
+    stages = [rule.left(16, tiny.n_layers, budget) for budget in (5, 3, 12)]
+    plans = plans_inside(tiny, prompts, rule, stages, batch_size=2)
+    tiny.hf.set_attn_implementation("eager")
+    try:
+        for prompt, own, plan in zip(prompts, stages, plans, strict=True):
+            gone, out = [], torch.zeros(16, dtype=torch.bool)
+            for (layer, count), value in zip(own, plan, strict=True):
+                assert (value.layer, value.positions) == (layer, rule.positions)
+                looked = last_attention(tiny, prompt, gone, layer + rule.ranked)
+                out = out | value.mask
+                assert int((~out).sum()) == count
+                assert float(looked[~out].min()) >= float(looked[value.mask].max())
+                gone.append((~prompt.spread(out), layer, rule.positions == "renumber"))
+    finally:
+        tiny.hf.set_attn_implementation("sdpa")
+    assert len({tuple(map(int, plan[0].mask)) for plan in plans}) > 1  # the choice depends on picture and question
+
+
+def test_known_attention_and_the_batch_size_change_no_choice(tiny, prompts):
+    attention = [own for own, _ in attended(tiny, prompts)]
+    for rule in INSIDE.values():
+        stages = [rule.left(16, tiny.n_layers, 4)] * 3
+        one, many = (
+            plans_inside(tiny, prompts, rule, stages, given, size) for given, size in ((None, 1), (attention, 64))
+        )
+        for a, b in zip(one, many, strict=True):
+            assert [value.layer for value in a] == [value.layer for value in b]
+            assert all(torch.equal(x.mask, y.mask) for x, y in zip(a, b, strict=True))
+
+
+def test_planted_attention_decides_what_leaves_first(tiny, prompts):
+    """Each layer looks at other tokens: FastV asks the layer before its drop, PyramidDrop the one after."""
+    planted = torch.zeros(tiny.n_layers, 16)
+    for layer in range(tiny.n_layers):
+        planted[layer, layer * 5 : layer * 5 + 5] = 1
+    for name, asks in (("FastV", 1), ("PyramidDrop", 1)):
+        rule = INSIDE[name]
+        assert rule.layers(tiny.n_layers)[0] + rule.ranked == asks
+        stages = tuple((layer, 5) for layer in rule.layers(tiny.n_layers))
+        (plan,) = plans_inside(tiny, prompts[:1], rule, [stages], [planted])
+        assert (~plan[0].mask).nonzero()[:, 0].tolist() == [5, 6, 7, 8, 9]
+        assert len(plan) == 1  # later stages have nothing to drop
+    (plan,) = plans_inside(tiny, prompts[:1], INSIDE["FastV"], [INSIDE["FastV"].left(16, tiny.n_layers, 16)], [planted])
+    assert plan == ()  # nothing leaves, nothing is done

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.groups import discover as discover
     from embedlens.groups import token_groups as token_groups
     from embedlens.interventions import EnterAt as EnterAt
+    from embedlens.interventions import LeaveAt as LeaveAt
     from embedlens.interventions import Prune as Prune
     from embedlens.interventions import ReleasedLayer0 as ReleasedLayer0
     from embedlens.interventions import Rescale as Rescale
@@ -72,6 +73,7 @@ _HOME = {
     "SkipSublayers": "interventions",
     "Silence": "interventions",
     "EnterAt": "interventions",
+    "LeaveAt": "interventions",
     "Rescale": "interventions",
     "ReleasedLayer0": "interventions",
     "run": "study",

@@ -305,10 +305,11 @@ def cleaned(notebook: Notebook) -> Notebook:
 
 def lighter(png: str) -> str:
     """The picture, base64 as notebooks hold it, in 256 colours; one with see-through parts is left as it is."""
+    import numpy as np
     from PIL import Image
 
     picture = Image.open(BytesIO(b64decode(png)))
-    if picture.mode == "P" or picture.convert("RGBA").getextrema()[3][0] < 255:
+    if picture.mode == "P" or np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
         return png
     written = BytesIO()
     picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)

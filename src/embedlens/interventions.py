@@ -1,4 +1,4 @@
-"""What a model answers when visual tokens are pruned, frozen, silenced, entered late or rescaled.
+"""What a model answers when visual tokens are pruned, frozen, silenced, entered late, dropped half-way or rescaled.
 
 An intervention is a small frozen value. `intervene` applies one or several to the stock Hugging Face modules with
 hooks, in prefill and while decoding, and takes the hooks away at the end of its block:
@@ -130,6 +130,38 @@ class EnterAt:
     """The first block that sees visual tokens, 0-based."""
 
 
+@dataclass(frozen=True, eq=False)
+class LeaveAt:
+    """Take visual tokens out of the sequence at a later layer, as pruners inside the language model do.
+
+    Blocks below `layer` run as ever; from `layer` on nothing reads these rows, in prefill and while decoding, so that
+    all other rows are those of a physically shorter sequence. In traces the rows stay where they are, unchanged since
+    they left. Several LeaveAt are the stages of a schedule; a later mask need not repeat an earlier one.
+
+    `positions="keep"` leaves gaps in the rotary positions, as FastV does; `"renumber"` closes them from `layer` on, as
+    PyramidDrop does (both from their released code), which models refuse whose patches stand at a row and a column.
+
+    >>> LeaveAt(torch.tensor([True, False]), layer=-1)
+    Traceback (most recent call last):
+        ...
+    embedlens.errors.EmbedLensError: there is no layer -1: pass the first block without the tokens, 0-based
+    """
+
+    mask: Masks
+    """True = leaves. In a sequence single masks may be empty, but not all."""
+    layer: int
+    """The first block that does not have them, 0-based: FastV's K."""
+    positions: str = "keep"
+    """Either "keep" or "renumber"."""
+
+    def __post_init__(self) -> None:
+        _checked_masks(self)
+        if self.positions not in ("keep", "renumber"):
+            raise EmbedLensError(f"positions is {self.positions!r}: pass 'keep' or 'renumber'")
+        if self.layer < 0:
+            raise EmbedLensError(f"there is no layer {self.layer}: pass the first block without the tokens, 0-based")
+
+
 @dataclass(frozen=True)
 class Rescale:
     """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01).
@@ -156,10 +188,13 @@ class ReleasedLayer0:
     """
 
 
-Intervention: TypeAlias = Prune | SkipSublayers | Silence | EnterAt | Rescale | ReleasedLayer0
+Masked: TypeAlias = Prune | SkipSublayers | LeaveAt
+"""Interventions with a mask per prompt."""
+MASKED = (Prune, SkipSublayers, LeaveAt)
+Intervention: TypeAlias = Masked | Silence | EnterAt | Rescale | ReleasedLayer0
 
 
-def _checked_masks(value: Prune | SkipSublayers) -> tuple[Tensor, ...]:
+def _checked_masks(value: Masked) -> tuple[Tensor, ...]:
     name = type(value).__name__
     masks = (value.mask,) if isinstance(value.mask, Tensor) else tuple(value.mask)
     for mask in masks:
@@ -239,14 +274,15 @@ class Run:
         self._batch: _Batch | None = None
         self._prefill = False
         self._cached = 0
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[Any, Tensor] = {}
+        self._positions: Tensor | None = None
 
     @property
     def fired(self) -> int:
         """How often all of them together acted."""
         return sum(self.counts)
 
-    def _of(self, kind: type) -> list[tuple[int, Any]]:
+    def _of(self, kind: type | tuple[type, ...]) -> list[tuple[int, Any]]:
         return [(index, value) for index, value in enumerate(self.interventions) if isinstance(value, kind)]
 
     # Before a forward: which prompts, and which of their rows -------------------------------------------------------
@@ -276,30 +312,26 @@ class Run:
         side: Literal["left", "right"],
         begins: Sequence[int] | None,
     ) -> _Batch:
-        masks = {
-            index: _masks_of(value, prompts, start, total)
-            for kind in (Prune, SkipSublayers)
-            for index, value in self._of(kind)
-        }
+        masks = {index: _masks_of(value, prompts, start, total) for index, value in self._of(MASKED)}
         entered, keep = list(prompts), False
         own = any(prompt.positions is not None for prompt in prompts)  # then rows carry their positions with them
+        if own and any(value.positions == "renumber" for _, value in self._of((Prune, LeaveAt))):
+            raise EmbedLensError(
+                f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
+                "pass positions='keep'"
+            )
         for _, rescale in self._of(Rescale):
             entered = [prompt.rescaled(rescale.factor) for prompt in entered]
         for index, prune in self._of(Prune):
             entered = [prompt.without(mask) for prompt, mask in zip(entered, masks[index], strict=True)]
             keep = prune.positions == "keep" and not own
-            if own and prune.positions == "renumber":
-                raise EmbedLensError(
-                    f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
-                    "pass positions='keep'"
-                )
         rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
         laid_out = partial(side_by_side, side=side, begins=begins)
 
         visual = laid_out([prompt.visual for prompt in entered])
         frozen = {}
         for index, value in enumerate(self.interventions):
-            if isinstance(value, SkipSublayers):
+            if isinstance(value, (SkipSublayers, LeaveAt)):
                 whole = [prompt.spread(mask) for prompt, mask in zip(prompts, masks[index], strict=True)]
                 frozen[index] = laid_out([mask[kept] for mask, kept in zip(whole, rows, strict=True)])
             elif isinstance(value, (Silence, EnterAt)):
@@ -335,9 +367,14 @@ class Run:
                     acting.setdefault(place, []).append(index)
             for (layer, role), indices in acting.items():
                 hooked(model.part(layer, role).register_forward_hook(self._freezing(indices)))
-            for index, entry in self._of(EnterAt):
-                for block in model.blocks[: entry.layer]:
-                    hooked(block.register_forward_pre_hook(self._hiding(index), with_kwargs=True))
+            for layer, block in enumerate(model.blocks):
+                waiting = [index for index, value in self._of(EnterAt) if layer < value.layer]
+                gone = [index for index, value in self._of(LeaveAt) if layer >= value.layer]
+                if waiting or gone:
+                    hooked(block.register_forward_pre_hook(self._hiding(waiting + gone), with_kwargs=True))
+                closed = [index for index in gone if self.interventions[index].positions == "renumber"]  # type: ignore[union-attr]
+                if closed:
+                    hooked(block.register_forward_pre_hook(self._renumbering(closed), with_kwargs=True))
             for index, _ in self._of(ReleasedLayer0):
                 stack.enter_context(self._rewriting(index))
             yield
@@ -366,6 +403,7 @@ class Run:
                 whole = isinstance(value, Rescale) or (isinstance(value, EnterAt) and value.layer == 0)
                 self.counts[index] += whole or (isinstance(value, Prune) and batch.pruned)
         if batch.positions is None:
+            self._positions = kwargs.get("position_ids")
             return None
         kwargs = dict(kwargs)
         if self._prefill:
@@ -376,6 +414,7 @@ class Run:
         else:
             new = self._cached - batch.visual.shape[1] + torch.arange(embeds.shape[1], device=embeds.device)
             kwargs["position_ids"] = batch.next_position.to(embeds.device)[:, None] + new
+        self._positions = kwargs["position_ids"]
         return args, kwargs
 
     def _freezing(self, indices: Sequence[int]) -> Callable[..., Any]:
@@ -395,31 +434,63 @@ class Run:
 
         return freeze
 
-    def _hiding(self, index: int) -> Callable[..., Any]:
-        """Before a block below the entry: no text query sees a visual key, in prefill or from the cache."""
+    def _hiding(self, indices: Sequence[int]) -> Callable[..., Any]:
+        """Before a block without some visual rows, which wait or have left: no other row sees them as keys, in prefill
+        or from the cache."""
 
-        def hide(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def hide(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            batch = cast(_Batch, self._batch)
+            acting = tuple(index for index in indices if index in batch.frozen)
+            if not acting:
+                return None
             hidden = args[0] if args else kwargs["hidden_states"]
             stock = kwargs.get("attention_mask")
-            key = id(stock)  # alive as long as the forward; most models pass one mask to all blocks
+            key = acting, id(stock)  # alive as long as the forward; most models pass one mask to all blocks
             if key not in self._masks:
-                self._masks[key] = self._text_only(stock, hidden)
-            self.counts[index] += 1
+                rows = torch.stack([batch.frozen[index] for index in acting]).any(0)
+                self._masks[key] = self._without(rows, stock, hidden)
+            for index in acting:
+                self.counts[index] += 1
             return args, {**kwargs, "attention_mask": self._masks[key].to(hidden.device)}
 
         return hide
 
-    def _text_only(self, stock: Tensor | None, hidden: Tensor) -> Tensor:
-        """The stock mask Bool or Float[b, 1, q, k], where text queries do not see visual keys."""
+    def _renumbering(self, indices: Sequence[int]) -> Callable[..., Any]:
+        """Before a block that rows have left: what remains stands at positions without gaps."""
+
+        def renumber(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            batch = cast(_Batch, self._batch)
+            acting = [index for index in indices if index in batch.frozen]
+            if not acting:
+                return None
+            if "position_embeddings" not in kwargs:
+                raise EmbedLensError(
+                    f"{self.model.name} hands its blocks no rotary embedding, so that gaps cannot be closed: "
+                    "pass positions='keep'"
+                )
+            hidden = args[0] if args else kwargs["hidden_states"]
+            gone = torch.stack([batch.frozen[index] for index in acting]).any(0).to(hidden.device)
+            before = gone.cumsum(1)[:, self._cached :] if self._prefill else gone.sum(1, keepdim=True)
+            places = self._positions
+            if places is None:
+                places = self._cached + torch.arange(hidden.shape[1])[None]
+            # a row that has left keeps a position of its own, which nothing reads
+            places = (places.to(hidden.device) - before).clamp_min(0)
+            return args, {**kwargs, "position_embeddings": self.model.decoder.rotary_emb(hidden, places)}
+
+        return renumber
+
+    def _without(self, rows: Bool[Tensor, "b s"], stock: Tensor | None, hidden: Tensor) -> Tensor:
+        """The stock mask Bool or Float[b, 1, q, k], where no other query sees these rows as keys."""
         queries, device = hidden.shape[1], hidden.device
         keys = self._cached + queries if stock is None else stock.shape[-1]
-        visual = cast(_Batch, self._batch).visual.to(device)
-        hidden_keys = nn.functional.pad(visual, (0, keys - visual.shape[1]))[:, None, None, :]
-        # Visual queries keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
-        text_queries = torch.ones((), dtype=torch.bool, device=device)
+        rows = rows.to(device)
+        hidden_keys = nn.functional.pad(rows, (0, keys - rows.shape[1]))[:, None, None, :]
+        # The rows themselves keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
+        others = torch.ones((), dtype=torch.bool, device=device)
         if self._prefill:
-            text_queries = ~visual[:, None, self._cached :, None]
-        seen = ~(hidden_keys & text_queries)
+            others = ~rows[:, None, self._cached :, None]
+        seen = ~(hidden_keys & others)
         kernel = self.model.decoder.config._attn_implementation
         if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
             raise EmbedLensError(
@@ -469,8 +540,8 @@ class Run:
 def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Iterator[Run]:
     """Apply interventions to everything the model runs in the block.
 
-    They compose in any order; two Prune or two EnterAt are refused. Masks always cover all visual tokens of the prompt
-    as written, also beside Prune.
+    They compose in any order; two Prune or two EnterAt are refused, several LeaveAt are stages. Masks always cover all
+    visual tokens of the prompt as written, also beside Prune.
 
     Raises:
         EmbedLensError: an intervention that does not fit the model or the prompts, one that never acted by the end of
@@ -503,12 +574,16 @@ def sublayers_of(value: Intervention, n_layers: int, name: str) -> list[tuple[in
         if not 0 <= value.layer < n_layers:
             raise EmbedLensError(f"there is no layer {value.layer} in {name}: pass 0 to {n_layers - 1}")
         wanted = [(layer, role) for layer in range(value.layer) for role in ("attention", "mlp")]
+    elif isinstance(value, LeaveAt):
+        if not 0 <= value.layer < n_layers:
+            raise EmbedLensError(f"there is no layer {value.layer} in {name}: pass 0 to {n_layers - 1}")
+        wanted = [(layer, role) for layer in range(value.layer, n_layers) for role in ("attention", "mlp")]
     elif isinstance(value, (Prune, Rescale, ReleasedLayer0)):
         wanted = []
     else:
         raise EmbedLensError(
-            f"{type(value).__name__} is no intervention: pass Prune, SkipSublayers, Silence, EnterAt, Rescale or "
-            "ReleasedLayer0"
+            f"{type(value).__name__} is no intervention: pass Prune, SkipSublayers, Silence, EnterAt, LeaveAt, "
+            "Rescale or ReleasedLayer0"
         )
     for layer, _ in wanted:
         if not 0 <= layer < n_layers:
@@ -516,7 +591,7 @@ def sublayers_of(value: Intervention, n_layers: int, name: str) -> list[tuple[in
     return wanted
 
 
-def _masks_of(value: Prune | SkipSublayers, prompts: Sequence[Prompt], start: int, total: int) -> Sequence[Tensor]:
+def _masks_of(value: Masked, prompts: Sequence[Prompt], start: int, total: int) -> Sequence[Tensor]:
     """The masks of this batch."""
     masks = (value.mask,) if isinstance(value.mask, Tensor) else value.mask
     if len(masks) != total:

@@ -23,7 +23,7 @@ import torch
 from embedlens import memory, samples, study, sweep, tasks
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
-from embedlens.interventions import EnterAt, Intervention, Prune, Rescale, Silence, SkipSublayers
+from embedlens.interventions import MASKED, EnterAt, Intervention, Rescale, Silence
 from embedlens.prefix import Case, answers
 from embedlens.sweep import Arm, everywhere, members, pruning, random_alive, skipping
 
@@ -227,7 +227,7 @@ def _all_alive(n: int) -> TokenGroups:
 
 
 def _acted_on(plan: Sequence[Intervention], n: int) -> int:
-    masks = [value.mask for value in plan if isinstance(value, (Prune, SkipSublayers))]
+    masks = [value.mask for value in plan if isinstance(value, MASKED)]
     return sum(int(torch.as_tensor(mask).sum()) for mask in masks) if len(masks) == len(plan) else n
 
 

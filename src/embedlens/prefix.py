@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.interventions import (
+    MASKED,
     EnterAt,
     Intervention,
+    LeaveAt,
     Prune,
     ReleasedLayer0,
-    SkipSublayers,
     intervene,
     side_by_side,
     sublayers_of,
@@ -379,7 +380,7 @@ def _extent(prompt: Prompt) -> tuple[int, int]:
 
 def signature(value: Intervention) -> Any:
     """What interventions of several prompts must have in common to run together; masks may differ."""
-    if isinstance(value, (Prune, SkipSublayers)):
+    if isinstance(value, MASKED):
         return type(value), *(getattr(value, field.name) for field in fields(value) if field.name != "mask")
     return value
 
@@ -391,7 +392,7 @@ def identity(plan: Sequence[Intervention]) -> tuple[Any, ...]:
 
 def _mask_of(value: Intervention) -> Tensor:
     """The mask of an intervention on one prompt; empty if it has none."""
-    if not isinstance(value, (Prune, SkipSublayers)):
+    if not isinstance(value, MASKED):
         return torch.zeros(0, dtype=torch.bool)
     if not isinstance(value.mask, Tensor):
         raise EmbedLensError(f"{type(value).__name__} has a list of masks: pass each prompt's plan its own mask")
@@ -403,7 +404,7 @@ def merged(plans: Sequence[Sequence[Intervention]]) -> list[Intervention]:
     together: list[Intervention] = []
     for values in zip(*plans, strict=True):
         first = values[0]
-        if isinstance(first, (Prune, SkipSublayers)):
+        if isinstance(first, MASKED):
             first = replace(first, mask=[value.mask for value in values])
         together.append(first)
     return together
@@ -422,7 +423,7 @@ class _Unit:
     def touched(self) -> int:
         """The first row that the plan may change."""
         first, _ = _extent(self.prompt)
-        if not all(isinstance(value, (Prune, SkipSublayers)) for value in self.plan):
+        if not all(isinstance(value, MASKED) for value in self.plan):
             return first
         return min((int(self.prompt.spread(_mask_of(value)).int().argmax()) for value in self.plan), default=first)
 
@@ -521,7 +522,7 @@ def _answered(
     alike: dict[Any, list[tuple[int, list[int]]]] = {}
     for number, unit in enumerate(units):
         # most interventions are over when the picture has run: their questions run together with all others
-        ongoing = any(isinstance(value, (EnterAt, ReleasedLayer0)) for value in unit.plan)
+        ongoing = any(isinstance(value, (EnterAt, LeaveAt, ReleasedLayer0)) for value in unit.plan)
         most = 1 if ongoing else _together(model)
         own = sorted(unit.cases, key=lambda place: (cases[place].kind, len(cases[place].prompt), place))
         rows = [(number, own[start : start + most]) for start in range(0, len(own), most)]

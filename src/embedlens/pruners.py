@@ -1,12 +1,18 @@
-"""Which visual tokens a picture keeps: thirteen published and plain ways, behind one call at one budget.
+"""Which visual tokens a picture keeps: published and plain ways, behind one call at one budget.
 
     chosen = prune(PRUNERS["DivPrune"], features, Context(), budget=16)
     chosen.keep                       # Bool[n], exactly 16 True
     chosen.prompt(prompt)             # the prompt with these tokens only, before layer 0
 
-Every rule is written from its authors' description and code (`Pruner.source`), reduced to its choice of tokens at a
-fixed budget. FastV and SparseVLM choose by attention inside the language model: as published they drop tokens *there*,
-here their choice is removed before layer 0 like everyone's, so that all pruners feed as many tokens to every layer.
+Every rule in `PRUNERS` is written from its authors' description and code (`Pruner.source`), reduced to its choice of
+tokens at a fixed budget, and removes them before layer 0. FastV and SparseVLM choose by attention inside the language
+model; there it is their choice alone that is compared.
+
+Rules in `INSIDE` drop tokens where they are published to, in the language model, after some layers have run with all:
+
+    stages = INSIDE["FastV"].left(n=64, n_layers=8, budget=16)        # ((2, 16),): from layer 2 on, 16 tokens
+    plans = plans_inside(model, prompts, INSIDE["FastV"], [stages] * len(prompts))
+    with el.intervene(model, *merged(plans)): ...                       # `LeaveAt` of `embedlens.interventions`
 
 A pruner says what it needs, and a model that lacks it is refused.
 """
@@ -15,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,6 +35,7 @@ from torch.nn import functional
 from embedlens.codebook import Codebook, checked_budget, keep_lowest
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
+from embedlens.interventions import LeaveAt, intervene
 from embedlens.patches import PatchGrid
 
 if TYPE_CHECKING:
@@ -254,19 +261,35 @@ def attended(
         per prompt: from the last position, which predicts the first word, in every layer; and from SparseVLM's raters
         in its layer. Both are means over heads.
     """
-    found: list[tuple[Tensor, Tensor]] = []
     rated_at = min(SPARSEVLM_LAYER, model.n_layers - 1)
+
+    def asking(prompt: Prompt) -> Tensor:
+        return torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])])
+
+    read = _attention_of(model, prompts, asking, model.n_layers, batch_size)
+    return [(own[:, -1], own[rated_at, :-1].mean(0)) for own in read]
+
+
+def _attention_of(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    asking: Callable[[Prompt], Int[Tensor, " _"]],
+    n_layers: int,
+    batch_size: int,
+) -> Iterator[Float[Tensor, "layers queries _"]]:
+    """Attention of some positions of each prompt to its visual tokens in the first layers, mean over heads.
+
+    What comes after those layers is not run.
+    """
     for start, batch in model.batches(prompts, batch_size):
         with model.running(batch, start, len(prompts)) as entered:
             layers: list[list[Tensor]] = []
-            queries = [torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])]) for prompt in entered]
             embeds, mask = model.padded(entered)
-            with _attending(model, queries, layers):
+            with suppress(_Read), _attending(model, [asking(prompt) for prompt in entered], layers, n_layers):
                 model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         for row, prompt in enumerate(entered):
-            own = torch.stack([layer[row][:, prompt.visual.nonzero()[:, 0].to(layer[row].device)] for layer in layers])
-            found.append((own[:, -1], own[rated_at, :-1].mean(0)))
-    return found
+            places = prompt.visual.nonzero()[:, 0]
+            yield torch.stack([layer[row][:, places.to(layer[row].device)] for layer in layers])
 
 
 def raters(prompt: Prompt) -> Int[Tensor, " r"]:
@@ -283,11 +306,16 @@ def raters(prompt: Prompt) -> Int[Tensor, " r"]:
     return text[share >= share.mean()]
 
 
+class _Read(Exception):
+    """All attention that is asked for has been read: the rest of a forward would be of no use."""
+
+
 @contextmanager
 def _attending(
-    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " _"]], layers: list[list[Tensor]]
+    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " _"]], layers: list[list[Tensor]], n_layers: int
 ) -> Iterator[None]:
-    """Append, layer by layer, the attention Float[q, s] of some queries of each prompt, while the forward runs."""
+    """Append, layer by layer, the attention Float[q, s] of some queries of each prompt, while the forward runs; it ends
+    with so many layers, by `_Read` if there are more."""
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
     if kernel != "sdpa":
@@ -306,9 +334,14 @@ def _attending(
             for row, asked in enumerate(queries):
                 at = asked.to(query.device)
                 scores = (query[row, :, at] @ key_of[row].mT * scale).float()
-                later = torch.arange(scores.shape[-1], device=at.device) > at[:, None]
-                found.append(scores.masked_fill(later, -torch.inf).softmax(-1).mean(0))
+                unseen = torch.arange(scores.shape[-1], device=at.device) > at[:, None]
+                if mask is not None:  # an intervention may hide more; one row of it may serve all prompts
+                    own = mask[min(row, len(mask) - 1), 0, at.clamp(max=mask.shape[2] - 1)]
+                    unseen = unseen | (~own if own.dtype == torch.bool else own < 0)
+                found.append(scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(0))
             layers.append(found)
+            if len(layers) == n_layers < model.n_layers:
+                raise _Read
         return stock(module, query, key, value, mask, **options)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
@@ -586,6 +619,154 @@ PRUNERS: Mapping[str, Pruner] = {
         DOUBLE_SOFTMAX,
     )
 }
+
+
+# --- inside the language model ---------------------------------------------------------------------------------------
+
+Stages: TypeAlias = tuple[tuple[int, int], ...]
+"""(layer, visual tokens that it and later ones have), in order of depth. Layers before the first have all."""
+
+
+def average_tokens(stages: Stages, n: int, n_layers: int) -> float:
+    """Visual tokens that a layer has on average, of a picture of n.
+
+    >>> average_tokens(((2, 64),), 576, 32)
+    96.0
+    """
+    borders = [*(layer for layer, _ in stages), n_layers]
+    total = n * borders[0]
+    for (layer, count), end in zip(stages, borders[1:], strict=True):
+        total += count * (end - layer)
+    return total / n_layers
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A rule that drops tokens inside the language model, by attention from the last position of the prompt.
+
+    At each of its layers a like share of the tokens goes, so that what a schedule is made for (a number left at the
+    end, or an average over layers) fixes all its stages.
+    """
+
+    name: str
+    at: Callable[[int], Sequence[int]]
+    """Layers of a model → the first blocks without the tokens of each stage, as published or as deep."""
+    ranked: int
+    """Whose attention ranks, counted from that block: -1 is the one before it, which has run."""
+    positions: str
+    """What becomes of rotary positions: "keep" or "renumber"."""
+    source: str
+
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        """Where tokens leave, each layer once, none before the first has run.
+
+        Raises:
+            EmbedLensError: a model of one layer has no inside.
+        """
+        if n_layers < 2:
+            raise EmbedLensError(
+                f"{self.name} drops tokens between layers, and the model has {n_layers}: use a pruner before layer 0"
+            )
+        return tuple(sorted({min(max(1, layer), n_layers - 1) for layer in self.at(n_layers)}))
+
+    def left(self, n: int, n_layers: int, budget: int) -> Stages:
+        """Stages after which exactly `budget` of n tokens are left."""
+        checked_budget(budget, n)
+        return self._stages(n, n_layers, budget / n)
+
+    def averaging(self, n: int, n_layers: int, budget: int) -> Stages | None:
+        """Stages with `budget` tokens a layer on average, to rounding; None where the layers with all have more."""
+        checked_budget(budget, n)
+        if average_tokens(self._stages(n, n_layers, 0), n, n_layers) > budget:
+            return None
+        low, high = 0.0, 1.0  # the share that is left at the end
+        for _ in range(40):
+            middle = (low + high) / 2
+            above = average_tokens(self._stages(n, n_layers, middle), n, n_layers) > budget
+            low, high = (low, middle) if above else (middle, high)
+        either = [self._stages(n, n_layers, share) for share in (low, high)]
+        return min(either, key=lambda stages: abs(average_tokens(stages, n, n_layers) - budget))
+
+    def _stages(self, n: int, n_layers: int, share: float) -> Stages:
+        layers = self.layers(n_layers)
+        counts = [max(1, round(n * share ** ((stage + 1) / len(layers)))) for stage in range(len(layers))]
+        return tuple(zip(layers, counts, strict=True))
+
+
+#: PyramidDrop's stages are published for 32 layers: 8, 16, 24, as deep here.
+INSIDE: Mapping[str, Inside] = {
+    rule.name: rule
+    for rule in (
+        Inside("FastV", lambda n: (FASTV_LAYER + 1,), -1, "keep", "ECCV 2024: K = 2 layers with all tokens"),
+        Inside(
+            "PyramidDrop",
+            lambda n: [round(n * quarter / 4) for quarter in (1, 2, 3)],
+            0,
+            "renumber",
+            "CVPR 2025: after each quarter of the layers, by the attention of the next one",
+        ),
+    )
+}
+
+
+@torch.no_grad()
+def plans_inside(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    rule: Inside,
+    stages: Sequence[Stages],
+    attention: Sequence[Float[Tensor, "layers _"]] | None = None,
+    batch_size: int = 32,
+) -> list[tuple[LeaveAt, ...]]:
+    """What leaves where: interventions of each prompt, a stage that drops nothing of its picture left out.
+
+    A stage ranks what the stages before it have left, by attention that is read with those gone.
+
+    Args:
+        model: from `embedlens.load`.
+        prompts: with their questions, which the choice depends on.
+        rule: of INSIDE.
+        stages: of each prompt, from `Inside.left` or `Inside.averaging`.
+        attention: of each prompt with all tokens, from `attended`, if it is there already.
+        batch_size: prompts that run together.
+
+    Raises:
+        EmbedLensError: as many stages as prompts are needed, and counts that the pictures have.
+    """
+    layers = rule.layers(model.n_layers)
+    if len(stages) != len(prompts) or any(tuple(layer for layer, _ in own) != layers for own in stages):
+        raise EmbedLensError(
+            f"{len(stages)} schedules for {len(prompts)} prompts: pass one per prompt, from {rule.name}'s `left` or "
+            "`averaging` for this model"
+        )
+    for own, prompt in zip(stages, prompts, strict=True):
+        for _, count in own:
+            checked_budget(count, len(prompt.grid))
+    # positions by row and column cannot close up: gaps stay there
+    closing = rule.positions if all(prompt.positions is None for prompt in prompts) else "keep"
+    gone = [torch.zeros(len(prompt.grid), dtype=torch.bool) for prompt in prompts]
+    plans: list[tuple[LeaveAt, ...]] = [()] * len(prompts)
+    before: list[LeaveAt] = []
+    for stage, layer in enumerate(layers):
+        if stage or attention is None:
+            with intervene(model, *before) if before else nullcontext():
+                upto = layer + rule.ranked + 1
+                attention = [own[:, -1] for own in _attention_of(model, prompts, _last, upto, batch_size)]
+        masks = []
+        for i, (own, weights) in enumerate(zip(stages, attention, strict=True)):
+            weight = weights[layer + rule.ranked].cpu().masked_fill(gone[i], -torch.inf)
+            leaving = ~keep_highest(weight, own[stage][1]) & ~gone[i]
+            gone[i] = gone[i] | leaving
+            masks.append(leaving)
+            if bool(leaving.any()):
+                plans[i] = (*plans[i], LeaveAt(leaving, layer, closing))
+        if any(bool(mask.any()) for mask in masks):
+            before.append(LeaveAt(masks, layer, closing))
+    return plans
+
+
+def _last(prompt: Prompt) -> Int[Tensor, " 1"]:
+    return torch.tensor([len(prompt) - 1])
 
 
 def usable(features: Features, context: Context, names: Sequence[str] | None = None) -> list[Pruner]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from embedlens import memory
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
-from embedlens.interventions import Intervention, Prune, SkipSublayers
+from embedlens.interventions import MASKED, Intervention, Prune, SkipSublayers
 from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, asked_of, identity
 from embedlens.samples import Sample
@@ -432,7 +432,7 @@ def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> tuple
     if plan is None:
         return ()
     for value in plan:
-        if isinstance(value, (Prune, SkipSublayers)) and not isinstance(value.mask, Tensor):
+        if isinstance(value, MASKED) and not isinstance(value.mask, Tensor):
             raise EmbedLensError(
                 f"arm {arm.name!r} gave {type(value).__name__} a list of masks: pass the picture's one"
             )
@@ -441,7 +441,7 @@ def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> tuple
 
 def _acted_on(plan: Sequence[Intervention], n: int) -> int:
     """How many visual tokens interventions act on: those of their masks, or all where one has no mask."""
-    masks = [value.mask for value in plan if isinstance(value, (Prune, SkipSublayers))]
+    masks = [value.mask for value in plan if isinstance(value, MASKED)]
     if len(masks) < len(plan):
         return n
     return int(torch.stack([torch.as_tensor(mask) for mask in masks]).any(0).sum()) if masks else 0

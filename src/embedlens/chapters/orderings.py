@@ -168,16 +168,25 @@ def by_rank(
 ) -> Float[np.ndarray, "pictures ranks"]:
     """Values of each picture's tokens from the highest to the lowest score.
 
+    Pictures of different numbers of tokens are read at as many ranks as the smallest has, equally far along each.
+
     Args:
         order: the score of each picture's tokens.
         values: what is read in that order.
         cumulative: order picture k by the sum of scores over pictures 1 to k, as the released notebook does.
 
     Raises:
-        EmbedLensError: pictures of different numbers of tokens.
+        EmbedLensError: scores and values of different numbers of tokens; a sum over pictures that have different ones.
     """
-    if len({len(part) for part in (*order, *values)}) != 1:
-        raise EmbedLensError("the pictures have different numbers of tokens: score as many in each")
+    lengths = [len(part) for part in order]
+    if not lengths or lengths != [len(part) for part in values]:
+        raise EmbedLensError(f"{lengths} scores, {[len(part) for part in values]} values: pass one of each per token")
+    if len(set(lengths)) > 1:
+        if cumulative:
+            raise EmbedLensError("the pictures have different numbers of tokens, whose scores do not sum: leave it out")
+        along = np.linspace(0, 1, min(lengths))
+        sorted_by = [value[np.argsort(-own, kind="stable")] for own, value in zip(order, values, strict=True)]
+        return np.stack([own[np.round(along * (len(own) - 1)).astype(int)] for own in sorted_by])
     scores = np.stack([np.asarray(part, dtype=np.float64) for part in order])
     if cumulative:
         scores = scores.cumsum(0)
@@ -413,7 +422,7 @@ def orders_figure(found: Orderings, seed: int = 0) -> Figure:
     from matplotlib import pyplot as plt
 
     rhos = trends(found, seed)
-    orders = found.orders
+    orders, one_length = found.orders, len({len(part) for part in found.attention}) == 1
     fig, grid = plt.subplots(2, len(orders), figsize=(figures.WIDTH, 5.6), sharex=True, squeeze=False)
     for column, (score, order) in enumerate(orders.items()):
         for row, value in enumerate(VALUES):
@@ -422,7 +431,7 @@ def orders_figure(found: Orderings, seed: int = 0) -> Figure:
             ranks = np.arange(1, len(own.value) + 1)
             axes.fill_between(ranks, own.low, own.high, color=figures.ORDER[0], alpha=0.2, linewidth=0)
             axes.plot(ranks, own.value, color=figures.ORDER[0], linewidth=1.6)
-            if score == "attention":
+            if score == "attention" and one_length:
                 summed = by_rank(order, values, cumulative=True).mean(0)
                 axes.plot(ranks, summed, color=figures.CHANCE, linewidth=1.2, linestyle="--")
             axes.set_ylim(bottom=0)
@@ -436,7 +445,7 @@ def orders_figure(found: Orderings, seed: int = 0) -> Figure:
             if column == 0:
                 axes.set_ylabel(VALUES[value])
         grid[0, column].set_title(f"by {SCORES[score]}", fontsize=11)
-        grid[1, column].set_xlabel("rank, highest score first")
+        grid[1, column].set_xlabel("rank, highest score first" if one_length else "rank in the smallest picture")
     flat = sum(abs(float(rho.value)) < NO_TREND for rho in rhos.values())
     figures.headline(fig, f"{flat} of {len(rhos)} curves are flat: mean rho within ±{NO_TREND}")
     figures.sign(fig, found.model, f"n = {len(found.samples)} pictures, {sum(map(len, found.attention))} tokens")
@@ -475,7 +484,7 @@ def told(found: Orderings, seed: int = 0) -> dict[str, str | int]:
         each = [rank_correlation(a, b) for a, b in zip(summed, found.values("probability"), strict=True)]
         said["rho_summed"] = mean_interval(np.nan_to_num(np.array(each)), seed=seed).texts()[0]
     else:
-        said["rho_summed"] = "not defined, as pictures differ in their tokens"
+        said["rho_summed"] = "not defined, as the pictures differ in their numbers of tokens and cannot be summed"
     head = mean_interval(
         np.array([float((s.probability - s.probability_full).mean()) for s in found.scores]), seed=seed
     )
