@@ -76,6 +76,11 @@ def test_shares_are_held_against_the_printed_ones_and_absent_groups_are_dashes()
     assert census.groups_figure(found, "", "miniature").axes[0].get_title() == "60% of the visual tokens are alive"
 
 
+def test_a_group_that_no_picture_shows_is_bounded_by_how_many_pictures_there_are():
+    found = made(**{"share|sink": [0.0] * 4}).findings()["E04"]
+    assert (found.value, found.low) == (0, 0) and found.high == pytest.approx(0.602, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def pictures():
     return samples.load("miniworld", n=3, seed=0)

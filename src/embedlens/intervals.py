@@ -98,6 +98,18 @@ def mean_interval(
     return percentile_interval(filled.sum(0) / counted.sum(0), drawn, level, values.shape[1:])
 
 
+def beyond_seen(share: Interval, pictures: int, level: float = 0.95) -> Interval:
+    """A share of which no picture has any, or all have all, with the exact bound: a bootstrap draws only what it saw.
+
+    >>> [round(float(part), 3) for part in beyond_seen(Interval(*(np.array(0.0) for _ in range(3))), 4)]
+    [0.0, 0.0, 0.602]
+    """
+    unseen = 1 - ((1 - level) / 2) ** (1 / pictures)
+    if float(share.value) == 0:
+        return Interval(share.value, share.low, np.asarray(unseen))
+    return Interval(share.value, np.asarray(1 - unseen), share.high) if float(share.value) == 1 else share
+
+
 def pair_interval(
     values: Shaped[np.ndarray, "pairs *columns"],  # noqa: UP037 - a shape, no annotation to unquote
     pairs: Int[np.ndarray, "pairs 2"],

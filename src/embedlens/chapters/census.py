@@ -20,7 +20,7 @@ from embedlens.consistency import is_word
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.hubs import random_directions
-from embedlens.intervals import Interval, mean_interval
+from embedlens.intervals import Interval, beyond_seen, mean_interval
 from embedlens.labels import QUESTION, named_patches
 from embedlens.lenses import EmbedLens
 from embedlens.samples import Sample
@@ -107,7 +107,7 @@ class Census:
 
     def _about(self, group: str, printed: float, near: float, note: str, one_minus: bool = False) -> Finding:
         shares = self.table["share", group].to_numpy(float)
-        found = mean_interval(1 - shares if one_minus else shares, seed=self.seed)
+        found = beyond_seen(mean_interval(1 - shares if one_minus else shares, seed=self.seed), len(shares))
         verdict = about_verdict(float(found.low), float(found.high), printed, near)
         return Finding.of(found, len(self.table), verdict, f"{note}; within {near:g} of {printed:g} holds.")
 

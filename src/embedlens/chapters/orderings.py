@@ -23,7 +23,7 @@ from embedlens import claims, figures
 from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE, Finding
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
-from embedlens.intervals import Interval, mean_interval, ratio_interval
+from embedlens.intervals import Interval, beyond_seen, mean_interval, ratio_interval
 from embedlens.labels import named_patches
 from embedlens.pruners import attended, cls_similarity, features_of
 from embedlens.redundancy import Protocol, Readings, TokenScores, describing, readings_of, sampled_ranks, token_scores
@@ -224,18 +224,6 @@ def _share(hits: Sequence[Bool[np.ndarray, " _"]], asked: Sequence[Bool[np.ndarr
         np.array([float(b.sum()) for b in asked]),
         seed=seed,
     )
-
-
-def beyond_seen(share: Interval, pictures: int, level: float = 0.95) -> Interval:
-    """A share of which no picture has any, or all have all, with the exact bound: a bootstrap draws only what it saw.
-
-    >>> [round(float(part), 3) for part in beyond_seen(Interval(*(np.array(0.0) for _ in range(3))), 4)]
-    [0.0, 0.0, 0.602]
-    """
-    unseen = 1 - ((1 - level) / 2) ** (1 / pictures)
-    if float(share.value) == 0:
-        return Interval(share.value, share.low, np.asarray(unseen))
-    return Interval(share.value, np.asarray(1 - unseen), share.high) if float(share.value) == 1 else share
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------

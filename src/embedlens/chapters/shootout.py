@@ -22,13 +22,13 @@ from torch import Tensor
 
 from embedlens import figures
 from embedlens.chapters import orderings
-from embedlens.chapters.orderings import Orderings, beyond_seen, rank_correlation
+from embedlens.chapters.orderings import Orderings, rank_correlation
 from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE, Finding
 from embedlens.codebook import Codebook, Recipe, Thresholds, build, keep_lowest, quantile_thresholds
 from embedlens.codebook import Stages as Steps
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
-from embedlens.intervals import Interval, mean_interval, ratio_interval
+from embedlens.intervals import Interval, beyond_seen, mean_interval, ratio_interval
 from embedlens.interventions import LeaveAt, Prune
 from embedlens.paired import BASELINE
 from embedlens.prefix import Case, answers
