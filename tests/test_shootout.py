@@ -201,6 +201,10 @@ def test_the_headline_claims_follow_their_rules(tiny, found, books):
     assert verdicts(good, good)["R10"].verdict == "does not hold"  # a tie is no lead
     matched = made_up({"codebook": good, "FastV": bad, "FastV inside, mean R": good}, 0.125)
     assert shootout.findings(tiny, matched, found, books, budgets)["R10"].verdict == "partly"  # it counts as a rival
+    score = made_up({"codebook": good, "FastV": bad, "[cls] top": good}, 0.125)
+    assert shootout.findings(tiny, score, found, books, budgets)["R10"].verdict == "holds"  # no published pruner
+    open_ = made_up({"codebook": good, "FastV": [1.0, 0.0] * 20, "SparseVLM": good}, 0.125)
+    assert shootout.findings(tiny, open_, found, books, budgets)["R10"].verdict == "partly"
     left = made_up({"codebook": good, "FastV": bad, "FastV inside, R left": good}, 0.125)
     assert shootout.findings(tiny, left, found, books, budgets)["R10"].verdict == "holds"  # it is fed more: no rival
     half = ([1.0] * 9 + [0.0]) * 4

@@ -230,9 +230,10 @@ def _share(hits: Sequence[Bool[np.ndarray, " _"]], asked: Sequence[Bool[np.ndarr
 
 RULES = {
     "R03": f"holds if more than {SOME:.0%} of the tokens in the lowest third by both scores say the name of their "
-    f"object with at least {SURE:.0%}, and more of them than with the next picture's words; partly if any does",
+    f"object with at least {SURE:.0%}, and more of them than with the next picture's words; does not hold if no more "
+    f"than {SOME:.0%} do, with the whole interval; partly otherwise",
     "R04": f"holds if more than {SOME:.0%} of the tokens in the highest third by both scores stay below {UNSURE:.0%} "
-    "and do not name their object; partly if any does",
+    "and do not name their object; does not hold if no more do, with the whole interval; partly otherwise",
     "R05": "holds if, in pairs where one token is lower by both scores, that one has the larger D in more than a "
     "quarter (half is what no relation gives); partly above a hundredth",
     "R06": "holds if the tokens that name their object with confidence raise that word's logit in their region",
@@ -267,12 +268,14 @@ def findings(
     def some(hits: Sequence[np.ndarray], among: Sequence[np.ndarray], what: str, control: Interval | None) -> Finding:
         if not any(part.any() for part in among):
             return Finding(None, None, None, n, UNTESTABLE, f"No token is {what} by both scores in any picture.")
-        value, asked = _share(hits, among, seed), sum(int(part.sum()) for part in among)
-        value = beyond_seen(value, sum(bool(part.any()) for part in among))
+        asked, pictures = sum(int(part.sum()) for part in among), sum(bool(part.any()) for part in among)
+        value = beyond_seen(_share(hits, among, seed), pictures)
+        control = control if control is None else beyond_seen(control, pictures)
         beyond = control is None or float(value.low) > float(control.value)
-        verdict = HOLDS if value.low > SOME and beyond else PARTLY if value.value > 0 else FAILS
+        verdict = HOLDS if value.low > SOME and beyond else FAILS if value.high <= SOME else PARTLY
         beside = "" if control is None else f"; with the next picture's words {control.texts(3)[0]}"
-        return finding(value, verdict, f"Share of the {asked} tokens that are {what} by both scores{beside}.")
+        note = f"Share of the {asked} tokens that are {what} by both scores, in {pictures} pictures{beside}."
+        return replace(finding(value, verdict, note), n=pictures)
 
     says = [a & b for a, b in zip(sure, found.named, strict=True)]
     control = _share([a & b for a, b in zip(sure, found.misnamed, strict=True)], low, seed) if _any(low) else None
@@ -282,7 +285,9 @@ def findings(
     if np.isfinite(pairs.value):
         verdict = HOLDS if pairs.low > 0.25 else PARTLY if pairs.low > SOME else FAILS
         result["R05"] = finding(
-            pairs, verdict, "Share of pairs in which the token that is lower by both has the larger D."
+            pairs,
+            verdict,
+            "Share of pairs in which the token that is lower by both has the larger D (no relation gives a half).",
         )
     else:
         note = "No two tokens of a picture are ordered alike by both scores."
@@ -357,22 +362,27 @@ def words_figure(model: VisionLanguageModel, found: Orderings, at: int) -> Figur
     sure = score.probability.cpu().numpy() >= SURE
     marked[score.places.cpu().numpy()] = sure
     both = int((sure & low).sum())
-    title = f"{int(sure.sum())} of {len(sure)} tokens alone say a word; both scores put {both} of them low"
+    title = (
+        f"{int(sure.sum())} of {len(sure)} tokens alone say a word with {SURE:.0%} or more; {both} low by both scores"
+    )
     footer = "number: probability in % | " + figures.signature(found.model, "one picture")
     return figures.patch_figure(prompt.image, prompt.grid, words, title, marked, footer)
 
 
 def two_patches(found: Orderings, at: int) -> tuple[int, int]:
     """Two rows of a picture's scored tokens for Figure 3, by the scores and what lies there, not by what comes out:
-    the lowest one on an object and the highest one off any, by [cls] similarity (attention where there is no CLS)."""
+    the lowest one on an object and the highest one off any, but in the picture, by [cls] similarity (attention where
+    there is no CLS)."""
     order = next(iter(found.orders.values()))[at]
     grid, covered = found.prompts[at].grid, np.zeros(len(found.prompts[at].grid), dtype=bool)
     for x, y, w, h in (entry["bbox"] for entry in found.samples[at].annotations):
         covered |= np.asarray(grid.inside((x, y, x + w, y + h)))
-    inside = covered[found.scores[at].places.cpu().numpy()]
-    if inside.all() or not inside.any():
+    places = found.scores[at].places.cpu().numpy()
+    inside = covered[places]
+    outside = ~inside & ~np.asarray(grid.padded)[places]
+    if not outside.any() or not inside.any():
         return int(order.argmin()), int(order.argmax())
-    return int(np.where(inside, order, np.inf).argmin()), int(np.where(inside, -np.inf, order).argmax())
+    return int(np.where(inside, order, np.inf).argmin()), int(np.where(outside, order, -np.inf).argmax())
 
 
 def shifts_figure(model: VisionLanguageModel, found: Orderings, at: int) -> Figure:
@@ -383,7 +393,7 @@ def shifts_figure(model: VisionLanguageModel, found: Orderings, at: int) -> Figu
     score = found.scores[at]
     read: Readings = readings_of(model, found.prompts[at], score.places[list(rows)], found.protocol)
     divergence = score.cascade()[list(rows)].tolist()
-    fig, grid = plt.subplots(2, 2, figsize=(figures.WIDTH, 5.0))
+    fig, grid = plt.subplots(2, 2, figsize=(figures.WIDTH, 5.6))
     runs = ((read.region, read.region_without, "its region"), (read.picture, read.picture_without, "the picture"))
     for row, axes_of in enumerate(grid):
         for axes, (intact, without, where) in zip(axes_of, runs, strict=True):
@@ -396,7 +406,7 @@ def shifts_figure(model: VisionLanguageModel, found: Orderings, at: int) -> Figu
             axes.axvline(0, color="#555555", linewidth=1)
             axes.set_title(f"patch {int(score.places[rows[row]])}: adds to {where}", fontsize=11)
         axes_of[0].set_ylabel(f"D = {divergence[row]:.3g}")
-    for axes in grid[1]:
+    for axes in grid.flat:
         axes.set_xlabel("logit with minus without")
     more = "more" if divergence[0] > divergence[1] else "less"
     low, high = (int(score.places[row]) for row in rows)
@@ -435,8 +445,11 @@ def orders_figure(found: Orderings, seed: int = 0) -> Figure:
         grid[0, column].set_title(f"by {SCORES[score]}", fontsize=11)
         grid[1, column].set_xlabel("rank, highest score first" if one_length else "rank in the smallest picture")
     flat = sum(abs(float(rho.value)) < NO_TREND for rho in rhos.values())
-    figures.headline(fig, f"{flat} of {len(rhos)} curves are flat: mean rho within ±{NO_TREND}")
-    figures.sign(fig, found.model, f"n = {len(found.samples)} pictures, {sum(map(len, found.attention))} tokens")
+    figures.headline(
+        fig, f"{flat or 'None'} of {len(rhos)} curves {'is' if flat < 2 else 'are'} flat (mean rho within ±{NO_TREND})"
+    )
+    pictures = f"n = {len(found.samples)} pictures, {sum(map(len, found.attention))} tokens"
+    figures.sign(fig, found.model, f"{pictures}; dashed: the released order" if one_length else pictures)
     return fig
 
 

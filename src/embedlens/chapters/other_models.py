@@ -248,7 +248,7 @@ def _absentees(found: Mapping[str, Record]) -> list[Named]:
 def _same_clusters(found: Mapping[str, Record]) -> Finding:
     base, others = _of(found, ""), _of(found, "E10")
     if not base or not others:
-        return Finding(None, None, None, 0, UNTESTABLE, "Needs LLaVA-1.5-7B and 13B, of which none or one was run.")
+        return Finding(None, None, None, 0, UNTESTABLE, "Needs LLaVA-1.5-7B and 13B, which were not both run.")
     (seven,), (thirteen,) = base.values(), others.values()
     if seven.numbers["photographs"] != thirteen.numbers["photographs"]:
         return Finding(None, None, None, 0, UNTESTABLE, "LLaVA-1.5-7B and 13B were run on pictures of different kinds.")
