@@ -518,7 +518,8 @@ RULES = {
     "with its whole interval; fails if below it",
     "R10": "holds if the codebook's lead over each published pruner by intermediate states lies above zero, with its "
     "whole interval, at every budget that the pruner has; does not hold if the mean lead lies at or below zero with "
-    "its whole interval; partly otherwise; pruners inside the language model count at an average of the budget over layers",
+    "its whole interval; partly otherwise; pruners inside the language model count at an average of the budget over "
+    "layers",
     "R11": "holds if no weight changes",
     "R12": "holds if exactly the budget is fed",
     "R13": "holds if no kept token is more redundant than a removed one, in any picture at any budget",
