@@ -583,7 +583,7 @@ def findings(
         behind = sum(float(value.high) < 0 for value in each.values())
         verdict = HOLDS if ahead == len(each) else FAILS if mean.high <= 0 else PARTLY
         note = (
-            f"Mean lead, as a share of the questions, over {', '.join(rivals)}; with its whole interval ahead in "
+            f"Mean lead, as a share of the questions, over {'; '.join(rivals)}. With its whole interval ahead in "
             f"{ahead}, behind in {behind} of {len(each)} pairs of pruner and budget."
         )
         if "[cls] top" in set(table["arm"]):
@@ -755,7 +755,6 @@ def shootout_figure(table: pd.DataFrame, shares: Sequence[float], model: str, se
         axes.grid(axis="y", visible=False)
     grid[0, 0].set_yticks(range(len(names)), names, fontsize=10)
     grid[0, 0].invert_yaxis()
-    fig.supxlabel("% of the full score", fontsize=11)
     place = before.index(RELEASED_NAME) + 1 if RELEASED_NAME in before else 0
     kept_at = budget_name(counts, middle)
     best = f"Before layer 0, {before[0]} keeps most at {kept_at} tokens"
@@ -763,7 +762,7 @@ def shootout_figure(table: pd.DataFrame, shares: Sequence[float], model: str, se
     figures.sign(
         fig,
         model,
-        f"n = {len(per_question(table, BASELINE))} questions; dashed: paper's 90 to 110 %",
+        f"% of the full score, n = {len(per_question(table, BASELINE))} questions; dashed: paper's 90 to 110 %",
     )
     return fig
 
