@@ -23,9 +23,9 @@ import torch
 from embedlens import memory, samples, study, sweep, tasks
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
-from embedlens.interventions import MASKED, EnterAt, Intervention, Rescale, Silence
+from embedlens.interventions import EnterAt, Intervention, Rescale, Silence
 from embedlens.prefix import Case, answers
-from embedlens.sweep import Arm, everywhere, members, pruning, random_alive, skipping
+from embedlens.sweep import Arm, acted_on, everywhere, members, pruning, random_alive, skipping
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -182,7 +182,7 @@ class Answerer:
                     f"the answer to {one.question[:60]!r} about picture {one.key} is empty, and no score counts it as "
                     "a wrong one: allow more new tokens, or choose another intervention"
                 )
-            found.append(Said(text, _acted_on(case.plan, len(case.prompt.grid))))
+            found.append(Said(text, acted_on(case.plan, len(case.prompt.grid))))
         self.asked += len(found)
         self.acted += sum(bool(plan) for plan in plans)
         self.tokens += sum(said.tokens for said in found)
@@ -224,11 +224,6 @@ class Answerer:
 def _all_alive(n: int) -> TokenGroups:
     none = torch.zeros(n, dtype=torch.bool)
     return TokenGroups(none, none, none, ~none, {})
-
-
-def _acted_on(plan: Sequence[Intervention], n: int) -> int:
-    masks = [value.mask for value in plan if isinstance(value, MASKED)]
-    return sum(int(torch.as_tensor(mask).sum()) for mask in masks) if len(masks) == len(plan) else n
 
 
 def until(text: str, stops: Sequence[str]) -> str:

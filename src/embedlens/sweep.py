@@ -391,7 +391,7 @@ def _rows_of(
             place,
             item,
             arm,
-            _acted_on(plans[arm.name, arm.seed, item.sample.id], len(prompts[place].grid)),
+            acted_on(plans[arm.name, arm.seed, item.sample.id], len(prompts[place].grid)),
             texts[asked_as[arm.name, arm.seed, place]],
         )
         for arm in arms
@@ -439,7 +439,7 @@ def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> tuple
     return tuple(plan)
 
 
-def _acted_on(plan: Sequence[Intervention], n: int) -> int:
+def acted_on(plan: Sequence[Intervention], n: int) -> int:
     """How many visual tokens interventions act on: those of their masks, or all where one has no mask."""
     masks = [value.mask for value in plan if isinstance(value, MASKED)]
     if len(masks) < len(plan):
