@@ -199,6 +199,23 @@ def test_a_study_measures_every_readable_picture_and_records_the_others(tiny, fo
         assert entry["error"] == " ".join(str(said.value).split())
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_memory_that_ends_over_one_picture_ends_no_study(tiny, batch_size):
+    def width(model, given):
+        if batch_size is None:
+            return {"width": given.image.width}
+        return [{"width": sample.image.width} for sample in given]
+
+    def too_large():
+        raise MemoryError
+
+    samples = [labelled(partial(Image.new, "RGB", (30, 18)), id, (30, 18)) for id in range(5)]
+    samples[2] = labelled(too_large, 2, (30, 18))
+    with pytest.warns(UserWarning, match="1 of 5 samples could not be measured.* sample 2: .*too little memory"):
+        table = run(width, tiny, samples, batch_size=batch_size)
+    assert table["id"].tolist() == [0, 1, 3, 4]
+
+
 def test_a_study_over_damaged_pictures_alone_is_refused(tiny, folder):
     bad = [labelled(partial(open_picture, folder / name), id, (30, 18)) for id, name in enumerate(UNREADABLE)]
     with pytest.raises(EmbedLensError, match="none of 5 samples could be measured; the first: .*get a complete copy"):

@@ -166,19 +166,19 @@ def halving(run: Callable[[int], T], batch_size: int) -> tuple[T, int]:
     while True:
         try:
             return run(batch_size), batch_size
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if batch_size == 1 or not out_of_memory(error):
                 raise
         release()  # out of the clause, whose traceback holds what filled the memory
         batch_size //= 2
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that a batch is too large for the device."""
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a batch is too large for the device, or for main memory."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
 
 
 def release() -> None:

@@ -151,7 +151,7 @@ def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, sa
             study(model, [replace(sample) for sample in samples[:size]])
         except (EmbedLensError, OSError):
             return size  # a damaged picture, which the run records
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not memory.out_of_memory(error):
                 raise
         else:
@@ -283,7 +283,7 @@ def _answers(
         if len(batch) == 1:
             return [{"error": _sentence(error)}]
         return [answer for sample in batch for answer in _answers(study, model, [sample], batch_size)]
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         too_large = memory.out_of_memory(error)
         if not too_large:
             raise
