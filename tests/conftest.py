@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,19 @@ def own_figures():
 
         pyplot.close("all")
         matplotlib.rcdefaults()
+
+
+@contextmanager
+def little_memory(beside: int = 0, extra: int = 300 * 10**6) -> Iterator[None]:
+    """A block in which the process may grow by so many bytes, and by what a picture takes that is decoded `beside`."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("address space is limited on Linux only")
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + beside + extra, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

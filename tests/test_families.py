@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
 import embedlens as el
+from conftest import little_memory
 from embedlens import (
     EmbedLensError,
     EnterAt,
@@ -222,6 +223,60 @@ def test_a_bright_square_changes_its_own_token_most(case, preprocessing):
         for after, (number, index, _) in zip(model.visual_features_of(pictures), places, strict=True):
             changes = (after - before).norm(dim=-1)[starts[number] : starts[number + 1]]
             assert int(changes.argmax()) == index, f"{size}, view {number}, square at {index}"
+
+
+@pytest.mark.parametrize("preprocessing", ["own", *PREPROCESSINGS])
+def test_pixels_that_lie_elsewhere_than_the_grid_says_are_refused(case, preprocessing):
+    """Turned, mirrored, moved by two pixels, other colours: the check at load sees each."""
+    model = case.model if preprocessing == "own" else case.model.with_preprocessing(preprocessing)
+    shown = type(model)._shown
+    wrongs = {
+        "turned": lambda image: image.transpose(Image.Transpose.ROTATE_180),
+        "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "moved": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0, 2, 0, 1, 2)),
+        "other colours": lambda image: Image.merge("RGB", image.split()[::-1]),
+    }
+    model._check()
+    for name, wrong in wrongs.items():
+        with pytest.raises(EmbedLensError, match=f"under '{preprocessing}' its .* take preprocessor_config.json from"):
+            model._shown = lambda picture, wrong=wrong: wrong(shown(model, picture))
+            model._check()
+            pytest.fail(name)
+    del model._shown
+
+
+def test_any_picture_takes_little_memory(case, tmp_path):
+    for preprocessing in ("own", *PREPROCESSINGS):
+        model = case.model if preprocessing == "own" else case.model.with_preprocessing(preprocessing)
+        for size in [(30_000, 1), (16_000, 800)]:
+            Image.new("RGB", size, "red").save(path := tmp_path / "large.png")
+            if preprocessing == "own" and size[1] == 1 and case.name in ("qwen2_5_vl", "qwen3_vl", "llava_next"):
+                with pytest.raises(EmbedLensError, match="(30000x1 px cannot be cut|is so thin).*: crop it, or pass"):
+                    model.prompt(path, QUESTION)
+                continue
+            with little_memory(beside=4 * size[0] * size[1]):
+                prompt = model.prompt(path, QUESTION)
+            assert prompt.image.size == size == (prompt.grid.frame.width, prompt.grid.frame.height)
+            assert len(prompt.grid) == int(prompt.visual.sum())
+            assert not prompt.grid.padded[prompt.grid.patch_at(size[0] / 2 - 0.5, size[1] / 2 - 0.5)]
+            shown = prompt.grid.boxes[~prompt.grid.padded]
+            least, most = shown[:, :2].amin(0).tolist(), shown[:, 2:].amax(0).tolist()
+            if preprocessing != "centre-crop":
+                assert min(least) < 1 and most[0] > 0.9 * size[0] and most[1] > 0.9 * size[1]
+
+
+@pytest.mark.parametrize("preprocessing", ["own", *PREPROCESSINGS])
+def test_a_large_picture_is_cut_as_all_its_pixels_would_be(case, preprocessing, monkeypatch):
+    model = case.model if preprocessing == "own" else case.model.with_preprocessing(preprocessing)
+    large, seen = picture((420, 300)), []
+    for largest in (10**6, 400):
+        monkeypatch.setattr("embedlens.vlm.LARGEST", largest)
+        seen.append(model.prompt(large, QUESTION))
+    whole, shrunk = seen
+    assert torch.equal(whole.ids, shrunk.ids)
+    assert_close(shrunk.grid.boxes, whole.grid.boxes, rtol=0, atol=2)  # of 420 px; sides are whole pixels
+    assert (whole.pixel_values - shrunk.pixel_values).abs().mean() < 0.1
+    assert model._shown(large).size != (420, 300)
 
 
 def test_visual_features_are_what_the_prompt_carries(case):

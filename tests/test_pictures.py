@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from embedlens import EmbedLensError, open_picture
+from conftest import little_memory
+from embedlens import EmbedLensError, open_picture, pictures
 
 
 def noise(mode: str = "RGB", size: tuple[int, int] = (9, 6)) -> Image.Image:
@@ -60,6 +63,64 @@ def test_transparent_pixels_lie_on_white():
     palette.putpalette([255, 0, 0])
     palette.info["transparency"] = 0
     assert open_picture(palette).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "F"])
+def test_a_large_picture_is_opened_in_the_memory_of_its_pixels(tmp_path, mode):
+    """What is decoded, the RGB made of it, and little else; 45 megapixels."""
+    size, white = (9_000, 5_000), 1.0 if mode == "F" else "white"
+    Image.new(mode, size, white).save(path := tmp_path / f"large.{'tiff' if mode == 'F' else 'png'}")
+    pixels = size[0] * size[1]
+    copies = 1 if mode == "RGB" else 2
+    with little_memory(beside=copies * 4 * pixels, extra=100 * 10**6):
+        opened = open_picture(path)
+    assert (opened.mode, opened.size) == ("RGB", size)
+    assert opened.getpixel((0, 0)) == opened.getpixel((8_999, 4_999)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "I", "F"])
+def test_conversion_in_strips_is_conversion_at_once(monkeypatch, mode):
+    deep = np.random.default_rng(0).integers(0, 65536, (40, 60))
+    image = {
+        "I;16": Image.fromarray(deep.astype(np.uint16)),
+        "I": Image.fromarray(deep.astype(np.int32)),
+        "F": Image.fromarray((deep / 65536).astype(np.float32)),
+    }.get(mode) or Image.fromarray(deep[..., None].repeat(4, -1).astype(np.uint8)).convert(mode)
+    at_once = open_picture(image)
+    monkeypatch.setattr(pictures, "STRIP", 200)
+    assert open_picture(image).tobytes() == at_once.tobytes() and np.asarray(at_once).std() > 10
+
+
+def test_a_safe_picture_is_opened_without_a_warning_and_an_unsafe_one_is_refused(tmp_path, monkeypatch):
+    noise(size=(60, 40)).save(path := tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns above it, and refuses above twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_picture(path).size == (60, 40)
+    noise(size=(600, 400)).save(path)
+    with pytest.raises(EmbedLensError, match="large.png is too large to decode safely: shrink it first"):
+        open_picture(path)
+
+
+def test_memory_that_ends_is_no_damage(tmp_path, monkeypatch):
+    def full(image):
+        raise MemoryError
+
+    noise().save(path := tmp_path / "whole.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(EmbedLensError, match="whole.png does not fit into the memory that is left: shrink it first"):
+        open_picture(path)
+    monkeypatch.setattr("PIL.Image.Image.load", full)
+    with pytest.raises(EmbedLensError, match="a picture of 9x6 px does not fit into the memory"):
+        open_picture(Image.new("L", (9, 6)))
+
+
+def test_a_format_whose_reader_is_missing_is_not_called_damaged(tmp_path, monkeypatch):
+    noise().save(path := tmp_path / "drawing.eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", False)
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: False)
+    with pytest.raises(EmbedLensError, match="drawing.eps cannot be read on this machine .*Ghostscript.*: save it as"):
+        open_picture(path)
 
 
 def test_arrays_are_read_as_height_by_width():

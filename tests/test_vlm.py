@@ -13,7 +13,9 @@ from PIL import Image
 from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from embedlens import EmbedLensError, claims, load, vlm
+from conftest import little_memory
+from embedlens import EmbedLensError, claims, load, pictures, vlm
+from embedlens.families import llava
 from embedlens.patches import PREPROCESSINGS
 
 QUESTION = "what is in the picture ?"
@@ -210,6 +212,124 @@ def test_letterbox_is_the_default_also_where_the_saved_processor_crops(tmp_path)
     )
     assert torch.equal(boxed.pixel_values, expected["pixel_values"])
     assert boxed.grid.padded.any()
+
+
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+PLAIN = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3}
+# What preprocessor_config.json of published checkpoints of the class says, at the size of the tiny tower.
+PUBLISHED = {
+    "llava-1.5-7b-hf": PLAIN
+    | CLIP
+    | {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}, "do_convert_rgb": True}
+    | {"crop_size": {"height": 56, "width": 56}, "do_center_crop": True, "processor_class": "LlavaProcessor"},
+    "with SigLIP": PLAIN
+    | {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}}
+    | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "LlavaProcessor"},
+}
+
+
+def republished(source, folder, **fields):
+    """A copy of a checkpoint folder with another image processor, laid out as on the hub."""
+    shutil.copytree(source, folder)
+    text = json.loads((folder / "processor_config.json").read_text())
+    text.pop("image_processor", None)
+    (folder / "processor_config.json").write_text(json.dumps(text))
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_a_published_image_processor_shows_the_picture_where_the_grid_says(
+    tiny_folder, tmp_path, published, preprocessing
+):
+    """None of them can pad by itself."""
+    folder = republished(tiny_folder, tmp_path / "hub", **PUBLISHED[published])
+    model = load(folder, device="cpu", preprocessing=preprocessing)
+    assert type(model.processor.image_processor).__name__.startswith(PUBLISHED[published]["image_processor_type"])
+    for size in [(160, 120), (110, 200)]:
+        image = Image.new("RGB", size, (90, 90, 90))
+        grid = model.prompt(image, QUESTION).grid
+        shown = [index for index in range(len(grid)) if grid.box(index) == grid.cell(index)]
+        assert len(shown) >= 4
+        moved = [int(token_changes(model, image, index, grid).argmax()) for index in shown]
+        assert moved == shown
+
+
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+def test_what_can_pad_and_what_cannot_give_the_same_pixels(tiny_folder, tmp_path, preprocessing):
+    folder = republished(tiny_folder, tmp_path / "hub", **PUBLISHED["llava-1.5-7b-hf"])
+    models = [load(source, device="cpu", preprocessing=preprocessing) for source in (folder, tiny_folder)]
+    for size in SIZES:
+        first, second = (model.prompt(picture(size), QUESTION).pixel_values for model in models)
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("wrong", [{"do_normalize": False}, {"do_rescale": False}, {"resample": 0}])
+def test_an_image_processor_that_cannot_be_made_right_is_refused(tiny_folder, tmp_path, wrong):
+    folder = republished(tiny_folder, tmp_path / "hub", **PUBLISHED["llava-1.5-7b-hf"] | wrong)
+    with pytest.raises(EmbedLensError, match="under 'letterbox' its CLIPImage.* take preprocessor_config") as caught:
+        load(folder, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_processor_of_another_layout_is_refused(tiny_folder, tmp_path):
+    """It cuts tiles, five axes of pixels for the four that the tower reads."""
+    fields = PUBLISHED["llava-1.5-7b-hf"] | {"image_processor_type": "LlavaNextImageProcessor"}
+    with pytest.raises(EmbedLensError, match="its LlavaNextImage.* does not show a picture where"):
+        load(republished(tiny_folder, tmp_path / "hub", **fields), device="cpu")
+
+
+# --- large pictures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+def test_any_picture_takes_little_memory(tiny_folder, tmp_path, preprocessing):
+    model = load(tiny_folder, device="cpu", preprocessing=preprocessing)
+    for size in [(30_000, 1), (1, 30_000), (16_000, 800), (9_000, 6_000)]:
+        Image.new("RGB", size, "red").save(path := tmp_path / "large.png")
+        with little_memory(beside=4 * size[0] * size[1]):
+            prompt, features = model.prompt(path, QUESTION), model.visual_features([path])
+        assert prompt.image.size == size == (prompt.grid.frame.width, prompt.grid.frame.height)
+        middle = prompt.grid.patch_at(size[0] / 2, size[1] / 2)
+        there = model.prompt(Image.new("RGB", (80, 80), "red"), QUESTION).pixel_values
+        row, col = (14 * place for place in divmod(middle, 4))
+        shown = prompt.pixel_values[0, 0, row : row + 14, col : col + 14]
+        assert shown.max() > 0.3 * there.max()  # of a strip as thin as a hair something is left
+        assert torch.equal(features[0], prompt.embeds[prompt.visual])
+
+
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+def test_a_picture_up_to_4096_px_is_the_stock_one_bit_for_bit(tiny_folder, stock, preprocessing):
+    model, side = load(tiny_folder, device="cpu", preprocessing=preprocessing), {"height": 56, "width": 56}
+    settings = {
+        "letterbox": {"do_pad": True, "do_center_crop": False, "size": side},
+        "centre-crop": {"do_pad": False, "do_center_crop": True, "size": {"shortest_edge": 56}},
+        "stretch": {"do_pad": False, "do_center_crop": False, "size": side},
+    }[preprocessing]
+    for size in [(4096, 64), (90, 2000), (200, 1)]:
+        expected = stock.processor.image_processor(picture(size), **settings, return_tensors="pt")
+        assert torch.equal(model.prompt(picture(size), QUESTION).pixel_values, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
+def test_a_larger_picture_shows_what_all_its_pixels_would(tiny_folder, preprocessing):
+    """Up to what averaging before interpolating changes; and every token is still the patch of the original picture."""
+    model = load(tiny_folder, device="cpu", preprocessing=preprocessing)
+    large = picture((4200, 3150))
+    seen = model.prompt(large, QUESTION)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pictures, llava):
+            patch.setattr(module, "LARGEST", 10**6)
+        whole = model.prompt(large, QUESTION)
+    assert not torch.equal(seen.pixel_values, whole.pixel_values)
+    difference = (seen.pixel_values - whole.pixel_values).abs()
+    assert difference.mean() < 0.02 and difference.max() < 0.5  # the edge of a bar may lie half a pixel aside
+    assert seen.grid == whole.grid
+    grey = Image.new("RGB", large.size, (90, 90, 90))
+    shown = [index for index in range(len(seen.grid)) if seen.grid.box(index) == seen.grid.cell(index)]
+    assert len(shown) >= 8
+    assert [int(token_changes(model, grey, index, seen.grid).argmax()) for index in shown[::3]] == shown[::3]
 
 
 def test_pictures_come_as_path_image_or_array(tiny, tmp_path):

@@ -265,10 +265,10 @@ class UnevenGrid(PatchGrid):
         return self.given
 
 
-def within(grid: PatchGrid, frame: Frame, canvas: int) -> PatchGrid:
-    """A grid over a square canvas of `canvas` px as a grid over the picture of which the canvas shows a window.
+def within(grid: PatchGrid, frame: Frame, canvas: tuple[int, int]) -> PatchGrid:
+    """A grid over a canvas of (width, height) px as a grid over the picture of which the canvas shows a window.
 
-    >>> seen = within(PatchGrid(1, 2, Frame.stretch(4, 4)), Frame.letterbox(8, 4), canvas=4)
+    >>> seen = within(PatchGrid(1, 2, Frame.stretch(4, 4)), Frame.letterbox(8, 4), canvas=(4, 4))
     >>> seen.cell(1), seen.box(1)
     ((4.0, -2.0, 8.0, 6.0), (4.0, 0.0, 8.0, 4.0))
     """
@@ -276,8 +276,8 @@ def within(grid: PatchGrid, frame: Frame, canvas: int) -> PatchGrid:
         return ManyViews.of([within(view, frame, canvas) for view in grid.views])
     x0, y0, x1, y1 = frame.window
     columns, lines = (
-        [(start + a * (stop - start) / canvas, start + b * (stop - start) / canvas) for a, b in spans]
-        for spans, start, stop in zip(grid.spans, (x0, y0), (x1, y1), strict=True)
+        [(start + a * (stop - start) / edge, start + b * (stop - start) / edge) for a, b in spans]
+        for spans, start, stop, edge in zip(grid.spans, (x0, y0), (x1, y1), canvas, strict=True)
     )
     return UnevenGrid.of_spans(frame, columns, lines)
 

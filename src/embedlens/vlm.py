@@ -30,7 +30,7 @@ from embedlens.families import family_of, supported_classes
 from embedlens.families.plain import OWN, Features
 from embedlens.model_names import MINIATURE, signed
 from embedlens.patches import PREPROCESSINGS, Frame, PatchGrid, within
-from embedlens.pictures import Picture, open_picture, squared
+from embedlens.pictures import LARGEST, Picture, in_memory, natural_side, open_picture, resized, squared
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -278,7 +278,10 @@ class VisionLanguageModel:
         if not images:
             return []
         pictures = [open_picture(image) for image in images]
-        inputs = [self._inputs(picture, question) for picture, question in zip(pictures, questions, strict=True)]
+        inputs = []
+        for image, picture, question in zip(images, pictures, questions, strict=True):
+            with in_memory(image):
+                inputs.append(self._inputs(picture, question))
         features = self._features([given for _, given in inputs])
         return [
             self._assemble(picture, question, ids, given, row)
@@ -294,7 +297,7 @@ class VisionLanguageModel:
                 f"the question holds the image placeholder {self.processor.image_token}: leave it out, "
                 "the chat format puts the picture in"
             )
-        content = [{"type": "image", "image": self._squared(picture)}, {"type": "text", "text": question}]
+        content = [{"type": "image", "image": self._shown(picture)}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -318,19 +321,31 @@ class VisionLanguageModel:
     def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Features]:
         return self.family.visual_features(self.hf, inputs)
 
-    def _squared(self, picture: Image) -> Image:
-        """The picture as the processor gets it: as it is, or square where the family's own cutting follows."""
-        if OWN not in self.family.PREPROCESSINGS or self.preprocessing == OWN:
-            return picture
+    def _shown(self, picture: Image) -> Image:
+        """The picture as the processor gets it: as it is, or square where that is wanted, but never huge."""
+        family, way = self.family, self.preprocessing
+        if OWN not in family.PREPROCESSINGS:
+            return family.shown(self.hf, self.processor, way, picture)
+        size = self._shown_size(picture.size)
+        if way == OWN:
+            return picture if size == picture.size else resized(picture, size)
         mean = self.processor.image_processor.image_mean
-        return squared(picture, self.preprocessing, tuple(int(255 * part) for part in mean))
+        return squared(picture, way, tuple(int(255 * part) for part in mean), size[0])
+
+    def _shown_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of what families that cut are shown of a picture of that size."""
+        natural = size if self.preprocessing == OWN else (natural_side(size, self.preprocessing),) * 2
+        enough = self.family.enough(self.hf, self.processor, natural)
+        return natural if max(size) <= LARGEST else enough
 
     def _grid(self, picture: Image) -> PatchGrid:
-        side = self._squared(picture).size
-        grid = self.family.patch_grid(self.hf, self.processor, self.preprocessing, side)
-        if OWN not in self.family.PREPROCESSINGS or self.preprocessing == OWN:
-            return grid
-        return within(grid, Frame.of(self.preprocessing, *picture.size, side=min(picture.size)), side[0])
+        if OWN not in self.family.PREPROCESSINGS:
+            return self.family.patch_grid(self.hf, self.processor, self.preprocessing, picture.size)
+        size = self._shown_size(picture.size)
+        grid = self.family.patch_grid(self.hf, self.processor, self.preprocessing, size)
+        if self.preprocessing == OWN:
+            return grid if size == picture.size else within(grid, Frame.stretch(*picture.size), size)
+        return within(grid, Frame.of(self.preprocessing, *picture.size, side=min(picture.size)), size)
 
     @torch.no_grad()
     def _assemble(
@@ -362,11 +377,12 @@ class VisionLanguageModel:
             raise EmbedLensError("no pictures: pass at least one")
         rows = []
         for start in range(0, len(images), batch_size):
-            pictures = [open_picture(image) for image in images[start : start + batch_size]]
-            inputs = [
-                self._of_picture(self.processor.image_processor(self._squared(picture), return_tensors="pt"))
-                for picture in pictures
-            ]
+            batch = images[start : start + batch_size]
+            pictures, inputs = [open_picture(image) for image in batch], []
+            for image, picture in zip(batch, pictures, strict=True):
+                with in_memory(image):
+                    made = self.processor.image_processor(self._shown(picture), return_tensors="pt")
+                    inputs.append(self._of_picture(made))
             for picture, features in zip(pictures, self._features(inputs), strict=True):
                 shows = self.family.shows_patch(self._grid(picture))
                 rows.append(features.tokens[shows.to(features.tokens.device)])
@@ -580,7 +596,10 @@ class VisionLanguageModel:
                 f"{self.name} has {self.n_layers} modules under {self.family.MODULES['blocks']} but its config says "
                 f"{expected} layers: correct MODULES['blocks'] in {self.family.__name__}"
             )
-        prompt = self.prompt(_check_picture(), "What is this?")
+        picture = _check_picture()
+        ids, inputs = self._inputs(picture, "What is this?")
+        self._check_pixels(picture, inputs)
+        prompt = self._assemble(picture, "What is this?", ids, inputs, self._features([inputs])[0])
         with self.recording() as layers:
             logits = self.logits(prompt)
         if len(layers) != self.n_layers + 1:
@@ -612,6 +631,30 @@ class VisionLanguageModel:
             raise EmbedLensError(
                 f"{self.name} answers the same with its visual tokens blanked: the weights ignore the picture, or the "
                 f"chat format puts it after the question; compare the folder with {self.family.EXAMPLES[0]}"
+            )
+
+
+    def _check_pixels(self, picture: Image, inputs: Mapping[str, Tensor]) -> None:
+        """Does each token's patch show what its cell of the grid covers, and nothing else?
+
+        The check picture's colours say where they are, so what is expected at a pixel of a patch follows from the
+        grid alone; a bar has one colour, black or the mean.
+
+        Raises:
+            EmbedLensError: the image processor does something else than the preprocessing that was asked for.
+        """
+        images, grid = self.processor.image_processor, self._grid(picture)
+        try:
+            seen = self.family.patch_pixels(self.hf, inputs).float().cpu()
+            mean, std = (torch.tensor(part).view(3, 1, 1) for part in (images.image_mean, images.image_std))
+            seen = seen * std + mean
+            off = _colour_error(seen, grid, mean)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # pixels of another layout
+            off = float("inf")
+        if not off < 0.02:  # one pixel of the check picture further down is 0.021 redder
+            raise EmbedLensError(
+                f"{self.name}: under {self.preprocessing!r} its {type(images).__name__} does not show a picture where "
+                f"the patch grid has it: take preprocessor_config.json from {self.family.EXAMPLES[0]}"
             )
 
 
@@ -940,7 +983,31 @@ def _real_rows(tokenizer: PreTrainedTokenizerFast, image_token_id: int, n_embedd
 
 
 def _check_picture() -> Image:
-    """A gradient, wider than high, so that a wrong grid or an ignored picture shows."""
+    """A ramp down in red, across in green, both in blue, wider than high: a wrong grid or an ignored picture shows."""
     from PIL import Image
 
-    return Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    x, y = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(48) + 0.5, indexing="xy")
+    return Image.fromarray((255 * _ramp(x / 64, y / 48)).round().byte().permute(1, 2, 0).numpy())
+
+
+def _ramp(x: Float[Tensor, "*n"], y: Float[Tensor, "*n"]) -> Float[Tensor, rgb *n]:
+    """Colours of the check picture at points of it, whose sides are 1."""
+    return torch.stack([y, x, 1 - (x + y) / 2])
+
+
+def _colour_error(seen: Float[Tensor, "n 3 h w"], grid: PatchGrid, mean: Float[Tensor, "3 1 1"]) -> float:
+    """How far patches of the check picture are from what the grid says they show, colours from 0 to 1.
+
+    Left out is what lies as near to the picture's edge as interpolation reaches, there and back.
+    """
+    cells = torch.tensor([grid.cell(index) for index in range(len(grid))])
+    down, across = seen.shape[-2:]
+    step = (cells[:, 2:] - cells[:, :2]) / torch.tensor([across, down])
+    x = (cells[:, :1] + (torch.arange(across) + 0.5) * step[:, :1])[:, None, :].expand(-1, down, -1)
+    y = (cells[:, 1:2] + (torch.arange(down) + 0.5) * step[:, 1:])[:, :, None].expand(-1, -1, across)
+    width, height = grid.frame.width, grid.frame.height
+    reach = 2 * step.clamp(min=1)[:, :, None, None]
+    depth = torch.minimum(torch.minimum(x, width - x) / reach[:, 0], torch.minimum(y, height - y) / reach[:, 1])
+    inside = (seen - _ramp(x / width, y / height).movedim(0, 1)).abs().amax(1)[depth > 1]
+    bars = torch.minimum((seen - mean).abs().amax(1), seen.abs().amax(1))[depth < -1]
+    return max(float(inside.max()), float(bars.max()) if len(bars) else 0.0)

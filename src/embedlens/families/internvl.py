@@ -53,6 +53,17 @@ def set_preprocessing(processor: InternVLProcessor, hf: InternVLForConditionalGe
     processor.image_processor.crop_to_patches = True
 
 
+def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Size at which a picture of (width, height) px still shows all that its tiles can, its sides scaled apart."""
+    return plain.smaller(size, 2 * processor.image_processor.max_patches * canvas_side(hf, processor) ** 2)
+
+
+def patch_pixels(hf: InternVLForConditionalGeneration, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+    """What the vision tower reads of each visual token's 2x2 patches."""
+    config: Any = hf.config
+    return plain.cut(one["pixel_values"], 2 * config.vision_config.patch_size[0]).flatten(0, 1)
+
+
 def patch_grid(
     hf: InternVLForConditionalGeneration,
     processor: InternVLProcessor,

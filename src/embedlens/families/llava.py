@@ -21,8 +21,10 @@ from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import shows_patch as shows_patch
 from embedlens.patches import PREPROCESSINGS as PREPROCESSINGS
 from embedlens.patches import Frame, PatchGrid
+from embedlens.pictures import LARGEST, natural_side, resized, squared
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 else:  # transformers takes seconds to import and is not needed before a model is loaded
     LlavaForConditionalGeneration = LlavaProcessor = object
@@ -43,7 +45,7 @@ def canvas_side(hf: LlavaForConditionalGeneration, processor: LlavaProcessor) ->
 
 
 def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGeneration, preprocessing: str) -> None:
-    """Make the stock image processor do one of the three preprocessings.
+    """Make the stock image processor do one of the three preprocessings, as far as it can; `shown` does the rest.
 
     LLaVA-1.5 was trained on letterboxed pictures (padded with the mean colour, `image_aspect_ratio: pad`); the
     processor saved with the llava-hf checkpoints crops the centre instead, so the choice is set, never inherited.
@@ -57,6 +59,34 @@ def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGenerati
     images.do_center_crop = preprocessing == "centre-crop"
     images.crop_size = SizeDict(height=side, width=side)
     images.size = SizeDict(shortest_edge=side) if preprocessing == "centre-crop" else SizeDict(height=side, width=side)
+
+
+def shown(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, preprocessing: str, picture: Image) -> Image:
+    """The square that the vision tower reads, which the image processor then only normalises.
+
+    It is drawn here because the processors of published checkpoints differ in what they can do: `LlavaImageProcessor`
+    pads, `CLIPImageProcessor` and `SiglipImageProcessor`, which llava-hf ships, silently do not. Same pixels as the
+    first one's, bit for bit, up to `LARGEST` px.
+    """
+    side, images = canvas_side(hf, processor), processor.image_processor
+    if preprocessing == "centre-crop":
+        width, height = picture.size
+        long = int(side * max(width, height) / min(width, height))  # as transformers' get_resize_output_image_size
+        if max(width, height, long) > LARGEST:
+            return resized(picture, (side, side), images.resample, Frame.centre_crop(width, height, side).box)
+        picture = resized(picture, (side, long) if width <= height else (long, side), images.resample)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        return picture.crop((left, top, left + side, top + side))
+    if preprocessing == "letterbox":
+        mean = tuple(int(255 * part) for part in images.image_mean)
+        natural = natural_side(picture.size, preprocessing)
+        picture = squared(picture, preprocessing, mean, natural if natural <= LARGEST else 2 * side)
+    return resized(picture, (side, side), images.resample)
+
+
+def patch_pixels(hf: LlavaForConditionalGeneration, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+    """What the vision tower reads of each visual token's patch."""
+    return plain.cut(one["pixel_values"], hf.config.vision_config.patch_size)[0]
 
 
 def patch_grid(

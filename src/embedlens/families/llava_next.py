@@ -89,6 +89,11 @@ def unpadded(shape: tuple[int, int], picture_size: tuple[int, int]) -> tuple[sli
     rows, cols = shape
     width, height = picture_size
     kept = unpad_image(torch.arange(rows * cols).view(1, rows, cols), (height, width))[0]
+    if not kept.numel():
+        raise EmbedLensError(
+            "this picture is so thin that the model takes its tiles for bars: crop it, or pass "
+            "preprocessing='letterbox'"
+        )
     top, left = divmod(int(kept[0, 0]), cols)
     return slice(top, top + kept.shape[0]), slice(left, left + kept.shape[1])
 
@@ -118,6 +123,23 @@ def patch_grid(
     return ManyViews.of([whole_view(hf, picture_size), tiles_grid(hf, picture_size)])
 
 
+def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Size at which a picture of (width, height) px still shows all that the largest canvas can."""
+    return plain.smaller(size, max(max(point) for point in hf.config.image_grid_pinpoints) ** 2)
+
+
+def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+    """What the vision tower reads of each visual token's patch, put in their order by the model's own method."""
+    patches = plain.cut(one["pixel_values"][0], hf.config.vision_config.patch_size)
+    packed = pack(hf, patches.flatten(2), one)
+    return packed.unflatten(1, patches.shape[2:])
+
+
+def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
+    """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
+    return hf.model.pack_image_features([views], one["image_sizes"], hf.config.vision_feature_select_strategy)[0][0]
+
+
 def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
     """All placeholders but the newlines, of which one ends every row of the tiles' grid."""
     whole, tiles = grid.views
@@ -136,15 +158,7 @@ def tower_states(hf: LlavaNextForConditionalGeneration, inputs: Sequence[Inputs]
 
     Index 0 is the tower's embedding, l leaves block l; CLS is left out.
     """
-    found = []
-    for one in inputs:
-        layers = patch_states(hf, one["pixel_values"][0])
-        packed = [
-            hf.model.pack_image_features([layer], one["image_sizes"], hf.config.vision_feature_select_strategy)[0][0]
-            for layer in layers
-        ]
-        found.append(torch.stack(packed))
-    return found
+    return [torch.stack([pack(hf, layer, one) for layer in patch_states(hf, one["pixel_values"][0])]) for one in inputs]
 
 
 def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Float[Tensor, "views patches v"]]:

@@ -21,6 +21,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.families import plain
 from embedlens.families.llava_next import canvas_side as canvas_side
 from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
+from embedlens.families.llava_next import enough as enough
 from embedlens.families.llava_next import shows_patch as shows_patch
 from embedlens.families.llava_next import visual_features as visual_features
 from embedlens.families.plain import BLOCK as BLOCK
@@ -92,16 +93,20 @@ def tower_states(
 
     Index 0 is the tower's embedding, l leaves block l. In large pictures rows are mixed as tokens are.
     """
-    found = []
-    for one in inputs:
-        packed = [
-            hf.model.pack_image_features(
-                [layer], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio
-            )[0][0]
-            for layer in patch_states(hf, one["pixel_values"][0])
-        ]
-        found.append(torch.stack(packed))
-    return found
+    return [torch.stack([pack(hf, layer, one) for layer in patch_states(hf, one["pixel_values"][0])]) for one in inputs]
+
+
+def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
+    """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
+    return hf.model.pack_image_features(
+        [views], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio
+    )[0][0]
+
+
+def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+    """What the vision tower reads of each visual token's patch, or the mix of several that a token is."""
+    patches = plain.cut(one["pixel_values"][0], hf.config.vision_config.patch_size)
+    return pack(hf, patches.flatten(2), one).unflatten(1, patches.shape[2:])
 
 
 def check_config(hf: LlavaOnevisionForConditionalGeneration, processor: LlavaOnevisionProcessor, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,3 +68,20 @@ def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
 def side_by_side(inputs: Sequence[Inputs]) -> Tensor:
     """The pixels of several pictures of one size as one batch."""
     return torch.cat([one["pixel_values"] for one in inputs])
+
+
+def smaller(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """(width, height) of at most about so many pixels, in the same shape as far as both sides keep one.
+
+    >>> smaller((400, 100), 10_000), smaller((100, 50), 10_000)
+    ((200, 50), (100, 50))
+    """
+    scale = min(1.0, math.sqrt(pixels / (size[0] * size[1])))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def cut(views: Float[Tensor, "views 3 height width"], patch: int) -> Float[Tensor, "views n 3 patch patch"]:
+    """The patches of each view in raster order, without a remainder at the right and at the bottom."""
+    down, across = (edge // patch for edge in views.shape[-2:])
+    parts = views[..., : down * patch, : across * patch].unflatten(3, (across, patch)).unflatten(2, (down, patch))
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)

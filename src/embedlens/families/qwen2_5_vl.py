@@ -50,16 +50,38 @@ def canvas_side(hf: Any, processor: Any) -> int:
 
 def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
     """The merged grid of a picture of (width, height) px: both sides are stretched to whole tokens."""
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+    cols_px, rows_px = enough(hf, processor, picture_size)
+    return PatchGrid(rows_px // factor, cols_px // factor, Frame.stretch(*picture_size))
+
+
+def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Size to which the processor itself brings a picture of (width, height) px.
+
+    Raises:
+        EmbedLensError: its sides are too far apart for this family.
+    """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    width, height = picture_size
+    width, height = size
     images = processor.image_processor
     factor = images.patch_size * images.merge_size
     try:
         rows_px, cols_px = smart_resize(height, width, factor, images.size.shortest_edge, images.size.longest_edge)
-    except ValueError as error:
-        raise EmbedLensError(f"a picture of {width}x{height} px cannot be cut: {error}; crop it first") from None
-    return PatchGrid(rows_px // factor, cols_px // factor, Frame.stretch(width, height))
+    except ValueError:  # it has no other
+        raise EmbedLensError(
+            f"a picture of {width}x{height} px cannot be cut, this model reads sides up to 200 times apart: crop it, "
+            "or pass preprocessing='letterbox'"
+        ) from None
+    return cols_px, rows_px
+
+
+def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+    """What the vision tower reads of each visual token's patches, of the first of two equal frames."""
+    tower = hf.config.vision_config
+    merge, patch = tower.spatial_merge_size, tower.patch_size
+    parts = one["pixel_values"].reshape(-1, merge, merge, 3, tower.temporal_patch_size, patch, patch)[:, :, :, :, 0]
+    return parts.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, merge * patch, merge * patch)
 
 
 def positions(hf: Any, ids: Int[Tensor, " s"], beside: Inputs) -> Int[Tensor, "3 s"]:

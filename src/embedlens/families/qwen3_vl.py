@@ -21,10 +21,12 @@ from embedlens.families.plain import set_preprocessing as set_preprocessing
 from embedlens.families.plain import shows_patch as shows_patch
 from embedlens.families.qwen2_5_vl import canvas_side as canvas_side
 from embedlens.families.qwen2_5_vl import check_config as check_config
+from embedlens.families.qwen2_5_vl import enough as enough
 from embedlens.families.qwen2_5_vl import feature_layer as feature_layer
 from embedlens.families.qwen2_5_vl import merged_rows
 from embedlens.families.qwen2_5_vl import of_tokens as of_tokens
 from embedlens.families.qwen2_5_vl import patch_grid as patch_grid
+from embedlens.families.qwen2_5_vl import patch_pixels as patch_pixels
 from embedlens.families.qwen2_5_vl import positions as positions
 
 if TYPE_CHECKING:
