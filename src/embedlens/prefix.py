@@ -333,7 +333,8 @@ _SHAPES: WeakKeyDictionary[VisionLanguageModel, _Shape | None] = WeakKeyDictiona
 def _shape_of(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
     """What the model's cache consists of; None if rows see later ones or the cache is no list of keys and values."""
     if model not in _SHAPES:
-        _SHAPES[model] = _probed(model, prompt)
+        with model.lock:
+            _SHAPES[model] = _probed(model, prompt)
     return _SHAPES[model]
 
 
@@ -501,11 +502,12 @@ def _entering(
     model: VisionLanguageModel, prompts: Sequence[Prompt], begins: Sequence[int], side: str
 ) -> Iterator[Sequence[Prompt]]:
     """`model.running`, for prompts whose first rows are remembered."""
-    if model.intervention is None:
-        yield prompts
-        return
-    with model.intervention(prompts, 0, len(prompts), side, begins) as entered:
-        yield entered
+    with model.lock:
+        if model.intervention is None:
+            yield prompts
+            return
+        with model.intervention(prompts, 0, len(prompts), side, begins) as entered:
+            yield entered
 
 
 def _answered(
