@@ -83,6 +83,8 @@ def answers(
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")
     if not cases:
         return []
+    for case in cases:
+        model.check_length(case.prompt, max_new_tokens)
     sharing = model.intervention is None and _plainly_greedy(model) and all(_plain(case.prompt) for case in cases)
     shape = _shape_of(model, cases[0].prompt) if sharing else None
     if shape is None:
@@ -124,6 +126,7 @@ def asked_of(model: VisionLanguageModel, prompt: Prompt, questions: Sequence[str
                 visual=torch.cat([prompt.visual[:end], torch.zeros_like(ids, dtype=torch.bool)]),
             )
         )
+        model.check_length(found[-1])
     return found
 
 

@@ -300,7 +300,8 @@ class VisionLanguageModel:
             question: one question, without the image placeholder.
 
         Raises:
-            EmbedLensError: the picture cannot be read, or the question is empty or holds the placeholder.
+            EmbedLensError: the picture cannot be read, the question is empty or holds the placeholder, or both together
+                are longer than the model has positions.
         """
         return self.prompts([image], [question])[0]
 
@@ -380,6 +381,22 @@ class VisionLanguageModel:
             return grid
         return within(grid, Frame.of(self.preprocessing, *picture.size, side=min(picture.size)), side[0])
 
+    def check_length(self, prompt: Prompt, new: int = 0) -> None:
+        """Refuses what the model was not made for: beyond its positions it writes nothing, or anything.
+
+        Raises:
+            EmbedLensError: a prompt and `new` further tokens take more positions than the config names.
+        """
+        most = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        used = len(prompt) if prompt.positions is None else int(prompt.positions.max()) + 1
+        if most is None or used + new <= most:
+            return
+        further = f" and {new} new tokens" if new else ""
+        raise EmbedLensError(
+            f"the prompt of {len(prompt)} tokens, {int(prompt.visual.sum())} of them visual,{further} take up to "
+            f"{used + new} positions, {self.name} has {most}: shorten the question{' or allow fewer' if new else ''}"
+        )
+
     @torch.no_grad()
     def _assemble(
         self, picture: Image, question: str, ids: Tensor, inputs: Mapping[str, Tensor], features: Features
@@ -400,9 +417,11 @@ class VisionLanguageModel:
         beside = {name: value for name, value in inputs.items() if name != "pixel_values"}
         positions = self.family.positions(self.hf, ids, beside) if hasattr(self.family, "positions") else None
         deep = None if features.deep is None else features.deep[:, shows.to(features.deep.device)]
-        return Prompt(
+        prompt = Prompt(
             picture, question, ids, embeds, visual, grid, inputs["pixel_values"], None, beside, positions, deep
         )
+        self.check_length(prompt)
+        return prompt
 
     def visual_features_of(self, images: Sequence[Picture], batch_size: int = 32) -> list[Float[Tensor, "n d"]]:
         """Projected visual tokens of several pictures, without any text: what they bring to layer 0."""
@@ -596,6 +615,8 @@ class VisionLanguageModel:
 
         if max_new_tokens < 1:
             raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
+        for prompt in prompts:
+            self.check_length(prompt, max_new_tokens)
         own = self.hf.generation_config
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         greedy = GenerationConfig(
