@@ -461,5 +461,5 @@ def test_what_is_longer_than_the_model_has_positions_is_refused_with_the_numbers
     long = "what ? " * most
     for write in (lambda: tiny.prompt(picture(), long), lambda: tiny.asked(prompt, long),
                   lambda: prefix.asked_of(tiny, prompt, [long])):  # fmt: skip
-        with pytest.raises(EmbedLensError, match=rf"16 of them visual, take up to \d+ positions, .* has {most}: shorten"):
+        with pytest.raises(EmbedLensError, match=rf"16 of them visual, take up to .* has {most}: shorten"):
             write()
