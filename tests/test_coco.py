@@ -362,3 +362,39 @@ def test_a_study_goes_on_over_pictures_that_are_missing_resized_or_damaged(folde
     assert sorted(table["id"]) == [0, 4, 5] and (table["tokens"] == 16).all()
     reasons = {entry["id"]: entry["error"] for entry in table.attrs["failed"]}
     assert "no picture" in reasons[1] and "boxes would lie elsewhere" in reasons[2] and "damaged" in reasons[3]
+
+
+def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
+    """What `run` does for studies, for what reads its pictures itself: calibration, lenses, partners."""
+    from embedlens.chapters import other_models
+    from embedlens.groups import discover
+    from embedlens.labels import label_hits
+
+    files = sorted((folder / "val2017").iterdir())
+    whole = sorted(samples.load(f"coco:{folder}", n=6), key=key)
+    files[1].unlink()
+    files[4].write_bytes(files[4].read_bytes()[:200])
+
+    def remaining():
+        return sorted(samples.load(f"coco:{folder}", n=6), key=key)
+
+    left = [sample for sample in whole if sample.id not in (1, 4)]
+    expected = label_hits(tiny, left)["EmbedLens", 5, "head-word"]
+    one = "2 of 6 pictures cannot be read and are left out; the first is sample 1: no picture"
+    with pytest.warns(UserWarning, match=one) as warned:
+        assert [sample.id for sample in samples.readable(remaining())] == [0, 2, 3, 5]
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match=one):
+        hits = label_hits(tiny, remaining())["EmbedLens", 5, "head-word"]
+    np.testing.assert_array_equal(hits.grounded, expected.grounded)
+    np.testing.assert_array_equal(hits.present, expected.present)
+    with pytest.warns(UserWarning, match=one):
+        assert discover(tiny, remaining()).n_pictures == 4
+    with pytest.warns(UserWarning, match=one), pytest.warns(UserWarning, match="1 of 3 pictures cannot be read"):
+        study = other_models.study_of(tiny, remaining(), [whole[0], *remaining()[1:2], whole[2]])
+    assert len(study.keywords["partners"]) == 2
+
+    for file in (folder / "val2017").iterdir():
+        file.unlink()
+    with pytest.raises(EmbedLensError, match="none of 6 pictures can be read; the first is sample 0: no picture"):
+        discover(tiny, remaining())
