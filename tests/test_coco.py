@@ -140,7 +140,10 @@ def first(content, **change):
 @pytest.mark.parametrize(
     ("break_it", "sentence"),
     [
-        (lambda f: shutil.rmtree(f / "annotations"), "no annotations/instances_val2017.json beside .*val2017: get val"),
+        (
+            lambda f: shutil.rmtree(f / "annotations"),
+            "no annotations/instances_val2017.json beside .*val2017: put it there; get val2017.zip",
+        ),
         (lambda f: shutil.rmtree(f / "val2017"), "no folder .*val2017: pass the one that holds annotations/"),
         (
             lambda f: (f / "annotations" / "instances_val2017.json").write_text("[1,"),
@@ -161,7 +164,10 @@ def first(content, **change):
         ),
         (lambda f: rewrite(f, lambda c: first(c, bbox=[1, 2])), r"has the box \[1, 2\]: write \[x, y, width, height\]"),
         (lambda f: rewrite(f, lambda c: c["annotations"][0].pop("bbox")), r"annotation \d+ of .* has no 'bbox'"),
-        (lambda f: rewrite(f, lambda c: c["annotations"][0].pop("image_id")), "an entry without 'image_id'"),
+        (
+            lambda f: rewrite(f, lambda c: c["annotations"][0].pop("image_id")),
+            r"annotation \d+ of .* has no 'image_id'",
+        ),
         (lambda f: rewrite(f, lambda c: [i.pop("width") for i in c["images"]]), r"picture \d of .* has no 'width'"),
         (lambda f: rewrite(f, lambda c: c["categories"][0].pop("name")), "category .* has no 'name'"),
     ],
@@ -173,6 +179,144 @@ def test_a_folder_that_cannot_be_used_says_what_is_missing_and_where_it_is(folde
         samples.load(f"coco:{folder / 'val2017'}", n=6)
 
 
+def exported(content):
+    """As exporters write it that differ in what they take for a number."""
+    for at, image in enumerate(content["images"]):
+        image.update(
+            id=str(image["id"]) if at % 2 else float(image["id"]),
+            width=f"{image['width']}",
+            height=float(image["height"]),
+        )
+    for at, entry in enumerate(content["annotations"]):
+        entry["image_id"] = str(entry["image_id"]) if at % 3 else entry["image_id"]
+        entry["category_id"] = str(entry["category_id"]) if at % 2 else entry["category_id"]
+        entry["iscrowd"] = ("0", None, False)[at % 3]
+    for category in content["categories"]:
+        category["id"] = f" {category['id']}"
+
+
+def test_numbers_as_text_are_the_same_numbers(folder):
+    before = samples.load(f"coco:{folder}", n=6)
+    rewrite(folder, exported)
+    rewrite(folder, lambda c: [entry.update(image_id=str(entry["image_id"])) for entry in c["annotations"]], "captions")
+    after = samples.load(f"coco:{folder}", n=6)
+    assert after == before and any(sample.labels for sample in after) and all(sample.captions for sample in after)
+    assert after[0].image.size == (after[0].width, after[0].height)
+
+
+def test_a_crowd_as_text_is_a_crowd(folder):
+    rewrite(folder, lambda content: [entry.update(iscrowd="1") for entry in content["annotations"]])
+    read = samples.load(f"coco:{folder}", n=6)
+    assert all(e["iscrowd"] == 1 for sample in read for e in sample.annotations) and not any(s.labels for s in read)
+
+
+def test_a_category_named_by_a_number_has_it_for_its_name(folder):
+    rewrite(folder, lambda content: [category.update(name=category["id"]) for category in content["categories"]])
+    assert all(
+        sample.category_names == {i: str(i) for i in sample.category_names}
+        for sample in samples.load(f"coco:{folder}", n=6)
+    )
+
+
+def test_captions_without_text_are_left_out_and_counted(folder):
+    def silence(content):
+        content["annotations"][0]["caption"] = None
+        content["annotations"][1].pop("caption")
+
+    count = sum(len(sample.captions) for sample in samples.load(f"coco:{folder}", n=6))
+    rewrite(folder, silence, "captions")
+    with pytest.warns(UserWarning, match="2 captions without text were left out of 6 pictures of captions_val2017"):
+        assert sum(len(sample.captions) for sample in samples.load(f"coco:{folder}", n=6)) == count - 2
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c["images"][0].update(id="a7"), r"picture a7 of .* has the id 'a7': write a whole number"),
+        (lambda c: c["images"][0].update(id=None), r"images\[0\] of .* has the id None: write a whole number"),
+        (lambda c: c["images"][1].update(id="0"), "has two of picture 0, which differ: give each an id of its own"),
+        (lambda c: c["images"].insert(0, None), r"images\[0\] of .* is None, no picture: take it out"),
+        (lambda c: c["annotations"].insert(0, [1]), r"annotations\[0\] of .* is \[1\], no annotation"),
+        (lambda c: first(c, image_id=[1]), r"annotation \d+ of .* has the image_id \[1\]: write a whole number"),
+        (lambda c: first(c, category_id=None), r"annotation \d+ of .* has category None, which the file does not list"),
+        (lambda c: first(c, bbox=None), r"annotation \d+ of .* has the box None: write \[x, y"),
+        (lambda c: first(c, bbox=["1", 2, 3, 4]), r"has the box \['1', 2, 3, 4\]: write \[x, y"),
+        (lambda c: first(c, iscrowd="no"), "has the iscrowd 'no': write 0 or 1"),
+        (lambda c: c["categories"][0].update(name=None), r"category \d+ of .* has the name None: write a word"),
+        (lambda c: c["categories"][0].update(name=" "), "has the name ' ': write a word"),
+        (lambda c: [i.update(width=None) for i in c["images"]], r"picture \d of .* has the width None: write a whole"),
+        (lambda c: [i.update(height=0) for i in c["images"]], "has the height 0: write a whole number above 0"),
+        (lambda c: [i.update(width=96.5) for i in c["images"]], "has the width 96.5: write a whole number"),
+        (lambda c: [i.update(file_name=7) for i in c["images"]], "has the file_name 7: save the picture in .*own"),
+        (lambda c: [i.update(file_name=None) for i in c["images"]], "has the file_name None: save the picture in"),
+        (
+            lambda c: [i.update(file_name="https://x.org/1.jpg") for i in c["images"]],
+            r"has the file_name 'https://x.org/1.jpg': save the picture in .*, and write its file's name",
+        ),
+        (
+            lambda c: [e.update(image_id=e["image_id"] + 1000) for e in c["annotations"]],
+            r"no annotation of .* is of a picture that is listed: their image_id is 100\d and so on, the",
+        ),
+    ],
+)
+def test_an_entry_that_says_nothing_gets_a_sentence_with_file_entry_and_fix(folder, change, sentence):
+    (folder / "val2017").rename(folder / "own")
+    for name in ("instances", "captions"):
+        (folder / "annotations" / f"{name}_val2017.json").rename(folder / "annotations" / f"{name}_own.json")
+    samples.load(f"coco:{folder}", n=6)  # it was usable
+    file = folder / "annotations" / "instances_own.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(EmbedLensError, match=sentence) as refused:
+        samples.load(f"coco:{folder}", n=6)
+    assert "instances_own.json" in str(refused.value) and "cocodataset" not in str(refused.value)
+
+
+def test_the_owner_of_another_set_is_not_sent_to_cocos(folder):
+    (folder / "val2017").rename(folder / "own")
+    for case in (folder / "own", folder / "none", folder):
+        with pytest.raises(EmbedLensError) as refused:
+            samples.load(f"coco:{case}", n=6)
+        assert ("cocodataset" in str(refused.value)) == (case == folder)  # its file is named as COCO's
+    (folder / "annotations" / "instances_val2017.json").rename(folder / "annotations" / "instances_own.json")
+    sample = samples.load(f"coco:{folder}", n=1)[0]
+    shutil.rmtree(folder / "own")
+    with pytest.raises(
+        EmbedLensError, match="no picture .*own, though the annotations list it: put it there, or take"
+    ) as no:
+        sample.image  # noqa: B018
+    assert "cocodataset" not in str(no.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_are_on_stored_pixels_whatever_turn_exif_asks_for(folder, orientation, suffix):
+    """A red box at one place of a stored picture, which viewers would turn."""
+    x, y, w, h = 8, 40, 24, 16
+    drawn = Image.new("RGB", (96, 64), "blue")
+    drawn.paste("red", (x, y, x + w, y + h))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    drawn.save(folder / "val2017" / f"turned.{suffix}", exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
+
+    def only(content):
+        content["images"] = [{"id": 0, "file_name": f"turned.{suffix}", "width": 96, "height": 64}]
+        content["annotations"] = [{**content["annotations"][0], "image_id": 0, "bbox": [x, y, w, h]}]
+
+    rewrite(folder, only)
+    (sample,) = samples.load(f"coco:{folder}", n=1)
+    assert sample.image.size == (96, 64)
+    red = np.asarray(sample.image)[..., 0] > 128
+    inside = np.zeros_like(red)
+    inside[y : y + h, x : x + w] = True
+    assert (red == inside).mean() > 0.98
+
+    if orientation > 4:  # where only the upright picture has the size that is annotated, it is meant
+        rewrite(folder, lambda content: content["images"][0].update(width=64, height=96))
+        assert samples.load(f"coco:{folder}", n=1)[0].image.size == (64, 96)
+
+
 def test_the_folder_above_must_leave_no_choice(folder):
     shutil.copytree(folder / "val2017", folder / "train2017")
     instances = folder / "annotations" / "instances_val2017.json"
@@ -182,7 +326,9 @@ def test_the_folder_above_must_leave_no_choice(folder):
     shutil.rmtree(folder / "train2017")
     samples.load(f"coco:{folder}", n=1)
     shutil.rmtree(folder / "val2017")
-    with pytest.raises(EmbedLensError, match="no annotations/instances_val2017.json with its pictures in val2017/"):
+    with pytest.raises(
+        EmbedLensError, match="no .* or annotations/instances_val2017.json with its pictures in val2017/"
+    ):
         samples.load(f"coco:{folder}", n=1)
 
 
@@ -216,3 +362,39 @@ def test_a_study_goes_on_over_pictures_that_are_missing_resized_or_damaged(folde
     assert sorted(table["id"]) == [0, 4, 5] and (table["tokens"] == 16).all()
     reasons = {entry["id"]: entry["error"] for entry in table.attrs["failed"]}
     assert "no picture" in reasons[1] and "boxes would lie elsewhere" in reasons[2] and "damaged" in reasons[3]
+
+
+def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
+    """What `run` does for studies, for what reads its pictures itself: calibration, lenses, partners."""
+    from embedlens.chapters import other_models
+    from embedlens.groups import discover
+    from embedlens.labels import label_hits
+
+    files = sorted((folder / "val2017").iterdir())
+    whole = sorted(samples.load(f"coco:{folder}", n=6), key=key)
+    files[1].unlink()
+    files[4].write_bytes(files[4].read_bytes()[:200])
+
+    def remaining():
+        return sorted(samples.load(f"coco:{folder}", n=6), key=key)
+
+    left = [sample for sample in whole if sample.id not in (1, 4)]
+    expected = label_hits(tiny, left)["EmbedLens", 5, "head-word"]
+    one = "2 of 6 pictures cannot be read and are left out; the first is sample 1: no picture"
+    with pytest.warns(UserWarning, match=one) as warned:
+        assert [sample.id for sample in samples.readable(remaining())] == [0, 2, 3, 5]
+    assert len(warned) == 1
+    with pytest.warns(UserWarning, match=one):
+        hits = label_hits(tiny, remaining())["EmbedLens", 5, "head-word"]
+    np.testing.assert_array_equal(hits.grounded, expected.grounded)
+    np.testing.assert_array_equal(hits.present, expected.present)
+    with pytest.warns(UserWarning, match=one):
+        assert discover(tiny, remaining()).n_pictures == 4
+    with pytest.warns(UserWarning, match=one), pytest.warns(UserWarning, match="1 of 3 pictures cannot be read"):
+        study = other_models.study_of(tiny, remaining(), [whole[0], *remaining()[1:2], whole[2]])
+    assert len(study.keywords["partners"]) == 2
+
+    for file in (folder / "val2017").iterdir():
+        file.unlink()
+    with pytest.raises(EmbedLensError, match="none of 6 pictures can be read; the first is sample 0: no picture"):
+        discover(tiny, remaining())

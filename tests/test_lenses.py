@@ -111,6 +111,33 @@ def test_norms_are_float32_whatever_comes_in(many):
     assert half[1].tolist() == brute_force(h.half(), embeddings.half(), 5)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_vectors_that_are_no_numbers_are_refused_not_read(tiny, many, bad):
+    """All scores of such a vector are NaN or equal, and the words of ids 0, 1, 2 would come out as if read."""
+    for lens in (EmbedLens.from_model(tiny), LogitLens.from_model(tiny)):
+        h = torch.ones(3, 4, lens.width)
+        whole = lens.topk(h, 3)
+        h[0, 1, 5] = h[2, 0, 0] = bad
+        for read in (lens.scores, lambda h, lens=lens: lens.rank(h, [7]), lens.topk):
+            with pytest.raises(EmbedLensError, match="2 of 12 vectors hold NaN or inf, .*dtype='float32'"):
+                read(h)
+        with pytest.raises(EmbedLensError, match="1 of 4 vectors"):
+            lens.words(h[0], 3)
+        assert torch.equal(lens.topk(h[1], 3)[1], whole[1][1])
+    embeddings, _ = many
+    embeddings[4, 4] = bad
+    with pytest.raises(EmbedLensError, match="1 of 300 embedding rows hold NaN"):
+        EmbedLens(embeddings, named(300))
+
+
+def test_numbers_of_every_dtype_are_read(many):
+    embeddings, h = many
+    lens = EmbedLens(embeddings, named(300))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert lens.topk(h.to(dtype), 2)[1].shape == (40, 2)
+    assert lens.topk(h[:0], 2)[1].shape == (0, 2)
+
+
 def test_a_zero_vector_has_cosine_zero_not_nan(many):
     embeddings, h = many
     embeddings[5] = 0

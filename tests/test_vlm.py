@@ -564,3 +564,22 @@ def test_a_wrong_module_path_is_found_when_the_model_is_built(tiny_folder, monke
     monkeypatch.setitem(llava.MODULES, "final_norm", "language_model.norm")
     with pytest.raises(EmbedLensError, match="has no module language_model.norm: install the version in"):
         load(tiny_folder, device="cpu")
+
+
+def test_what_is_longer_than_the_model_has_positions_is_refused_with_the_numbers(tiny):
+    """Beyond them a decoder answers nothing, or anything; the random LLaVA has 512."""
+    from embedlens import prefix
+
+    most = tiny.hf.config.get_text_config().max_position_embeddings
+    prompt = tiny.prompt(picture(), QUESTION)
+    room = most - len(prompt)
+    assert isinstance(tiny.answer(prompt, room), str)  # all of it may be used
+    sentence = rf"{len(prompt)} tokens, 16 of them visual, and {room + 1} new tokens take up to {most + 1} positions.*"
+    for ask in (lambda new: tiny.answer(prompt, new), lambda new: prefix.answers(tiny, [prefix.Case(prompt)], new)):
+        with pytest.raises(EmbedLensError, match=sentence + rf"has {most}: shorten the question or allow fewer"):
+            ask(room + 1)
+    long = "what ? " * most
+    for write in (lambda: tiny.prompt(picture(), long), lambda: tiny.asked(prompt, long),
+                  lambda: prefix.asked_of(tiny, prompt, [long])):  # fmt: skip
+        with pytest.raises(EmbedLensError, match=rf"16 of them visual, take up to .* has {most}: shorten"):
+            write()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens, unit_vectors
-from embedlens.samples import Sample
+from embedlens.samples import Sample, readable
 from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def cluster_study(
     text = text_centroid(model)
     parts: dict[tuple[float, str], list[dict[str, object]]] = {}
     total = torch.zeros(model.width, dtype=torch.float64)
-    seen, stream = 0, iter(samples)
+    seen, stream = 0, readable(samples)
     while batch := list(islice(stream, batch_size)):
         for prompt in model.prompts([sample.image for sample in batch], [QUESTION] * len(batch)):
             tokens = prompt.embeds[prompt.visual].float()

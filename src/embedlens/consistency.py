@@ -23,7 +23,7 @@ from embedlens.clusters import anchor_clusters
 from embedlens.errors import EmbedLensError
 from embedlens.groups import QUESTION, RARE, Reference, TokenGroups, near_word, token_groups_of
 from embedlens.lenses import EmbedLens, LogitLens
-from embedlens.samples import Sample
+from embedlens.samples import Sample, readable
 from embedlens.tracing import Trace, traces
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def group_study(
 def _batches(
     model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, membership: str, batch_size: int
 ) -> Iterator[tuple[list[Prompt], list[TokenGroups], list[Float[Tensor, "tower n v"]]]]:
-    stream = iter(samples)
+    stream = readable(samples)
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
         yield (
@@ -411,7 +411,7 @@ def selection_study(
     lenses = [EmbedLens(rows[:, chosen], model.tokens) for chosen, _ in columns]
     center = shared.center[0].to(rows.device)
     found: list[Float[np.ndarray, " columns"]] = []
-    stream = iter(samples)
+    stream = readable(samples)
     while batch := list(islice(stream, batch_size)):
         for tokens in map(torch.Tensor.float, model.visual_features_of([s.image for s in batch], batch_size)):
             each = []

@@ -32,7 +32,7 @@ from torch import Tensor
 from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
-from embedlens.samples import Sample, load
+from embedlens.samples import Sample, load, readable
 from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
@@ -189,14 +189,14 @@ def discover(
 
     Args:
         model: from `embedlens.load`.
-        samples: pictures to look at; default: 64 training pictures of the miniature world.
+        samples: pictures to look at, those that can be read; default: 64 training pictures of the miniature world.
         threshold: cosine of the anchor clusters.
         batch_size: pictures at a time.
 
     Raises:
         EmbedLensError: fewer than two pictures.
     """
-    samples = list(_calibration(model) if samples is None else samples)
+    samples = list(_calibration(model) if samples is None else readable(samples))
     if len(samples) < 2:
         raise EmbedLensError(f"{len(samples)} pictures: what tells groups apart needs at least two, better 50")
     lens, words = EmbedLens.from_model(model), text_centroid(model)

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
+from embedlens.vlm import attending
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
@@ -299,7 +300,10 @@ class Run:
         """Called by `model.running`, and with `begins` by `embedlens.prefix`: the prompts as they enter layer 0."""
         self._batch = self._prepare(prompts, start, total, side, begins)
         try:
-            yield self._batch.entered
+            with ExitStack() as stack:
+                for index, _ in self._of(ReleasedLayer0):
+                    stack.enter_context(attending(partial(self._rewriting, index)))
+                yield self._batch.entered
         finally:
             self._batch = None
             self._masks.clear()
@@ -347,37 +351,26 @@ class Run:
 
     # While it runs ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        """Everything that is changed on the model, for the time of the block."""
+    def _hooks(self, hook: Callable[..., None]) -> None:
+        """Everything that acts on the model, by `VisionLanguageModel.intervening`."""
         model = self.model
-        if model.intervention is not None:
-            raise EmbedLensError("an intervention is active already: pass all of them to one intervene(model, a, b)")
-        with ExitStack() as stack:
-            model.intervention = self._admit
-            stack.callback(setattr, model, "intervention", None)
-
-            def hooked(hook: Any) -> None:
-                stack.callback(hook.remove)
-
-            hooked(model.decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
-            acting: dict[tuple[int, str], list[int]] = {}
-            for index, places in self._sublayers.items():
-                for place in places:
-                    acting.setdefault(place, []).append(index)
-            for (layer, role), indices in acting.items():
-                hooked(model.part(layer, role).register_forward_hook(self._freezing(indices)))
-            for layer, block in enumerate(model.blocks):
-                waiting = [index for index, value in self._of(EnterAt) if layer < value.layer]
-                gone = [index for index, value in self._of(LeaveAt) if layer >= value.layer]
-                if waiting or gone:
-                    hooked(block.register_forward_pre_hook(self._hiding(waiting + gone), with_kwargs=True))
-                closed = [index for index in gone if self.interventions[index].positions == "renumber"]  # type: ignore[union-attr]
-                if closed:
-                    hooked(block.register_forward_pre_hook(self._renumbering(closed), with_kwargs=True))
-            for index, _ in self._of(ReleasedLayer0):
-                stack.enter_context(self._rewriting(index))
-            yield
+        if self._of(ReleasedLayer0) and model.decoder.config._attn_implementation != "sdpa":
+            raise EmbedLensError("ReleasedLayer0 needs SDPA attention: call model.hf.set_attn_implementation('sdpa')")
+        hook(model.decoder.register_forward_pre_hook, self._enter, with_kwargs=True)
+        acting: dict[tuple[int, str], list[int]] = {}
+        for index, places in self._sublayers.items():
+            for place in places:
+                acting.setdefault(place, []).append(index)
+        for (layer, role), indices in acting.items():
+            hook(model.part(layer, role).register_forward_hook, self._freezing(indices))
+        for layer, block in enumerate(model.blocks):
+            waiting = [index for index, value in self._of(EnterAt) if layer < value.layer]
+            gone = [index for index, value in self._of(LeaveAt) if layer >= value.layer]
+            if waiting or gone:
+                hook(block.register_forward_pre_hook, self._hiding(waiting + gone), with_kwargs=True)
+            closed = [index for index in gone if self.interventions[index].positions == "renumber"]  # type: ignore[union-attr]
+            if closed:
+                hook(block.register_forward_pre_hook, self._renumbering(closed), with_kwargs=True)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Before the decoder: is this what was announced, and at which positions does it stand?"""
@@ -505,40 +498,35 @@ class Run:
             return stock & seen
         return stock.masked_fill(~seen, torch.finfo(stock.dtype).min)
 
-    @contextmanager
-    def _rewriting(self, index: int) -> Iterator[None]:
+    def _rewriting(
+        self,
+        index: int,
+        stock: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> Any:
         """The released weights of layer 0, by other values: a weight moved to a key is a value moved to the weight."""
-        if self.model.decoder.config._attn_implementation != "sdpa":
-            raise EmbedLensError("ReleasedLayer0 needs SDPA attention: call model.hf.set_attn_implementation('sdpa')")
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        owner = self.model.part(0, "attention")
-
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-        ) -> Any:
-            if module is not owner or not self._prefill:
-                return stock(module, query, key, value, mask, **options)
-            visual = cast(_Batch, self._batch).visual.to(value.device)
-            first = value[torch.arange(len(value), device=value.device), :, visual.int().argmax(1)]
-            keys = visual[:, None, :, None]
-            moved = torch.where(keys, first[:, :, None], value)
-            later, weights = stock(module, query, key, moved, mask, **options)
-            bare, _ = stock(module, query, key, value.masked_fill(keys, 0), mask, **options)
-            self.counts[index] += 1
-            return torch.where(visual[:, self._cached :, None, None], bare, later), weights
-
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-        try:
-            yield
-        finally:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+        if module is not self.model.part(0, "attention") or not self._prefill:
+            return stock(module, query, key, value, mask, **options)
+        visual = cast(_Batch, self._batch).visual.to(value.device)
+        first = value[torch.arange(len(value), device=value.device), :, visual.int().argmax(1)]
+        keys = visual[:, None, :, None]
+        moved = torch.where(keys, first[:, :, None], value)
+        later, weights = stock(module, query, key, moved, mask, **options)
+        bare, _ = stock(module, query, key, value.masked_fill(keys, 0), mask, **options)
+        self.counts[index] += 1
+        return torch.where(visual[:, self._cached :, None, None], bare, later), weights
 
 
 @contextmanager
 def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Iterator[Run]:
-    """Apply interventions to everything the model runs in the block.
+    """Apply interventions to everything the model runs in the block, in the thread that opened it.
+
+    Other threads may run the model meanwhile, as it is or under interventions of their own; they take turns.
 
     They compose in any order; two Prune or two EnterAt are refused, several LeaveAt are stages. Masks always cover all
     visual tokens of the prompt as written, also beside Prune.
@@ -553,13 +541,13 @@ def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Itera
         if sum(isinstance(value, kind) for value in interventions) > 1:
             raise EmbedLensError(f"several {kind.__name__}: pass one")
     run = Run(model, interventions)
-    with run._hooked():
+    with model.intervening(run._admit, run._hooks):
         yield run
     for value, count in zip(interventions, run.counts, strict=True):
         if not count:
             raise EmbedLensError(
-                f"{type(value).__name__} never acted: run a prompt that it changes in the block, with model.answer, "
-                "model.logits, model.hidden_states or el.trace"
+                f"{type(value).__name__} never acted: run a prompt that it changes in the block, in the same thread, "
+                "with model.answer, model.logits, model.hidden_states or el.trace"
             )
 
 

@@ -24,7 +24,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.intervals import Interval, draws, percentile_interval, ratio_interval
 from embedlens.lenses import EmbedLens, Lens, LogitLens
 from embedlens.patches import PatchGrid
-from embedlens.samples import Sample
+from embedlens.samples import Sample, readable
 from embedlens.samples.miniworld.language import IRREGULAR, plural
 from embedlens.vlm import QUESTION
 
@@ -194,7 +194,8 @@ def label_hits(
 
     Args:
         model: from `embedlens.load`.
-        samples: pictures with COCO-style annotations, all of one data set; crowds are left out.
+        samples: pictures with COCO-style annotations, all of one data set; crowds are left out, and so are, with a
+            warning, pictures that cannot be read, see `embedlens.samples.readable`.
         ks: how many words of a token count as retrieved.
         rules: which tokens count as a label, see RULES.
         lenses: name → lens; default: EmbedLens and LogitLens of the model, under these names.
@@ -211,7 +212,7 @@ def label_hits(
     readers = {lens.__name__: lens.from_model(model) for lens in LENSES} if lenses is None else dict(lenses)
     tables: dict[str, tuple[tuple[str, ...], Bool[Tensor, "V labels"]]] = {}
     parts: dict[tuple[str, int, str], list[dict[str, np.ndarray]]] = {}
-    stream = iter(samples)
+    stream = readable(samples)
     while batch := list(islice(stream, batch_size)):
         if not tables:
             tables = {rule: _table(model, batch[0].category_names, rule) for rule in rules}

@@ -40,7 +40,8 @@ class Lens(ABC):
         """The k best vocabulary entries: (scores, ids), best first, ties by lowest id.
 
         Raises:
-            EmbedLensError: the vectors have another width, or k is not between 1 and the size of the vocabulary.
+            EmbedLensError: the vectors have another width, some are no numbers (NaN, inf), or k is not between 1 and
+                the size of the vocabulary.
         """
         if h.ndim < 1 or h.shape[-1] != self.width:
             raise EmbedLensError(
@@ -49,7 +50,7 @@ class Lens(ABC):
             )
         if not 1 <= k <= len(self.tokens):
             raise EmbedLensError(f"k is {k}: pass 1 to {len(self.tokens)}, the size of the vocabulary")
-        rows = h.detach().reshape(-1, self.width)
+        rows = _readable(h.detach().reshape(-1, self.width))
         step = max(1, SLICE_BYTES // (4 * len(self.tokens)))
         best = [_topk_lowest_id(self.scores(rows[i : i + step]), k) for i in range(0, len(rows), step)]
         if not best:
@@ -102,7 +103,7 @@ class EmbedLens(Lens):
             raise EmbedLensError(f"{len(embeddings)} embedding rows but {len(tokens)} tokens: pass one token per row")
         self.tokens = tokens
         self.width = embeddings.shape[1]
-        self._unit = unit_vectors(embeddings)
+        self._unit = unit_vectors(_readable(embeddings, "embedding rows"))
         self._exclude = torch.as_tensor(list(exclude), dtype=torch.long, device=embeddings.device)
         self._repeats, self._originals = _repeated_rows(self._unit)
 
@@ -113,7 +114,7 @@ class EmbedLens(Lens):
 
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Cosine with every embedding row, in [-1, 1] up to rounding; 0 for a zero vector."""
-        cosines = unit_vectors(h.detach().to(self._unit.device)) @ self._unit.T
+        cosines = unit_vectors(_readable(h.detach()).to(self._unit)) @ self._unit.T
         if len(self._repeats):
             cosines[..., self._repeats] = cosines[..., self._originals]
         if len(self._exclude):
@@ -144,7 +145,7 @@ class LogitLens(Lens):
     @torch.no_grad()
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Logits of every real vocabulary entry."""
-        logits = self._unembed(h, norm=self.norm).float()
+        logits = self._unembed(_readable(h), norm=self.norm).float()
         if len(self._exclude):
             logits[..., self._exclude] = -torch.inf
         return logits
@@ -156,6 +157,26 @@ def unit_vectors(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     norms = vectors.norm(dim=-1, keepdim=True)
     return vectors / torch.where(norms > 0, norms, torch.ones_like(norms))
+
+
+def _readable(vectors: Float[Tensor, "*batch d"], what: str = "vectors") -> Float[Tensor, "*batch d"]:
+    """The vectors, if each has a norm: nothing is nearest to NaN or inf, and a ranking of such would be ids 0, 1, 2.
+
+    >>> _readable(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]))
+    Traceback (most recent call last):
+        ...
+    embedlens.errors.EmbedLensError: 1 of 2 vectors hold NaN or inf, or numbers too large for a norm: load the model
+    with dtype='float32' or 'bfloat16', or leave them out
+    """
+    whole = vectors.detach()
+    norms = torch.linalg.vector_norm(whole if whole.dtype == torch.float64 else whole.float(), dim=-1)
+    known = norms.isfinite()
+    if not bool(known.all()):
+        raise EmbedLensError(
+            f"{int((~known).sum())} of {known.numel()} {what} hold NaN or inf, or numbers too large for a norm: load "
+            "the model with dtype='float32' or 'bfloat16', or leave them out"
+        )
+    return vectors
 
 
 def _topk_lowest_id(scores: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

@@ -25,7 +25,7 @@ from embedlens.groups import Reference, token_groups_of
 from embedlens.intervals import Interval, draws, percentile_interval
 from embedlens.labels import QUESTION
 from embedlens.lenses import Lens
-from embedlens.samples import Sample
+from embedlens.samples import Sample, readable
 from embedlens.tasks import ANSWER_TOKENS, Item, score
 from embedlens.tracing import traces
 
@@ -316,7 +316,7 @@ def _means(times: Float[np.ndarray, "resamples pictures"], values: np.ndarray) -
 
 
 def _prompts(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: int) -> Iterator[list[Prompt]]:
-    stream = iter(samples)
+    stream = readable(samples)
     while batch := list(islice(stream, batch_size)):
         yield model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
 

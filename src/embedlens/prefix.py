@@ -83,6 +83,8 @@ def answers(
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")
     if not cases:
         return []
+    for case in cases:
+        model.check_length(case.prompt, max_new_tokens)
     sharing = model.intervention is None and _plainly_greedy(model) and all(_plain(case.prompt) for case in cases)
     shape = _shape_of(model, cases[0].prompt) if sharing else None
     if shape is None:
@@ -124,6 +126,7 @@ def asked_of(model: VisionLanguageModel, prompt: Prompt, questions: Sequence[str
                 visual=torch.cat([prompt.visual[:end], torch.zeros_like(ids, dtype=torch.bool)]),
             )
         )
+        model.check_length(found[-1])
     return found
 
 
@@ -333,7 +336,8 @@ _SHAPES: WeakKeyDictionary[VisionLanguageModel, _Shape | None] = WeakKeyDictiona
 def _shape_of(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
     """What the model's cache consists of; None if rows see later ones or the cache is no list of keys and values."""
     if model not in _SHAPES:
-        _SHAPES[model] = _probed(model, prompt)
+        with model.lock:
+            _SHAPES[model] = _probed(model, prompt)
     return _SHAPES[model]
 
 
@@ -501,11 +505,12 @@ def _entering(
     model: VisionLanguageModel, prompts: Sequence[Prompt], begins: Sequence[int], side: str
 ) -> Iterator[Sequence[Prompt]]:
     """`model.running`, for prompts whose first rows are remembered."""
-    if model.intervention is None:
-        yield prompts
-        return
-    with model.intervention(prompts, 0, len(prompts), side, begins) as entered:
-        yield entered
+    with model.lock:
+        if model.intervention is None:
+            yield prompts
+            return
+        with model.intervention(prompts, 0, len(prompts), side, begins) as entered:
+            yield entered
 
 
 def _answered(

@@ -37,6 +37,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
 from embedlens.interventions import LeaveAt, intervene
 from embedlens.patches import PatchGrid
+from embedlens.vlm import attending
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
@@ -180,14 +181,15 @@ def features_of(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[F
     )
     wanted = re.compile(r"layers\.(\d+)(\.self_attn\.[qk]_proj)?$")
     hooks = []
-    for name, module in tower.named_modules():
-        if wanted.search(name):
-            hooks.append(module.register_forward_hook(partial(_keep, seen, name[wanted.search(name).start() :])))  # type: ignore[union-attr]
-    try:
-        states = model.tower_states_of(prompts)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with model.lock:
+        for name, module in tower.named_modules():
+            if wanted.search(name):
+                hooks.append(module.register_forward_hook(partial(_keep, seen, name[wanted.search(name).start() :])))  # type: ignore[union-attr]
+        try:
+            states = model.tower_states_of(prompts)
+        finally:
+            for hook in hooks:
+                hook.remove()
     if any(len(value) != len(prompts) for value in seen.values()):  # tiles: rows of the tower are no pictures
         seen.clear()
     block = model.feature_layer - 1
@@ -322,11 +324,10 @@ def _attending(
         raise EmbedLensError(
             f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
         )
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+    def attend(
+        stock: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
         if module in owners:
             scale = options.get("scaling") or query.shape[-1] ** -0.5
             key_of = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -344,11 +345,8 @@ def _attending(
                 raise _Read
         return stock(module, query, key, value, mask, **options)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
+    with attending(attend):
         yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
 # --- the rules -------------------------------------------------------------------------------------------------------

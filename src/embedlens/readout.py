@@ -24,7 +24,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import QUESTION, Reference, token_groups_of
 from embedlens.intervals import Interval, ratio_interval
 from embedlens.patches import PatchGrid
-from embedlens.samples import Sample
+from embedlens.samples import Sample, readable
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -192,7 +192,7 @@ def token_table(
 def _pictures(
     model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, membership: str, batch_size: int
 ) -> Iterator[tuple[Sample, PatchGrid, tuple[np.ndarray, np.ndarray], Float[Tensor, "n v"]]]:
-    stream = iter(samples)
+    stream = readable(samples)
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
         found = token_groups_of(model, prompts, reference, membership, batch_size=batch_size)

@@ -509,11 +509,12 @@ class _Reader:
             return (args[0][:, -1:],)
 
         # Nothing reads the last block's other rows. Its MLP, of one row, is added to all of them: they are wrong.
-        hook = self.model.part(last, "mlp_norm").register_forward_pre_hook(cut)
-        try:
-            output = self.model.decoder(inputs_embeds=tail, past_key_values=Cache(layers=layers), use_cache=True)
-        finally:
-            hook.remove()
+        with self.model.lock:
+            hook = self.model.part(last, "mlp_norm").register_forward_pre_hook(cut)
+            try:
+                output = self.model.decoder(inputs_embeds=tail, past_key_values=Cache(layers=layers), use_cache=True)
+            finally:
+                hook.remove()
         return output.last_hidden_state[:, -1], [layer.own for layer in layers] if keep else []
 
 

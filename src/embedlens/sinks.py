@@ -39,7 +39,7 @@ from embedlens.groups import (
 from embedlens.intervals import Interval, mean_interval, pair_interval, ratio_interval
 from embedlens.interventions import SkipSublayers, intervene
 from embedlens.lenses import EmbedLens
-from embedlens.samples import Sample
+from embedlens.samples import Sample, readable
 from embedlens.tracing import Trace, traces
 
 if TYPE_CHECKING:
@@ -633,7 +633,7 @@ def _rows(
     seed: int,
     batch_size: int,
 ) -> Iterator[dict]:
-    lens, stream, index = EmbedLens.from_model(model), iter(samples), 0
+    lens, stream, index = EmbedLens.from_model(model), readable(samples), 0
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
         towers = [states.float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]

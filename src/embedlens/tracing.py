@@ -7,7 +7,7 @@ second attention whose values are the set's indicator, so that the [queries, key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedlens.errors import EmbedLensError
+from embedlens.vlm import attending
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
@@ -155,22 +156,16 @@ def _weighing(model: VisionLanguageModel, indicators: Float[Tensor, "b s g"], ma
             f"attention masses cannot be read from {kernel!r} attention: call "
             "model.hf.set_attn_implementation('sdpa') first"
         )
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> Any:
         if module in owners:
             mass.append(_mass(query, key, mask, indicators.to(query.device, query.dtype), options.get("scaling")))
         return stock(module, query, key, value, mask, **options)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
-    try:
+    with attending(attend):
         yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
 def _mass(

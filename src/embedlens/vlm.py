@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock, local
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +40,8 @@ else:  # transformers takes seconds to import and is not needed before a model i
     BitsAndBytesConfig = PreTrainedModel = PreTrainedTokenizerFast = object
 
 QUESTION = "What is in the picture?"  # where only the picture matters: visual tokens stand before it and cannot see it
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # one for all wrappers of a Hugging Face model
+_ATTENTION = RLock()  # transformers looks its attention up in one place for all models
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -152,7 +156,7 @@ class VisionLanguageModel:
         input_embeddings: Float[V, d], the embedding rows of the tokenizer's vocabulary; never padded rows.
         unembed: final norm and head, `unembed(h) → logits`.
         tied: whether embedding and head are one matrix.
-        intervention: set by `embedlens.intervene` for the time of its block; `running` tells it the prompts.
+        lock: held while the model runs with what reads or changes it, so that threads take turns; others wait.
     """
 
     def __init__(self, hf: PreTrainedModel, processor: Any, name: str, preprocessing: str | None = None) -> None:
@@ -174,7 +178,8 @@ class VisionLanguageModel:
         self._n_rows = _real_rows(processor.tokenizer, self.family.image_token_id(hf), len(self._embedding), name)
         self.unembed = Unembed(self._module("final_norm"), head, self._n_rows)
         self.tied = head.weight.data_ptr() == self._embedding.data_ptr()
-        self.intervention: Callable[..., AbstractContextManager[Sequence[Prompt]]] | None = None
+        self.lock = _LOCKS.setdefault(hf, RLock())
+        self._of_thread = local()
         self._check()
 
     def __repr__(self) -> str:
@@ -243,6 +248,48 @@ class VisionLanguageModel:
                 f"install the version in requirements.lock, or correct MODULES[{role!r}] in {self.family.__name__}"
             ) from None
 
+    # --- interventions -----------------------------------------------------------------------------------------------
+
+    @property
+    def intervention(self) -> Callable[..., AbstractContextManager[Sequence[Prompt]]] | None:
+        """The one of this thread, set for the time of a block; `running` tells it the prompts."""
+        held = getattr(self._of_thread, "held", None)
+        return held[0] if held else None
+
+    @contextmanager
+    def intervening(
+        self,
+        admit: Callable[..., AbstractContextManager[Sequence[Prompt]]],
+        hooks: Callable[[Callable[..., None]], None],
+    ) -> Iterator[None]:
+        """`admit` is the intervention of this thread for the time of the block; other threads run as if it were not.
+
+        Args:
+            admit: what `running` tells its prompts.
+            hooks: called with `hook(register, acting, **options)`, which registers hooks on the model's modules that
+                act in this thread alone and go at the end of the block.
+        """
+        if self.intervention is not None:
+            raise EmbedLensError("an intervention is active already: pass all of them to one intervene(model, a, b)")
+        held = [admit]  # emptied at the end, in whichever thread that is
+        removed = ExitStack()
+
+        def hook(register: Callable[..., Any], acting: Callable[..., Any], **options: Any) -> None:
+            def own(*given: Any) -> Any:
+                return acting(*given) if getattr(self._of_thread, "held", None) is held else None
+
+            removed.callback(register(own, **options).remove)
+
+        try:
+            with self.lock:  # no hook comes or goes while another thread runs the model
+                hooks(hook)
+            self._of_thread.held = held
+            yield
+        finally:
+            held.clear()
+            with self.lock:
+                removed.close()
+
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def prompt(self, image: Picture, question: str) -> Prompt:
@@ -253,7 +300,8 @@ class VisionLanguageModel:
             question: one question, without the image placeholder.
 
         Raises:
-            EmbedLensError: the picture cannot be read, or the question is empty or holds the placeholder.
+            EmbedLensError: the picture cannot be read, the question is empty or holds the placeholder, or both together
+                are longer than the model has positions.
         """
         return self.prompts([image], [question])[0]
 
@@ -319,7 +367,8 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Features]:
-        return self.family.visual_features(self.hf, inputs)
+        with self.lock:
+            return self.family.visual_features(self.hf, inputs)
 
     def _shown(self, picture: Image) -> Image:
         """The picture as the processor gets it: as it is, or square where that is wanted, but never huge."""
@@ -347,6 +396,22 @@ class VisionLanguageModel:
             return grid if size == picture.size else within(grid, Frame.stretch(*picture.size), size)
         return within(grid, Frame.of(self.preprocessing, *picture.size, side=min(picture.size)), size)
 
+    def check_length(self, prompt: Prompt, new: int = 0) -> None:
+        """Refuses what the model was not made for: beyond its positions it writes nothing, or anything.
+
+        Raises:
+            EmbedLensError: a prompt and `new` further tokens take more positions than the config names.
+        """
+        most = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        used = len(prompt) if prompt.positions is None else int(prompt.positions.max()) + 1
+        if most is None or used + new <= most:
+            return
+        further = f" and {new} new tokens" if new else ""
+        raise EmbedLensError(
+            f"the prompt of {len(prompt)} tokens, {int(prompt.visual.sum())} of them visual,{further} take up to "
+            f"{used + new} positions, {self.name} has {most}: shorten the question{' or allow fewer' if new else ''}"
+        )
+
     @torch.no_grad()
     def _assemble(
         self, picture: Image, question: str, ids: Tensor, inputs: Mapping[str, Tensor], features: Features
@@ -367,9 +432,11 @@ class VisionLanguageModel:
         beside = {name: value for name, value in inputs.items() if name != "pixel_values"}
         positions = self.family.positions(self.hf, ids, beside) if hasattr(self.family, "positions") else None
         deep = None if features.deep is None else features.deep[:, shows.to(features.deep.device)]
-        return Prompt(
+        prompt = Prompt(
             picture, question, ids, embeds, visual, grid, inputs["pixel_values"], None, beside, positions, deep
         )
+        self.check_length(prompt)
+        return prompt
 
     def visual_features_of(self, images: Sequence[Picture], batch_size: int = 32) -> list[Float[Tensor, "n d"]]:
         """Projected visual tokens of several pictures, without any text: what they bring to layer 0."""
@@ -400,7 +467,8 @@ class VisionLanguageModel:
         2x2 patches, a row is the four patches' states side by side, as the merger reads them.
         """
         inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
-        return self.family.tower_states(self.hf, inputs)
+        with self.lock:
+            return self.family.tower_states(self.hf, inputs)
 
     def tower_states(self, prompts: Sequence[Prompt]) -> Float[Tensor, "pictures layers n v"]:
         """`tower_states_of` stacked, for pictures of as many visual tokens each."""
@@ -470,7 +538,7 @@ class VisionLanguageModel:
         """The prompts that the forward in the block runs, as they enter layer 0.
 
         Without an intervention they are the ones given. An active one learns here which positions are visual, and may
-        hand back others: rescaled, or shorter.
+        hand back others: rescaled, or shorter. Until the block ends, other threads wait to run the model.
 
         Args:
             prompts: one batch.
@@ -478,13 +546,13 @@ class VisionLanguageModel:
             total: how many those are; by default the batch is all.
             side: on which side the batch is padded.
         """
-        if self.intervention is None:
-            with self._carrying(prompts, side):
-                yield prompts
-            return
-        with self.intervention(prompts, start, len(prompts) if total is None else total, side) as entered:
-            with self._carrying(entered, side):
-                yield entered
+        with ExitStack() as stack:
+            stack.enter_context(self.lock)
+            if self.intervention is not None:
+                total = len(prompts) if total is None else total
+                prompts = stack.enter_context(self.intervention(prompts, start, total, side))
+            stack.enter_context(self._carrying(prompts, side))
+            yield prompts
 
     @contextmanager
     def _carrying(self, prompts: Sequence[Prompt], side: Literal["left", "right"]) -> Iterator[None]:
@@ -536,20 +604,21 @@ class VisionLanguageModel:
         def between(module, args, kwargs):
             cast(list, middle).append((args[0] if args else kwargs["hidden_states"]).detach())
 
-        hooks = [self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
-        if hasattr(self.family, "deep_inputs"):
-            after = [*self.blocks[1:], self.unembed.final_norm]
-            hooks += [module.register_forward_pre_hook(enter, with_kwargs=True) for module in after]
-        else:
-            hooks += [block.register_forward_hook(leave) for block in self.blocks]
-        if middle is not None:
-            norms = [self.part(layer, "mlp_norm") for layer in range(self.n_layers)]
-            hooks += [norm.register_forward_pre_hook(between, with_kwargs=True) for norm in norms]
-        try:
-            yield layers
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self.lock:
+            hooks = [self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+            if hasattr(self.family, "deep_inputs"):
+                after = [*self.blocks[1:], self.unembed.final_norm]
+                hooks += [module.register_forward_pre_hook(enter, with_kwargs=True) for module in after]
+            else:
+                hooks += [block.register_forward_hook(leave) for block in self.blocks]
+            if middle is not None:
+                norms = [self.part(layer, "mlp_norm") for layer in range(self.n_layers)]
+                hooks += [norm.register_forward_pre_hook(between, with_kwargs=True) for norm in norms]
+            try:
+                yield layers
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def answer(self, prompt: Prompt, max_new_tokens: int = 16) -> str:
         """The model's greedy answer."""
@@ -562,6 +631,8 @@ class VisionLanguageModel:
 
         if max_new_tokens < 1:
             raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
+        for prompt in prompts:
+            self.check_length(prompt, max_new_tokens)
         own = self.hf.generation_config
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         greedy = GenerationConfig(
@@ -700,6 +771,20 @@ def load(
         _check_weight_files(source, name)
     hf = _load_weights(source, name, place, weights_dtype, quantization)
     return VisionLanguageModel(hf, _load_processor(source, name, family), signed(name, quantize), preprocessing)
+
+
+@contextmanager
+def attending(attend: Callable[..., Any]) -> Iterator[None]:
+    """For the time of the block, SDPA attention of every model is `attend(stock, module, query, key, value, ...)`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with _ATTENTION:  # other threads wait: each puts back what it found
+        stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(attend, stock)
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
 def _family(class_name: str, name: str) -> ModuleType:

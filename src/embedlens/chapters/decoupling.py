@@ -9,7 +9,7 @@ weights on the same batches. The paper has no such twin.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -185,11 +185,11 @@ def text_silenced(model: VisionLanguageModel, sublayer: str) -> Iterator[None]:
         update = update.masked_fill(rows[0].to(update.device)[..., None], 0)
         return (update, *output[1:]) if isinstance(output, tuple) else update
 
-    with ExitStack() as stack:
-        model.intervention = admit
-        stack.callback(setattr, model, "intervention", None)
+    def hooks(hook: Callable[..., None]) -> None:
         for layer in range(model.n_layers):
-            stack.callback(model.part(layer, sublayer).register_forward_hook(freeze).remove)
+            hook(model.part(layer, sublayer).register_forward_hook, freeze)
+
+    with model.intervening(admit, hooks):
         yield
 
 

@@ -27,7 +27,7 @@ from embedlens.intervals import Interval, beyond_seen, mean_interval, ratio_inte
 from embedlens.labels import named_patches
 from embedlens.pruners import attended, cls_similarity, features_of
 from embedlens.redundancy import Protocol, Readings, TokenScores, describing, readings_of, sampled_ranks, token_scores
-from embedlens.samples import Sample, load
+from embedlens.samples import Sample, load, readable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -459,7 +459,7 @@ def orders_figure(found: Orderings, seed: int = 0) -> Figure:
 def pictures_of(model: VisionLanguageModel, dataset: str, n: int, seed: int = 0) -> list[Sample]:
     """Pictures to score: drawn training pictures at the model's own size, or the first of a COCO folder."""
     if dataset != "miniworld":
-        return list(load(dataset, n=n, seed=seed))
+        return list(readable(load(dataset, n=n, seed=seed)))
     return list(load(dataset, n=n, seed=seed, split="train", scale=max(1.0, model.canvas_side / 112)))
 
 

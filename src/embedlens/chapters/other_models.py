@@ -104,7 +104,8 @@ def study_of(
     if not compared:
         raise EmbedLensError("no picture to compare with: pass at least one, see other_models.pictures")
     reference = discover(model, calibration) if calibration else reference_of(model)
-    partners = tuple(_clustered(tokens, picture.id, seed) for picture, tokens in _tokens(model, compared))
+    tokens_of = _tokens(model, list(samples.readable(compared)))
+    partners = tuple(_clustered(tokens, picture.id, seed) for picture, tokens in tokens_of)
     return partial(anatomy, reference=reference, partners=partners, seed=seed)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from embedlens.errors import EmbedLensError
 from embedlens.samples.miniworld.language import Question
 
-__all__ = ["Question", "Sample", "load"]
+__all__ = ["Question", "Sample", "load", "readable"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,36 @@ class Sample:
         """Names of the categories in the picture, each once, in COCO order; crowds do not count."""
         present = {annotation["category_id"] for annotation in self.annotations if not annotation.get("iscrowd")}
         return tuple(name for category, name in self.category_names.items() if category in present)
+
+
+def readable(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The samples whose pictures can be read, one after the other; a warning says how many cannot and why the first.
+
+    What reads many pictures outside `embedlens.run`, which keeps such a list itself, reads these. Where pictures stand
+    beside what was found of them, choose them first: `pictures = list(readable(load("coco:/data/coco/val2017", 100)))`.
+
+    Raises:
+        EmbedLensError: there are samples, but none can be read.
+
+    >>> [sample.id for sample in readable(load("miniworld", n=2))]
+    [0, 1]
+    """
+    lost: list[str] = []
+    count = 0
+    for sample in samples:
+        count += 1
+        try:
+            sample.image  # noqa: B018
+        except (EmbedLensError, OSError) as error:
+            lost.append(f"sample {sample.id}: {error}")
+        else:
+            yield sample
+    if lost and len(lost) == count:
+        raise EmbedLensError(f"none of {count} pictures can be read; the first is {lost[0]}")
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of {count} pictures cannot be read and are left out; the first is {lost[0]}", stacklevel=2
+        )
 
 
 def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "heldout", **options: Any) -> list[Sample]:
