@@ -279,7 +279,7 @@ def test_a_parameter_that_no_notebook_has_is_refused(checkout):
         book.build(parameters={"n_imgs": 2}, root=checkout, say=quiet)
 
 
-@pytest.mark.parametrize("word", ["n_images", "=3", "n images=3", "n_images=[1"])
+@pytest.mark.parametrize("word", ["n_images", "=3", "n images=3"])
 def test_a_malformed_parameter_is_refused(word):
     with pytest.raises(book.BookError, match="-p "):
         book.parse_parameters([word])

@@ -1,14 +1,18 @@
 """Records of what a chapter found: written as the design says, read back, refused when wrong."""
 
+import ast
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from embedlens import claims
+from embedlens import book, claims
 from embedlens.errors import EmbedLensError
 
+ROOT = Path(__file__).parents[1]
 FOUND = claims.Finding(0.123456, 0.1, 0.2, n=50, verdict="holds", note="It was measured.")
 
 
@@ -28,7 +32,8 @@ def test_a_record_has_the_fixed_fields_and_comes_back(tmp_path):
     file = record(tmp_path)
     assert file == tmp_path / "miniature" / "02_test.json"
     content = json.loads(file.read_text())
-    assert list(content) == ["model", "chapter", "n_images", "seed", "machine", "versions", "claims", "numbers"]
+    about = ["model", "chapter", "n_images", "seed", "parameters", "machine", "versions"]
+    assert list(content) == [*about, "claims", "numbers"]
     assert content["claims"]["E13"] == {
         "value": 0.1235,
         "low": 0.1,
@@ -102,6 +107,105 @@ def test_a_damaged_record_is_refused(tmp_path, damage, says):
 def test_a_missing_record_says_what_to_run(tmp_path):
     with pytest.raises(EmbedLensError, match="run the chapter first"):
         claims.read(tmp_path / "none.json")
+
+
+def test_a_record_of_other_parameters_is_written_beside_the_one_that_is_there(tmp_path, capsys):
+    main = record(tmp_path, dataset="miniworld")
+    before = main.read_text()
+    assert record(tmp_path, dataset="miniworld") == main and not capsys.readouterr().out
+    fewer = record(tmp_path, n_images=20, dataset="miniworld", numbers={"share": 0.5})
+    assert fewer.name == "02_test.n_images=20.json" and claims.read(fewer).n_images == 20
+    assert capsys.readouterr().out.strip() == (
+        "02_test.json is of other parameters and stays: this run's record is 02_test.n_images=20.json, beside it"
+    )
+    photographs = record(tmp_path, seed=1, dataset="coco:/data/coco/val2017", claims={"E14": FOUND})
+    assert photographs.name == "02_test.dataset=coco-val2017,seed=1.json"
+    assert "/data" not in photographs.read_text()
+    assert main.read_text() == before and len(list(tmp_path.rglob("*.*"))) == 3
+    assert claims.main_records(tmp_path) == [main]
+    table = claims.overview(tmp_path)  # the verdict page reads the main record alone
+    assert (table.verdict != claims.UNMEASURED).sum() == 1
+
+
+def test_no_record_beside_the_main_one_is_replaced_by_one_of_other_parameters(tmp_path):
+    main = record(tmp_path)
+    beside = record(tmp_path, n_images=20)
+    main.unlink()
+    record(tmp_path, seed=1)
+    other = record(tmp_path, n_images=20, seed=1)
+    assert other.name == "02_test.n_images=20,seed=1.json"
+    assert claims.read(beside).seed == 0 and claims.read(other).seed == 1
+    assert record(tmp_path, n_images=20, seed=1) == other
+
+
+def test_a_record_of_before_parameters_were_kept_is_of_the_same_ones(tmp_path):
+    main = record(tmp_path)
+    content = json.loads(main.read_text())
+    del content["parameters"]
+    main.write_text(json.dumps(content))
+    assert claims.read(main).parameters == {}
+    assert record(tmp_path, dataset="miniworld") == main
+    assert claims.read(main).parameters == {"dataset": "miniworld"}
+
+
+def test_a_damaged_record_makes_way(tmp_path):
+    main = record(tmp_path)
+    main.write_text("{")
+    assert record(tmp_path, n_images=20) == main and claims.read(main).n_images == 20
+
+
+def test_a_full_disk_leaves_the_record_that_is_there(tmp_path, monkeypatch):
+    main = record(tmp_path)
+    before = main.read_text()
+
+    def fills_up(path, text, **how):
+        path.write_bytes(text.encode()[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fills_up)
+    with pytest.raises(EmbedLensError, match=r"cannot write .*02_test.json \(No space left on device\): free space"):
+        record(tmp_path, numbers={})
+    assert main.read_text() == before
+
+
+@pytest.mark.parametrize("inside", [".", "notebooks", "book/_static"])
+def test_records_go_to_the_checkouts_own_results_from_whichever_folder(tmp_path, monkeypatch, inside):
+    (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+    for name in ("_toc.yml", "_config.yml"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / inside)
+    assert claims.results() == claims.results("") == tmp_path / "results"
+    assert record("") == tmp_path / "results" / "miniature" / "02_test.json"
+    assert claims.results("elsewhere") == Path("elsewhere")
+
+
+def test_outside_a_checkout_records_go_to_the_packages_own_or_stay_here(tmp_path, monkeypatch):
+    home = tmp_path / "checkout"
+    (home / "src" / "embedlens").mkdir(parents=True)
+    away = tmp_path / "away"
+    away.mkdir()
+    monkeypatch.chdir(away)
+    monkeypatch.setattr(claims, "__file__", str(home / "src" / "embedlens" / "claims.py"))
+    assert claims.results() == Path("results")  # installed, as on Colab
+    for name in ("_toc.yml", "_config.yml"):
+        (home / name).touch()
+    assert claims.results() == home / "results"  # installed editable
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda page: page.stem)
+def test_a_chapter_records_every_parameter_that_its_numbers_depend_on(page):
+    elsewhere = {"model", "quantize", "n_images", "seed", "device", "out", "results"}  # named, fields, or no matter
+    declared = set(book.declared_parameters(page)) - elsewhere
+    source = "\n".join(cell["source"] for cell in book.read(page)["cells"] if cell["cell_type"] == "code")
+    ends = {"sign_off", "write"}
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    writes = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ends]
+    kept = {word.arg for call in writes for word in call.keywords} | {
+        arg.id for call in writes for arg in call.args if isinstance(arg, ast.Name)
+    }
+    assert declared <= kept
+    main = ROOT / "results" / "miniature" / f"{page.stem}.json"
+    assert set(claims.read(main).parameters if main.is_file() else ()) == declared
 
 
 def test_every_claim_has_an_id_of_its_own_and_a_statement():

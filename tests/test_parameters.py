@@ -1,5 +1,6 @@
 """A misspelt parameter or an impossible value stops a notebook in its first cells."""
 
+import datetime
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ SOUND = {
     "seed": 0,
     "device": "cpu",
     "quantize": "",
-    "out": "../results",
+    "out": "",
 }
 
 
@@ -49,6 +50,7 @@ def test_sound_parameters_pass():
         ({"dataset": "coco:/nowhere"}, "no folder /nowhere"),
         ({"scale": 0}, "scale is 0: pass a number above 0"),
         ({"out": str(Path(__file__))}, "which is a file"),
+        ({"out": datetime.date(2024, 1, 1)}, r"out is datetime.date\(2024, 1, 1\): pass a folder"),
         ({"seed": "x", "n_images": 0}, "n_images is 0.*seed is 'x'"),
     ],
 )
@@ -81,6 +83,55 @@ def test_a_name_that_the_notebook_does_not_declare_is_refused():
 def test_a_value_of_another_type_than_declared_is_refused():
     with pytest.raises(EmbedLensError, match="scale is '2': pass a float"):
         check({**SOUND, "scale": "2"}, ["", DECLARED, f'{parameters.INJECTED}\nscale = "2"'])
+
+
+def test_a_text_that_papermill_read_as_a_number_is_refused_with_the_option_that_keeps_it():
+    with pytest.raises(EmbedLensError, match="model is 2024: pass a str .papermill keeps a text .* with -r model"):
+        check({**SOUND, "model": 2024}, ["", DECLARED, f"{parameters.INJECTED}\nmodel = 2024"])
+
+
+@pytest.fixture
+def typed_notebook(tmp_path):
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cell = new_code_cell(f"{DECLARED}\nloud: bool = False  # or not", metadata={"tags": ["parameters"]})
+    book.write(new_notebook(cells=[new_code_cell("model: int = 3"), cell]), tmp_path / "chapter.ipynb")
+    return tmp_path / "chapter.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("model=2024-01-01", "2024-01-01"),
+        ("model=010", "010"),
+        ("model=no", "no"),
+        ("model=null", "null"),
+        ("model=", ""),
+        ("model=a: b # 'c' \"d\" [e=f", "a: b # 'c' \"d\" [e=f"),
+        ("n_images=010", 10),  # as papermill reads it
+        ("scale=1e-3", 0.001),
+        ("scale=2", 2.0),
+        ("loud=True", True),
+    ],
+)
+def test_a_value_is_read_as_the_type_that_the_notebook_declares(typed_notebook, word, value):
+    (read,) = book.parse_parameters([word], [typed_notebook]).values()
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("n_images=2024-01-01", "n_images is '2024-01-01': pass a whole number"),
+        ("n_images=0x10", "n_images is '0x10': pass a whole number"),
+        ("n_images=1.0", "n_images is '1.0': pass a whole number"),
+        ("scale=wide", "scale is 'wide': pass a number"),
+        ("loud=2", "loud is '2': pass true or false"),
+    ],
+)
+def test_a_value_that_is_not_written_as_its_type_is_refused(typed_notebook, word, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        book.parse_parameters([word], [typed_notebook])
 
 
 def test_any_other_count_is_at_least_one():

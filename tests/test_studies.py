@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_study import LAUNCHED
 from typer.testing import CliRunner
 
 from embedlens import EmbedLensError
@@ -30,6 +31,7 @@ def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [*launch, "-m", "embedlens", "run", "other_models", "-n", "5", "--batch-size", "2", "--device", "cpu"]
+    command += ["--results", "results"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -41,7 +43,7 @@ def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
     one = tmp_path / "one"
     one.mkdir()
     monkeypatch.chdir(one)
-    run_named("other_models", n=5, batch_size=2, device="cpu")
+    run_named("other_models", n=5, batch_size=2, device="cpu", results="results")
     assert (one / RECORD).read_text() == (two / RECORD).read_text()
     assert (one / "runs/miniature/other_models/table.csv").read_bytes() == (rows / "table.csv").read_bytes()
     assert json.loads((one / RECORD).read_text())["n_images"] == 5
@@ -60,7 +62,7 @@ def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, m
 def test_another_preprocessing_writes_rows_and_record_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for way in ("stretch", "letterbox"):
-        run_named("other_models", n=2, device="cpu", preprocessing=way)
+        run_named("other_models", n=2, device="cpu", preprocessing=way, results="results")
     assert sorted(path.name for path in Path("results").iterdir()) == ["miniature", "miniature@stretch"]
     assert sorted(path.name for path in Path("runs").iterdir()) == ["miniature", "miniature@stretch"]
 
@@ -89,13 +91,16 @@ def test_a_long_run_says_first_what_time_it_takes(tmp_path, monkeypatch):
 )
 def test_a_mistake_is_named_before_anything_is_measured(words, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("_toc.yml", "_config.yml"):
+        (tmp_path / name).touch()  # a checkout of its own, where a record would land
     with pytest.raises(EmbedLensError, match=sentence):
         CliRunner().invoke(app, ["run", *words, "--device", "cpu"], catch_exceptions=False)
     assert not (tmp_path / "results").exists()
 
 
 def test_one_model_over_all_gpus_is_no_share_of_several_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(EmbedLensError, match="device='auto' spreads one model over all GPUs"):
         run_named("other_models", n=4, device="auto")
 
@@ -106,6 +111,22 @@ def test_the_arms_of_a_table_are_answered_family_by_family(name, tmp_path, monke
     assert len({picture.id for picture in pictures}) == len(pictures)
     (rows,) = study(miniature, pictures[:1])
     assert {row["arm"] for row in rows} == {arm.name for arm in study.keywords["arms"]}
+
+
+def test_the_record_of_a_study_is_the_checkouts_and_replaces_none_of_other_parameters(tmp_path, monkeypatch, capsys):
+    for name in ("_toc.yml", "_config.yml"):
+        (tmp_path / name).touch()
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    run_named("other_models", n=3, device="cpu", out="rows")
+    main = tmp_path / RECORD
+    before = main.read_text()
+    run_named("other_models", n=2, device="cpu", out="fewer")
+    assert main.read_text() == before and json.loads(before)["parameters"] == {"dataset": "miniworld"}
+    beside = main.with_name("09_other_models.n_images=2.json")
+    assert "this run's record is 09_other_models.n_images=2.json" in capsys.readouterr().out
+    assert other_models.records("")["miniature"].n_images == 3  # chapter 09 reads the main one
+    assert other_models.records("", beside)["miniature"].n_images == 2  # or, in its own run, its own
 
 
 def test_a_study_that_is_a_part_of_a_chapter_says_that_it_writes_no_record(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from embedlens.samples import Sample
 from embedlens.study import ON_CPU, fitting_batch_size, own_device, rehearse
 from embedlens.vlm import VisionLanguageModel
 
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # by torchrun
 CALLS: list[int] = []  # ids that a study was asked about; a global, so that it is no parameter of the study
 BUGS: set[int] = set()
 
@@ -427,10 +428,58 @@ def test_two_processes_give_the_table_of_one(tmp_path):
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     from accelerate.state import PartialState
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(PartialState, "__init__", lambda self, cpu: None)
     monkeypatch.setattr(PartialState, "num_processes", 1, raising=False)
     with pytest.raises(EmbedLensError, match="2 processes were launched but accelerate knows of 1"):
+        run(one_row, stand_in(), pictures(2))
+
+
+FULL = Path("/dev/full")  # every write to it finds no space
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
+def test_a_full_disk_is_named_and_what_fitted_is_kept(tmp_path, monkeypatch):
+    same(run(one_row, stand_in(), pictures(2), tmp_path), run(one_row, stand_in(), pictures(2)))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, how: opened(*((FULL, "wb") if how == "xb" else (path, how))))
+    with pytest.raises(EmbedLensError, match=r"cannot write .*run-2.* \(No space left on device\): free space on that"):
+        run(one_row, stand_in(), pictures(4), tmp_path)
+    monkeypatch.undo()
+    CALLS.clear()
+    same(run(one_row, stand_in(), pictures(4), tmp_path), run(one_row, stand_in(), pictures(4)))
+    assert CALLS[:2] == [102, 103]  # the first two were kept
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "many"},
+        {"WORLD_SIZE": "2", "RANK": "0"},
+        LAUNCHED | {"RANK": "x"},
+        LAUNCHED | {"RANK": "5"},
+    ],
+)
+def test_what_another_launcher_left_behind_is_named_with_the_way_out(monkeypatch, left):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    for call in (own_device, partial(run, one_row, stand_in(), pictures(2))):
+        with pytest.raises(EmbedLensError, match=f"WORLD_SIZE={left['WORLD_SIZE']} is in .* run `unset WORLD_SIZE`"):
+            call()
+
+
+def test_processes_that_cannot_meet_say_why(monkeypatch):
+    from accelerate.state import PartialState
+
+    def nobody(self, cpu):
+        raise RuntimeError("timed out\nwaiting for clients")
+
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(PartialState, "__init__", nobody)
+    with pytest.raises(EmbedLensError, match="cannot meet .timed out waiting for clients.: run `unset WORLD_SIZE`"):
         run(one_row, stand_in(), pictures(2))
 
 
@@ -495,7 +544,8 @@ def test_a_resumed_run_keeps_the_batch_size_it_began_with(tmp_path):
 
 def test_each_process_is_sent_to_a_device_of_its_own(monkeypatch):
     assert own_device() is None
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert own_device() == "cpu"

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from math import prod
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
+
+TRACEBACK = "EMBEDLENS_TRACEBACK"  # set in the environment: whatever ends a command is shown with its traceback
+
+
+class Interruptible(TyperGroup):
+    """Commands whose Ctrl-C comes to `main`, too; typer itself would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            from embedlens.errors import EmbedLensError
+
+            raise EmbedLensError(
+                "stopped; what was finished is on disk, and the same command goes on from there"
+            ) from None
+
 
 app = typer.Typer(
+    cls=Interruptible,
     help="What do visual tokens really encode? Probe a picture, list models, run a study, build the book.",
     no_args_is_help=True,
     add_completion=False,
@@ -51,6 +71,7 @@ def probe(
     ] = None,
 ) -> None:
     """Print the top words of each visual token of PICTURE and write them on it."""
+    from embedlens.errors import writing
     from embedlens.pictures import open_picture
     from embedlens.probe import probe_picture
     from embedlens.vlm import load
@@ -67,7 +88,8 @@ def probe(
     typer.echo(f"{lens} lens at layer {layer} of {loaded.n_layers}\n")
     typer.echo(result.table())
     typer.echo(f"\n{question}\n{result.answer}")
-    result.annotated().save(out)
+    with writing(out):
+        result.annotated().save(out)
     typer.echo(f"\nwrote {out}")
 
 
@@ -130,7 +152,12 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder for the record of other_models.")] = Path("results"),
+    results: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Folder for the record of other_models.", show_default="the checkout's results; outside one, results"
+        ),
+    ] = None,
 ) -> None:
     """Run a study on many pictures, in as many processes as accelerate or torchrun launched.
 
@@ -180,8 +207,10 @@ def book(
 
     if refresh and (parameter or not execute):
         raise EmbedLensError("--refresh runs the committed notebooks as they are: drop -p and --no-execute")
-    values = the_book.parse_parameters(parameter or [])
     try:
+        root = the_book.find_root()
+        pages = the_book.chapters(root, chapters) if parameter else []
+        values = the_book.parse_parameters(parameter or [], [root / page for page in pages])
         if refresh:
             the_book.refresh(chapters)
         else:
@@ -193,7 +222,7 @@ def book(
 
 
 def main() -> None:
-    """Entry point; input that cannot be used ends in one sentence on stderr and exit code 2."""
+    """Entry point; whatever ends a command is one sentence on stderr, exit code 2 (a chapter that fails: 1)."""
     from embedlens.errors import EmbedLensError
 
     for stream in (sys.stdout, sys.stderr):
@@ -202,9 +231,31 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         app()
-    except EmbedLensError as error:
-        print(f"embedlens: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"embedlens: {_sentence(error)}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, EmbedLensError) else EmbedLensError.exit_code)
+
+
+def _sentence(error: Exception) -> str:
+    """What ended a command and what helps.
+
+    >>> _sentence(PermissionError(13, "Permission denied", "/data/a.json"))
+    '/data/a.json (Permission denied): pass a place that may be read and written; what was written before is kept'
+    """
+    from embedlens.errors import EmbedLensError, refused
+
+    if isinstance(error, EmbedLensError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return refused(error, str(error.filename or "a file or a connection fails"))
+    said = " ".join([f"{type(error).__name__}:", *str(error).split()]).removesuffix(":")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"too little memory ({said}): pass a smaller model, fewer at a time, or --quantize 4bit on a GPU"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{said}: install it, or run this where it lies"
+    return f"{said} is a fault of embedlens or of the study: {TRACEBACK}=1 before the command shows where it is raised"
 
 
 def _check_out(out: Path, picture: Path) -> None:

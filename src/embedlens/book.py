@@ -25,6 +25,7 @@ from typing import Any
 
 from embedlens.address import address_of, configured
 from embedlens.errors import EmbedLensError
+from embedlens.parameters import assigned, typed
 
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
 CELL_TIMEOUT = 3600  # seconds for one cell; papermill's own default is to wait for ever
@@ -203,26 +204,26 @@ def declared_parameters(path: Path) -> dict[str, str]:
     return {name: str(entry["help"]) for name, entry in papermill.inspect_notebook(str(path)).items()}
 
 
-def parse_parameters(assignments: Sequence[str]) -> dict[str, Any]:
-    """Values of `NAME=VALUE` words as YAML reads them.
+def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ()) -> dict[str, Any]:
+    """Values of `NAME=VALUE` words, each of the type that the notebooks declare; a text stays as it is written.
 
     Raises:
-        BookError: for a word without a name or `=`.
+        EmbedLensError: for a word without a name or `=`, or a value that is not written as its type is.
 
-    >>> parse_parameters(["n_images=500", "device=cuda:0", "dataset=null"])
-    {'n_images': 500, 'device': 'cuda:0', 'dataset': None}
+    >>> parse_parameters(["device=cuda:0", "out=2024-01-01"])
+    {'device': 'cuda:0', 'out': '2024-01-01'}
     """
-    import yaml
-
+    cells = [cell for path in notebooks for cell in read(path)["cells"]] if assignments else []
+    types: dict[str, str] = {}
+    for cell in cells:
+        if "parameters" in cell["metadata"].get("tags", []):
+            types |= assigned(cell["source"])
     values = {}
     for assignment in assignments:
-        name, separator, value = assignment.partition("=")
+        name, separator, text = assignment.partition("=")
         if not separator or not name.isidentifier():
             raise BookError(f"-p {assignment}: write NAME=VALUE, for example -p n_images=500")
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise BookError(f"-p {assignment}: the value is not YAML; put it in quotes") from None
+        values[name] = typed(name, text, types.get(name, "str"))
     return values
 
 

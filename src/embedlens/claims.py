@@ -9,16 +9,18 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from csv import DictReader
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens.errors import EmbedLensError
+from embedlens.book import find_root
+from embedlens.errors import EmbedLensError, writing
 from embedlens.intervals import Interval
 from embedlens.model_names import MINIATURE, unsigned
 
@@ -30,7 +32,7 @@ VERDICTS = (HOLDS, PARTLY, FAILS, UNTESTABLE)
 UNMEASURED = "not measured yet"
 PACKAGES = ("torch", "transformers", "numpy")  # whose versions a number may depend on
 DECIMALS = 4
-FIELDS = ("model", "chapter", "n_images", "seed", "machine", "versions", "claims", "numbers")
+FIELDS = ("model", "chapter", "n_images", "seed", "parameters", "machine", "versions", "claims", "numbers")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,13 @@ class Record:
     versions: Mapping[str, str]
     claims: Mapping[str, Finding]
     numbers: Mapping[str, float]
+    parameters: Mapping[str, str | float] = field(default_factory=dict)
+    """What else the chapter was asked for, such as `dataset`; a record of before they were kept has none."""
+
+    @property
+    def asked(self) -> dict[str, str | float]:
+        """Everything that two records of one chapter and model may differ in by intent."""
+        return {"n_images": self.n_images, "seed": self.seed, **self.parameters}
 
 
 @cache
@@ -208,44 +217,91 @@ def machine() -> str:
     return f"{cores}, {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
 
 
+def results(folder: Path | str | None = None) -> Path:
+    """Where records lie: `folder`, else the checkout's own `results`, else `results` here.
+
+    The checkout is looked for above the working folder, then above this package (an editable installation).
+    """
+    if folder:
+        return Path(folder).expanduser()
+    for start in (Path.cwd(), Path(__file__).parent):
+        try:
+            return find_root(start) / "results"
+        except EmbedLensError:
+            continue
+    return Path("results")
+
+
+def main_records(folder: Path | str | None = None) -> list[Path]:
+    """The records of a folder of results that pages read; those of runs with other parameters lie beside them."""
+    return [file for file in sorted(results(folder).glob("*/*.json")) if "=" not in file.name]
+
+
 def write(
-    folder: Path | str,
+    folder: Path | str | None,
     model: str,
     chapter: str,
     n_images: int,
     seed: int,
     claims: Mapping[str, Finding],
     numbers: Mapping[str, float],
+    **parameters: str | float,
 ) -> Path:
-    """Write `folder/<model>/<chapter>.json`, replacing what is there.
+    """Write `folder/<model>/<chapter>.json`, replacing a record of the same parameters.
+
+    One of other parameters stays; the new one lies beside it, named by what differs, and a printed line says so.
 
     Args:
-        folder: the book's `results`.
+        folder: the book's `results`; empty: where `results` finds it.
         model: the name of what `embedlens.load` gave; a quantised model has a folder of its own.
         chapter: the notebook's name, such as "02_embedlens_vs_logitlens".
         claims: claim id → what was found.
         numbers: anything else that other pages or tests read, by name.
+        parameters: what else the chapter was asked for and its numbers depend on, such as `dataset`.
 
     Returns:
         The file.
 
     Raises:
-        EmbedLensError: unknown claim, or a number that is not finite.
+        EmbedLensError: unknown claim, a number that is not finite, or a disk that refuses.
     """
     content = {
         "model": model,
         "chapter": chapter,
         "n_images": int(n_images),
         "seed": int(seed),
+        "parameters": {name: _pathless(value) for name, value in rounded(dict(sorted(parameters.items()))).items()},
         "machine": machine(),
         "versions": _versions(),
-        "claims": {name: _rounded(asdict(claims[name])) for name in sorted(claims)},
-        "numbers": _rounded(dict(sorted(numbers.items()))),
+        "claims": {name: rounded(asdict(claims[name])) for name in sorted(claims)},
+        "numbers": rounded(dict(sorted(numbers.items()))),
     }
-    _checked(content, f"{model}/{chapter}")
-    file = Path(folder) / _folder_of(model) / f"{chapter}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    main = results(folder) / _folder_of(model) / f"{chapter}.json"
+    file = _without_replacing(main, _checked(content, f"{model}/{chapter}"))
+    whole = file.with_name(f"{file.name}.new")  # a disk that fills up must not leave half a record
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        whole.replace(file)
+    if file != main:
+        print(f"{main.name} is of other parameters and stays: this run's record is {file.name}, beside it")
+    return file
+
+
+def _without_replacing(main: Path, record: Record) -> Path:
+    """`main`, or where a record of other parameters lies there, a name beside it that says what is different."""
+    file, named = main, dict[str, str | float]()
+    while file.is_file():
+        try:
+            there = read(file).asked
+        except EmbedLensError:  # damaged: nothing to keep
+            break
+        other = {name: value for name, value in record.asked.items() if there.get(name, value) != value}
+        if not other.keys() - named.keys():
+            break
+        named |= other
+        said = re.sub(r"[^\w.,=-]+", "-", ",".join(f"{name}={value}" for name, value in sorted(named.items())))
+        file = main.with_name(f"{main.stem}.{said}.json")
     return file
 
 
@@ -264,11 +320,11 @@ def read(file: Path | str) -> Record:
     return _checked(content, str(file))
 
 
-def overview(folder: Path | str) -> pd.DataFrame:
+def overview(folder: Path | str | None = None) -> pd.DataFrame:
     """Every claim of both papers with what the records in a folder say about it.
 
     Args:
-        folder: the book's `results`: one folder per model, one record per chapter.
+        folder: the book's `results`: one folder per model, one record per chapter; empty: where `results` finds it.
 
     Returns:
         one row for each time a chapter judged a claim on a model, and one for a claim that none has judged (verdict
@@ -279,7 +335,7 @@ def overview(folder: Path | str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    records = [read(file) for file in sorted(Path(folder).glob("*/*.json"))]
+    records = [read(file) for file in main_records(folder)]
     rows = []
     for name, claim in claims().items():
         about = {"claim": name, "paper": claim.paper, "section": claim.section, "statement": claim.statement}
@@ -305,7 +361,7 @@ def _told(found: Finding) -> str:
 
 
 def _checked(content: Any, name: str) -> Record:
-    if not isinstance(content, dict) or set(content) != set(FIELDS):
+    if not isinstance(content, dict) or {*content, "parameters"} != set(FIELDS):
         raise EmbedLensError(f"{name} does not have the fields {', '.join(FIELDS)}: run the chapter again")
     unknown = sorted(set(content["claims"]) - set(claims()))
     if unknown:
@@ -332,10 +388,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain Python values, floats with DECIMALS decimals: the last bits belong to the machine."""
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
     return {key: round(value, DECIMALS) if isinstance(value, float) else value for key, value in plain.items()}
+
+
+def _pathless(value: Any) -> Any:
+    """
+    >>> _pathless("coco:/data/coco/val2017")
+    'coco:val2017'
+    """
+    return re.sub(r"[^:]*/(?=[^/])", "", value.rstrip("/")) if isinstance(value, str) else value
 
 
 def _folder_of(model: str) -> str:

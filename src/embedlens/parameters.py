@@ -44,7 +44,8 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
     for name, annotation in declared.items():
         value, kind = namespace.get(name), TYPES.get(annotation)
         if kind is not None and not _is_a(value, kind):
-            faults.append(f"{name} is {value!r}: pass {'an' if annotation == 'int' else 'a'} {annotation}")
+            text = f" (papermill keeps a text as it is written with -r {name} …)" if kind is str else ""
+            faults.append(f"{name} is {value!r}: pass {'an' if annotation == 'int' else 'a'} {annotation}{text}")
     wrong = {fault.split(" is ")[0] for fault in faults}
     for name in dict.fromkeys([*RULES, *declared]):
         rule = rule_of(name)
@@ -68,11 +69,16 @@ def _declared(history: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Name → annotation of the parameters cell, and the names in the cell that papermill injected after it."""
     for number, source in enumerate(history):
         if number and source.startswith(INJECTED):
-            return _assigned(history[number - 1]), list(_assigned(source))
+            return assigned(history[number - 1]), list(assigned(source))
     return {}, []
 
 
-def _assigned(source: str) -> dict[str, str]:
+def assigned(source: str) -> dict[str, str]:
+    """Name → annotation, or nothing, of what a cell assigns.
+
+    >>> assigned("n_images: int = 4  # pictures")
+    {'n_images': 'int'}
+    """
     try:
         body = ast.parse(source).body
     except SyntaxError:
@@ -84,6 +90,24 @@ def _assigned(source: str) -> dict[str, str]:
         elif isinstance(node, ast.Assign):
             found |= {target.id: "" for target in node.targets if isinstance(target, ast.Name)}
     return found
+
+
+def typed(name: str, text: str, annotation: str) -> str | int | float | bool:
+    """What is written on a command line as the type that a notebook declares; a text stays as it is written.
+
+    Raises:
+        EmbedLensError: it is not written as that type is.
+
+    >>> typed("out", "2024-01-01", "str"), typed("n_images", "010", "int")
+    ('2024-01-01', 10)
+    """
+    try:
+        if annotation == "bool":
+            return {"true": True, "false": False}[text.strip().lower()]
+        return {"int": int, "float": float}.get(annotation, str)(text)
+    except (KeyError, ValueError):
+        what = {"int": "a whole number", "float": "a number", "bool": "true or false"}[annotation]
+        raise EmbedLensError(f"{name} is {text!r}: pass {what}") from None
 
 
 # --- what each parameter may be --------------------------------------------------------------------------------------
@@ -164,9 +188,9 @@ def _dataset(name: str, value: Any) -> str:
 
 
 def _folder(name: str, value: Any) -> str:
-    if not isinstance(value, (str, Path)) or not str(value):
+    if not isinstance(value, (str, Path)):
         return f"{name} is {value!r}: pass a folder"
-    return f"{name} is {value!r}, which is a file: pass a folder" if Path(value).is_file() else ""
+    return f"{name} is {value!r}, which is a file: pass a folder" if value and Path(value).is_file() else ""
 
 
 RULES: Mapping[str, Callable[[str, Any], str]] = {

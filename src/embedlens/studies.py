@@ -7,6 +7,7 @@ speaks and writes.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens import memory, samples, study
+from embedlens import claims, memory, samples, study
 from embedlens.chapters import other_models
-from embedlens.errors import EmbedLensError
+from embedlens.errors import EmbedLensError, writing
 from embedlens.model_names import MINIATURE, signed
 from embedlens.vlm import VisionLanguageModel, load
 
@@ -108,13 +109,14 @@ def run_named(
     preprocessing: str | None = None,
     batch_size: int | str | None = "auto",
     out: Path | str | None = None,
-    results: Path | str = "results",
+    results: Path | str | None = None,
     say: Callable[[str], object] = print,
 ) -> pd.DataFrame:
     """Run a study on `n` pictures in as many processes as a launcher started, and write what it found.
 
     Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
-    go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped.
+    go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record goes to
+    `results`, by default the checkout's own, as `claims.results` finds it.
 
     Raises:
         EmbedLensError: as `load`, `samples.load` and `embedlens.run`; `device="auto"` with several processes.
@@ -131,6 +133,8 @@ def run_named(
         )
     if place is not None and device in (None, "cuda"):
         device = place
+    if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
+        say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {study.ALONE}")
     rank, processes = study.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
     aloud: Callable[[str], object] = say if rank == 0 else (lambda line: None)
     aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {processes} process{'es' * (processes > 1)}")
@@ -157,10 +161,11 @@ def run_named(
     out = own_folder if out is None else Path(out)
     table = study.run(function, loaded, measured, out, batch_size, progress=None)
     if rank == 0:
-        table.to_csv(out / "table.csv", index=False)
+        with writing(out / "table.csv"):
+            table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
         if named is not None and named.record is not None:
-            aloud(f"record: {named.record(Path(results), measured_as, dataset, table, seed)}")
+            aloud(f"record: {named.record(claims.results(results), measured_as, dataset, table, seed)}")
         elif named is not None:
             aloud(f"no record: {name} is {named.about}")
     return table

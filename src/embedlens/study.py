@@ -25,7 +25,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from embedlens import memory
-from embedlens.errors import EmbedLensError
+from embedlens.errors import EmbedLensError, writing
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
 
@@ -49,6 +49,7 @@ WHOLE = 2**20  # arrays up to this many values are digested whole, larger ones b
 DEPTH = 6  # how deep parameters may nest before they count as having no name
 AUTO = "auto"
 LARGEST = 64  # samples in a batch that "auto" tries first on a GPU
+ALONE = "run `unset WORLD_SIZE` to work in one process, or start several with accelerate launch or torchrun"
 ON_CPU = 8  # samples in a batch that "auto" takes on a CPU, where running out of memory ends the process
 Scalar = str | int | float | bool | None
 
@@ -188,7 +189,7 @@ def own_device() -> str | None:
     >>> own_device() is None
     True
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if _launched() == 1:
         return None
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
@@ -478,27 +479,37 @@ class _Shard:
     def __enter__(self) -> _Shard:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+    def __exit__(self, raised: object, *_: object) -> None:
+        if self._file is None:
+            return
+        try:
+            with writing(self._path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except EmbedLensError:
+            if raised is None:  # else it is the same refusal once more
+                raise
+        finally:
+            with suppress(OSError):  # a line that did not fit does not fit now either
+                self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
-            try:
-                self._file = self._path.open("xb")
-            except FileExistsError:
-                raise EmbedLensError(
-                    f"another run is writing to {self._path.parent}: wait for it, or pass another out"
-                ) from None
+            with writing(self._path):
+                try:
+                    self._file = self._path.open("xb")
+                except FileExistsError:
+                    raise EmbedLensError(
+                        f"another run is writing to {self._path.parent}: wait for it, or pass another out"
+                    ) from None
             self._put(self._header)
         self._put(line)
 
     def _put(self, content: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self._file.flush()  # out of this process: killing it loses nothing; the disk has it at the latest on leaving
+        with writing(self._path):
+            self._file.write(json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            self._file.flush()  # out of this process, so killing it loses nothing; on leaving, the disk has it
 
 
 @contextmanager
@@ -556,10 +567,32 @@ class _Processes:
         return min(gather_object([value]))
 
 
+def _met() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _launched() -> int:
+    """How many processes there are by what a launcher left in the environment, in this run or in an earlier one.
+
+    Raises:
+        EmbedLensError: it left too little for them to meet.
+    """
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    said, rank, host, port = (os.environ.get(name, "") for name in names)
+    if said in ("", "1"):
+        return 1
+    whole = said.isdecimal() and rank.isdecimal() and int(rank) < int(said) and host and port
+    if not whole and not _met():
+        raise EmbedLensError(
+            f"WORLD_SIZE={said} is in the environment without a RANK below it, MASTER_ADDR and MASTER_PORT: {ALONE}"
+        )
+    return int(said)
+
+
 def _processes(device: str) -> _Processes:
     """This process alone, unless a launcher started several, for models on this kind of device."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched == 1 and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    launched = _launched()
+    if launched == 1 and not _met():
         return _Processes()
     try:
         from accelerate import PartialState
@@ -568,7 +601,11 @@ def _processes(device: str) -> _Processes:
             f"{launched} processes were launched, and dealing out the samples needs accelerate: pip install "
             "accelerate, or start one process"
         ) from None
-    state = PartialState(cpu=device == "cpu")  # told nothing, it takes processes without a GPU for single ones
+    try:
+        state = PartialState(cpu=device == "cpu")  # told nothing, it takes processes without a GPU for single ones
+    except (ValueError, RuntimeError) as error:  # of torch.distributed: a rank that is none, nobody to meet
+        why = " ".join(str(error).split())
+        raise EmbedLensError(f"WORLD_SIZE={launched}, but the processes cannot meet ({why}): {ALONE}") from error
     if state.num_processes < launched:
         raise EmbedLensError(
             f"{launched} processes were launched but accelerate knows of {state.num_processes}: where the model is on "

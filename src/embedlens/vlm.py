@@ -346,15 +346,28 @@ class VisionLanguageModel:
                 "the chat format puts the picture in"
             )
         content = [{"type": "image", "image": self._shown(picture)}, {"type": "text", "text": question}]
+        told = [{"role": "user", "content": content}]
+        self._check_template(told)
         inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+            told, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
         return inputs["input_ids"][0].to(self.device), self._of_picture(inputs, leave_out=text)
+
+    def _check_template(self, told: list[dict[str, Any]]) -> None:
+        """What a template raises is whatever its author wrote; without a picture in it the processor is at a loss."""
+        try:
+            text = self.processor.apply_chat_template(told, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            why = f"raises {type(error).__name__} ({' '.join(str(error).split())})"
+        else:
+            if self.processor.image_token in text:
+                return
+            why = "writes no picture"
+        raise EmbedLensError(
+            f"{self.name}: its chat template {why} for one question about one picture: take chat_template.jinja from "
+            "the checkpoint as it was published"
+        )
 
     def _of_picture(self, inputs: Mapping[str, Tensor], leave_out: Sequence[str] = ()) -> dict[str, Tensor]:
         """A processor's output on the model's device, numbers with a point in its dtype."""

@@ -196,17 +196,18 @@ def measure(
     return run(study_of(model, calibration, compared, seed), model, measured, out, batch_size, progress)
 
 
-def write(folder: str | Path, model: str, dataset: str, table: pd.DataFrame, seed: int = 0) -> Path:
+def write(folder: str | Path | None, model: str, dataset: str, table: pd.DataFrame, seed: int = 0) -> Path:
     """The record of one model, `folder/<model>/09_other_models.json`, with the claims judged on all records there."""
-    measured = numbers(table, dataset != "miniworld", seed)
-    claims.write(folder, model, CHAPTER, len(table), seed, {}, measured)
-    return claims.write(folder, model, CHAPTER, len(table), seed, findings(records(folder)), measured)
+    measured = claims.rounded(numbers(table, dataset != "miniworld", seed))
+    own = Record(model, CHAPTER, len(table), seed, "", {}, {}, measured)
+    judged = findings(records(folder) | {model: own})
+    return claims.write(folder, model, CHAPTER, len(table), seed, judged, measured, dataset=dataset)
 
 
-def records(folder: str | Path) -> dict[str, Record]:
-    """Model → its record, of all that a folder of results holds."""
-    found = [claims.read(file) for file in sorted(Path(folder).glob(f"*/{CHAPTER}.json"))]
-    return {record.model: record for record in found}
+def records(folder: str | Path | None, *own: Path) -> dict[str, Record]:
+    """Model → its record, of all that a folder of results holds; `own` go before those of the same model."""
+    files = [file for file in claims.main_records(folder) if file.stem == CHAPTER]
+    return {record.model: record for record in map(claims.read, [*files, *own])}
 
 
 def interval(record: Record, name: str) -> Interval:

@@ -100,14 +100,15 @@ def glue_all(*tables: Mapping[str, Any]) -> None:
 
 
 def sign_off(
-    out: Path | str,
+    out: Path | str | None,
     model: str,
     chapter: str,
     n_images: int,
     seed: int,
     findings: Mapping[str, Finding],
     numbers: Mapping[str, float],
+    **parameters: str | float,
 ) -> pd.DataFrame:
     """Write the record, as `claims.write` does, and give the table of verdicts: the last cell that a reader sees."""
-    claims.write(out, model, chapter, n_images, seed, findings, numbers)
+    claims.write(out, model, chapter, n_images, seed, findings, numbers, **parameters)
     return claims.verdict_table(findings)
