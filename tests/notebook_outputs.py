@@ -9,7 +9,7 @@ stderr (a library's remark about its cache is no result), durations, dates, or t
   units of zero. A count is a number like any other: where one picture more or less falls under a threshold is noise.
 - A *name* is equal: every word (verdicts too), punctuation, a number that is part of a word (`E40`, `MLP-2`, `4x4`,
   `·0.25`), whole numbers behind a word of `NAMING` (`layers 2, 3 and 5`, a column or a glued key `layer`), and all that
-  a table holds in its header and in front of its rows. So is the number of rows, columns, lines' words and outputs.
+  a table holds in its header and in front of its rows. So is the number of words, rows, columns and outputs.
 
 Whitespace is not compared: how pandas aligns or wraps a frame follows from its longest number.
 """
@@ -26,7 +26,7 @@ RELATIVE, UNITS = 0.01, 2
 NAMING = re.compile(r"(?:layer|rank|head|dimension|id)s?|picture|seed", re.I)
 LISTING = re.compile(r"[,–-]|and|or|to", re.I)
 NOT_COMPARED = (
-    re.compile(r"\b(?:\d+(?:\.\d+)? ?(?:ms|s|min|h)\b\s*)+"),
+    re.compile(r"\b(?:\d+(?:\.\d+)? ?(?:ms|s|min)\b\s*)+"),
     re.compile(r"\b\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2})?)?\b"),
     re.compile(r"(?:/[\w.-]+)+/(?=(?:_build|notebooks|results|src)/)"),
 )
