@@ -39,7 +39,7 @@ unit: $(VENV)/package.stamp
 # On a copy, because a notebook writes its record under results/.
 notebook-test: $(VENV)/package.stamp
 	$(BIN)/python -c "from embedlens import book; book.stage(book.find_root(), book.find_root() / '_build' / 'check')"
-	$(BIN)/pytest -o addopts="" --nbval --nbval-current-env --nbval-cell-timeout=3600 --nbval-sanitize-with tests/sanitize.cfg _build/check/notebooks
+	$(BIN)/pytest -o addopts="" --nbval --nbval-current-env --nbval-cell-timeout=3600 _build/check/notebooks
 
 notebooks: $(VENV)/package.stamp
 	$(BIN)/embedlens book --refresh $(only)

@@ -113,3 +113,14 @@ def test_the_same_seed_gives_the_same_interval_and_differences_are_paired():
 
 def test_an_interval_as_text_has_no_negative_zero():
     assert Interval(np.array(-0.001), np.array(-0.2), np.array(0.1)).texts(1) == ["0.0 (-0.2 to 0.1)"]
+
+
+def test_what_adds_up_to_a_bar_is_on_it_in_whatever_order_a_processor_adds():
+    tenths = np.repeat([0.1, 0.2, -0.3], 20)
+    same = np.full(60, 0.1)
+    for values in (tenths, tenths[::-1], np.sort(tenths)):
+        assert float(mean_interval(values).value) == 0.0
+        assert float(ratio_interval(values, np.ones(60)).value) == 0.0
+    pairs = np.array([[0, 1], [1, 2], [2, 0]])
+    for found in (mean_interval(same), ratio_interval(same, np.ones(60)), pair_interval(same[:3], pairs)):
+        assert [float(part) for part in found] == [0.1, 0.1, 0.1]

@@ -155,6 +155,16 @@ def test_seeds_of_a_control_are_averaged_and_their_pictures_drawn_together():
     assert found.high - found.low < max(one.high - one.low for one in each)
 
 
+def test_seeds_that_lose_what_others_gain_differ_by_nothing():
+    """(2 of 5 + 4 of 5) / 2 - 3 of 5 is above 0 by the last bit of a float."""
+    table = sweep_table(n=5, arms=[("baseline", 0), ("control", 0), ("control", 1)])
+    right = {("baseline", 0): 3, ("control", 0): 2, ("control", 1): 4}
+    table["correct"] = [
+        float(item < right[arm, seed]) for arm, seed, item in zip(table.arm, table.seed, table["item"], strict=True)
+    ]
+    assert compare(table, "control").difference == 0.0
+
+
 def test_the_order_of_rows_does_not_matter_and_the_same_seed_gives_the_same():
     table = sweep_table(n=60)
     mixed = table.sample(frac=1, random_state=0)

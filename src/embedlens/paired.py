@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from embedlens.errors import EmbedLensError
-from embedlens.intervals import Interval, draws
+from embedlens.intervals import Interval, draws, steady
 from embedlens.tasks import FAMILIES, Metric, metric_parts, rows_of
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def compare(
     times = np.vstack([np.ones((1, len(ids))), draws(len(ids), resamples, seed)])
     scores = [_scores(times, found) for found in sums]
     of_base, of_arm = np.mean(scores[: len(base)], axis=0), np.mean(scores[len(base) :], axis=0)
-    change = of_arm - of_base
+    change = steady(of_arm - of_base)
     low, high = _interval(change, LEVEL, len(ids))
     narrow_low, narrow_high = _interval(change, 2 * LEVEL - 1, len(ids))
     right = [rows[correct].to_numpy(dtype=float) for rows in parts]
@@ -333,6 +333,7 @@ def _interval(change: Float[np.ndarray, " resamples"], level: float, pictures: i
     """
     from scipy.stats import norm
 
+    change = steady(change)
     low, high = np.nanquantile(change[1:], [(1 - level) / 2, (1 + level) / 2])
     squared = norm.ppf((1 + level) / 2) ** 2
     unseen = squared / (pictures + squared)
