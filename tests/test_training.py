@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
+from training import __main__ as program
 from training import data, talk, tower
 from training.data import Encoder, conversations
-from training.recipe import CPU, QUICK, RECIPES, Stage
-from training.ship import continued, ship
+from training.loop import autocast, pace, progress
+from training.recipe import CPU, NOTHING, QUICK, RECIPES, Stage, within
+from training.ship import continued, packed, ship, unpacked
 from training.shipped import shipped
 
 SHORT = Stage(steps=20, batch=2, lr=1e-3, warmup=2)
@@ -95,7 +100,7 @@ def test_alignment_trains_the_projector_alone_and_tuning_leaves_the_tower(tokeni
 def test_questions_of_a_row_do_not_see_each_other(tokenizer):
     """A question packed with others gets the logits that it gets alone."""
     model = talk.untrained(TINY, tokenizer)
-    batch = conversations(TINY, "tuning", "train", 0, 2, Encoder(tokenizer), 0)
+    batch = conversations(TINY, "tuning", "train", 0, 2, Encoder(tokenizer))
     logits, *_ = talk.with_pictures(model.eval(), batch, TINY)
     first = replace(batch, weight=torch.where(batch.block == 1, batch.weight, 0.0))
     alone = replace(
@@ -120,7 +125,7 @@ def test_what_training_asks_is_what_the_processor_writes(tokenizer, trained, tmp
     ship(TINY, tokenizer, trained, tmp_path)
     model = el.load(tmp_path)
     encoder = Encoder(tokenizer)
-    batch = conversations(TINY, "tuning", "train", 0, 1, encoder, 0)
+    batch = conversations(TINY, "tuning", "train", 0, 1, encoder)
     drawn = miniworld.scene_of(300_000_000, "train")
     item = miniworld.sample(300_000_000, "train")
     question = tokenizer.decode(batch.ids[0, (batch.block[0] == 1) & (batch.weight[0] == 0)])
@@ -133,7 +138,7 @@ def test_what_training_asks_is_what_the_processor_writes(tokenizer, trained, tmp
 
 
 def test_recipes_are_named_and_the_shipped_model_is_one_of_them(miniature):
-    assert set(RECIPES) == {"cpu", "quick", "onward", "relation_words", "relation_pictures", "gpu"}
+    assert set(RECIPES) == {"cpu", "quick", "onward", "onward2", "relation_words", "relation_pictures", "gpu"}
     assert miniature.hf.config.text_config.hidden_size in {CPU.text_width, RECIPES["gpu"].text_width}
 
 
@@ -157,10 +162,10 @@ def test_the_relation_experiments_ask_nothing_else_and_begin_at_what_ships(minia
     encoder = Encoder(miniature.tokenizer)
     for name, stage in (("relation_words", "language"), ("relation_pictures", "tuning")):
         recipe = RECIPES[name]
-        batch = conversations(recipe, stage, "train", 0, 8, encoder, recipe.tuning.steps)
+        batch = conversations(recipe, stage, "train", 0, 8, encoder)
         asked = {data.KINDS[kind] for kind in batch.kind.unique().tolist() if kind >= 0}
         assert "relation" in asked and asked <= {"relation", "caption"}
-        usual = conversations(RECIPES["onward"], stage, "train", 0, 8, encoder, 1).kind.unique().tolist()
+        usual = conversations(RECIPES["onward"], stage, "train", 0, 8, encoder).kind.unique().tolist()
         assert {data.KINDS[kind] for kind in usual if kind >= 0} > {"relation", "where", "colour"}
     begun = talk.assembled(RECIPES["relation_pictures"], miniature.tokenizer, tmp_path)
     assert equal(begun.state_dict(), shipped().state_dict())
@@ -168,11 +173,18 @@ def test_the_relation_experiments_ask_nothing_else_and_begin_at_what_ships(minia
 
 def test_an_experiment_ships_its_log_and_no_weights(tokenizer, trained, tmp_path):
     (tmp_path / "training.json").write_text('{"stages": {"tower": 1}}')
-    ship(replace(TINY, name="tried", asks={"relation": 1.0}), tokenizer, trained, tmp_path)
+    words = replace(TINY, name="words", experiment=True, tower=NOTHING, alignment=NOTHING, tuning=NOTHING)
+    ship(words, tokenizer, trained, tmp_path)
+    ship(replace(words, name="both", tuning=TINY.tuning), tokenizer, trained, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["training.json"]
     log = json.loads((tmp_path / "training.json").read_text())
-    assert log["stages"] == {"tower": 1} and log["experiments"]["tried"]["stage"] == "language"
-    assert log["experiments"]["tried"]["log"][-1]["step"] == TINY.language.steps
+    assert log["stages"] == {"tower": 1}
+    tried = {name: run["stage"] for name, run in log["experiments"].items()}
+    assert tried == {"words": "language", "both_language": "language", "both_tuning": "tuning"}
+    assert log["experiments"]["words"]["log"][-1]["step"] == TINY.language.steps
+    ship(words, tokenizer, trained, tmp_path / "candidate")  # no miniature there: whole, to be measured
+    assert (tmp_path / "candidate" / "model.safetensors").exists()
+    assert set(json.loads((tmp_path / "candidate" / "training.json").read_text())["stages"]) == {"language"}
 
 
 def test_the_log_of_an_onward_training_continues_the_one_before():
@@ -189,3 +201,156 @@ def test_the_log_of_an_onward_training_continues_the_one_before():
     assert both["stages"]["tower"]["log"][-1]["samples"] == 20 and both["stages"]["tower"]["steps"] == 10
     assert [entry["step"] for entry in both["history"]] == [1, 4, 5]
     assert both["recipe"]["name"] == "onward"
+
+
+def test_ten_minutes_of_a_gpu_are_rehearsed_end_to_end(tmp_path, monkeypatch):
+    """One call: tower and language side by side, alignment, tuning, and small files from which stage ship ships."""
+    monkeypatch.setattr(program, "START", "fork")  # without a GPU, and quicker
+    monkeypatch.setattr(program, "BEGAN", time.time())
+    call = ["--recipe", "gpu", "--device", "cpu", "--tiny", "--seconds", "3"]
+    program.main([*call, "--folder", str(tmp_path / "there"), "--out", str(tmp_path / "out")])
+    files = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert files == ["log.json", "weights-01-of-01"]
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert set(log) == {"tower", "language", "alignment", "tuning"}
+    assert all(run[0]["step"] == 0 and run[-1]["step"] >= 1 for run in log.values())
+    home = [*call[:5], "--folder", str(tmp_path / "here"), "--unpack", str(tmp_path / "out")]
+    program.main([*home, "--stage", "ship", "--home", str(tmp_path / "home")])
+    there = weights(tmp_path / "there" / "gpu_tiny", "tuning")
+    shipped_there = LlavaForConditionalGeneration.from_pretrained(tmp_path / "home").state_dict()
+    assert equal({name: value.half() for name, value in there.items()}, shipped_there)
+    with pytest.raises(ValueError, match="without its optimiser"):
+        program.main([*call, "--folder", str(tmp_path / "here"), "--stage", "tuning"])
+
+
+def test_a_rehearsal_never_overwrites_the_miniature(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--recipe", "quick", "--tiny", "--folder", str(tmp_path)])
+    assert "is not shipped" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_comes_home_is_in_files_below_the_limit_and_whole(trained, tmp_path):
+    part = 100_000
+    files = packed(trained, tmp_path / "out", part)
+    assert len(files) > 3 and all(file.stat().st_size <= part for file in files[:-1])
+    unpacked(tmp_path / "out", tmp_path / "here")
+    assert equal(weights(tmp_path / "here", "tuning"), {k: v.half() for k, v in weights(trained, "tuning").items()})
+    assert not any("vision." in name for name in weights(tmp_path / "here", "tower"))  # it is in tuning's already
+    with pytest.raises(FileExistsError, match="another --folder"):
+        unpacked(tmp_path / "out", tmp_path / "here")
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError, match="not all"):
+        unpacked(tmp_path / "out", tmp_path / "nowhere")
+
+
+def test_the_gpu_training_comes_home_in_eight_files_of_16_mib():
+    """Counted without training: fp16 weights of the whole, and the tower's heads."""
+    recipe = RECIPES["gpu"]
+    with torch.device("meta"):
+        whole = LlavaForConditionalGeneration(talk.configured(recipe, recipe.vocabulary, 3))
+        heads = tower.Captioner(recipe, recipe.vocabulary)
+    numbers = [p.numel() for p in whole.parameters()]
+    numbers += [p.numel() for name, p in heads.named_parameters() if not name.startswith("vision.")]
+    assert -(-2 * sum(numbers) // 15_000_000) + 1 < 8
+
+
+def test_a_stage_with_a_time_follows_the_clock():
+    timed = Stage(1000, batch=1, lr=1.0, warmup=10, seconds=100.0)
+    assert progress(1, timed, 50.0) == 0.5 and progress(900, timed, 50.0) == 0.9 and progress(1, timed, 200.0) == 1.0
+    assert pace(500, timed, 0.0) == 1.0 and pace(500, timed, 1.0) == pytest.approx(0.05)
+    assert pace(4, timed, 0.0) == 0.5  # the warm-up is counted in steps
+    shares = [stage.seconds for stage in (within(RECIPES["gpu"], 20.4, ["alignment", "tuning"])).__dict__.values()
+              if isinstance(stage, Stage)]  # fmt: skip
+    assert sum(shares[2:]) == pytest.approx(20.4)
+    with pytest.raises(ValueError, match="tower of recipe cpu is ended by its steps"):
+        within(CPU, 60.0, ["tower"])
+
+
+def test_a_killed_stage_with_a_time_goes_on_with_the_time_that_is_left(tokenizer, tmp_path):
+    def lasting(seconds):
+        return replace(TINY, language=replace(SHORT, steps=10**6, seconds=seconds, measurements=1))
+
+    talk.train_language(lasting(1000.0), tokenizer, tmp_path, stop_after=2)
+    before = torch.load(tmp_path / "language.pt", weights_only=True)
+    timed = lasting(before["seconds"] + 0.5)
+    assert before["step"] == 2
+    talk.train_language(timed, tokenizer, tmp_path)
+    after = torch.load(tmp_path / "language.pt", weights_only=True)
+    assert after["step"] > 2 and after["seconds"] >= before["seconds"] + 0.5 and after["log"][0] == before["log"][0]
+    stopped = (tmp_path / "language.pt").read_bytes()
+    talk.train_language(timed, tokenizer, tmp_path)
+    assert (tmp_path / "language.pt").read_bytes() == stopped
+
+
+def test_half_precision_is_taken_only_where_the_machine_has_it(tokenizer, monkeypatch):
+    batch = conversations(TINY, "language", "train", 0, 2, Encoder(tokenizer))
+    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        with autocast("cpu"):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == talk.additive(batch).dtype == dtype
+
+
+def test_sinks_are_measured_as_defined(tokenizer):
+    """A planted sink: one head value per block cannot do it, so <s> gets a key that every query points at."""
+    model = talk.initialised(LlamaForCausalLM(TINY.text_config(len(tokenizer)))).eval()
+    encoder = Encoder(tokenizer)
+
+    def outputs(batch):
+        return talk.predicted(model.model, model.lm_head, model.model.embed_tokens(batch.ids), batch, TINY)
+
+    def found():
+        with torch.no_grad():
+            return talk.sinks(model.model, outputs, TINY, "language", encoder)
+
+    usual = found()
+    assert len(usual["bos"]) == TINY.text_layers and len(usual["peak"]) == TINY.text_layers + 1
+    for block in model.model.layers:
+        block.self_attn.q_proj.weight.data.zero_()  # uniform attention: <s> gets one over the tokens seen
+    even = found()["bos"]
+    batch = conversations(TINY, "language", "heldout", 0, 24, encoder)
+    text = batch.block >= 0
+    text[:, 0] = False
+    expected = (1 / batch.mask()[:, 0].sum(-1).float())[text].mean().item()
+    assert even == pytest.approx([expected] * TINY.text_layers, rel=1e-3)
+    model.model.embed_tokens.weight.data[1] = 0.0
+    model.model.embed_tokens.weight.data[1, 3] = 50.0  # <s>: one massive dimension
+    assert found()["peak"][0] == pytest.approx(TINY.text_width**0.5, rel=1e-3) and usual["peak"][0] < 5
+    assert model.config._attn_implementation == model.model.config._attn_implementation
+
+
+def test_relation_comes_first_side_by_side_and_both_ways(miniature):
+    recipe, encoder = RECIPES["onward2"], Encoder(miniature.tokenizer)
+    early = [step for step in range(60) if data.paired(recipe, step, 0.0)]
+    late = [step for step in range(60) if data.paired(recipe, step, 1.0)]
+    assert set(late) < set(early) and not any(data.paired(RECIPES["onward"], step, 0.0) for step in range(60))
+    batch = conversations(recipe, "language", "train", early[0], 8, encoder, 0.0)
+    relation = data.KINDS.index("relation")
+    for row in range(8):
+        asked = {}
+        for block in batch.block[row, batch.kind[row] == relation].unique().tolist():
+            words = encoder.tokenizer.decode(batch.ids[row, batch.block[row] == block])
+            one, other, answer = re.fullmatch(
+                r"\nWhere is the (.+) relative to the (.+)\? ASSISTANT: (left|right)</s>", words
+            ).groups()
+            asked[one, other] = answer
+        (one, other), *_ = asked
+        assert {asked[one, other], asked[other, one]} == {"left", "right"}
+
+
+def test_a_further_tower_begins_with_the_decoder_and_encoder_it_learned_with(tokenizer, trained, tmp_path, monkeypatch):
+    heads = tmp_path / "heads.safetensors"
+    tower.keep_heads(weights(trained, "tower"), heads)
+    monkeypatch.setattr(tower, "HEADS", heads)
+    fresh = tower.Captioner(TINY, len(tokenizer))
+    kept = tower.kept_heads(fresh)
+    assert kept and equal(kept, {name: weights(trained, "tower")[name].half() for name in kept})
+    assert {name.split(".")[0] for name in kept} > {"decoder", "encoder", "text_embed"}
+    other = tower.Captioner(replace(TINY, reader_layers=2), len(tokenizer))
+    assert tower.kept_heads(other) == {}  # of another shape: begin anew
+
+
+def test_a_picture_is_seen_again_as_often_as_the_stage_says():
+    fresh = [data.Captioned(torch.full((1, 3, 2, 2), i), torch.full((1, 2), i)) for i in range(6)]
+    seen = [int(batch.ids[0, 0]) for batch in tower.again(iter(fresh), 2, "cpu")]
+    assert seen[::2] == [0, 1, 2, 3, 4, 5] and all(past <= now for past, now in zip(seen[1::2], seen[::2], strict=True))

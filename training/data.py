@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from embedlens.samples.miniworld import draw, language, scene
 from embedlens.samples.miniworld.scene import Scene
-from training.recipe import ASSISTANT, SYSTEM, USER, Recipe
+from training.recipe import ASSISTANT, SYSTEM, USER, Recipe, Stage
 
 BARS = tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN)
 DESCRIBE = ("Describe the picture.", "What do you see?", "Write a caption.")
@@ -62,6 +62,7 @@ class Batch:
         return Batch(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
 
 
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 KINDS = (*language.KINDS, "caption")
 
 
@@ -70,15 +71,13 @@ def seeded(recipe: Recipe, stage: str, split: scene.Split, index: int) -> random
     return scene.rng_of(split, FIRST[stage] + past + index)
 
 
-def options(recipe: Recipe, progress: float, stage: str) -> dict[str, Any]:
+def options(recipe: Recipe, progress: float, stage: str, pairs: bool = False) -> dict[str, Any]:
     """Tower and language model start on few, larger things; from a quarter of the way on, they meet the whole world.
 
     In an onward training only the writing starts easy, for the tower: large single characters.
     """
     ease = max(0.0, 1 - 4 * progress) if stage in ("tower", "language") and not recipe.onward else 0.0
     chosen: dict[str, Any] = {"square": not recipe.letterbox}
-    if recipe.pairs:
-        chosen |= {"objects": (2, 2), "words": 0.0, "repeated": 0.0, "tiny": 0.0}
     if stage == "tower":
         chosen["words"] = recipe.tower_words
         early = max(0.0, 1 - 2 * progress) if recipe.onward else 0.0
@@ -92,6 +91,8 @@ def options(recipe: Recipe, progress: float, stage: str) -> dict[str, Any]:
             "objects": (1, 2 if ease > 0.5 else 3),
             "repeated": 0.45 * (1 - ease),
         }
+    if pairs:
+        chosen |= {"objects": (2, 2), "words": 0.0, "repeated": 0.0, "tiny": 0.0}
     return chosen
 
 
@@ -129,10 +130,24 @@ class Encoder:
         return self.encode(f"\n{question}{ASSISTANT}"), [*self.encode(f" {answer}"), self.eos]
 
 
+def mirrored(question: language.Question) -> language.Question:
+    """The same relation asked the other way round."""
+    one, other = question.text.removeprefix("Where is the ").removesuffix("?").split(" relative to the ")
+    return replace(question, text=f"Where is the {other} relative to the {one}?", answer=OPPOSITE[question.answer])
+
+
 def asked(
-    drawn: Scene, rng: random.Random, most: int, asks: Mapping[str, float] | None = None
+    drawn: Scene,
+    rng: random.Random,
+    most: int,
+    asks: Mapping[str, float] | None = None,
+    both_ways: bool = False,
 ) -> list[language.Question]:
-    """Up to `most` different questions; hard kinds more often than easy ones, unless `asks` says how often."""
+    """Up to `most` different questions; hard kinds more often than easy ones, unless `asks` says how often.
+
+    Args:
+        both_ways: every relation is asked in both orders of its pair.
+    """
     found: dict[str, language.Question] = {}
     for kind, ask in language.ASK.items():
         share = SHARE.get(kind, 1.0) if asks is None else asks.get(kind, 0.0)
@@ -140,9 +155,17 @@ def asked(
             question = ask(drawn, rng)
             if question is not None:
                 found.setdefault(question.text, question)
-    chosen = list(found.values())
-    rng.shuffle(chosen)
-    return chosen[:most]
+    if not both_ways:
+        chosen = list(found.values())
+        rng.shuffle(chosen)
+        return chosen[:most]
+    groups: dict[str, list[language.Question]] = {}
+    for question in found.values():
+        pair = [question, mirrored(question)] if question.kind == "relation" else [question]
+        groups.setdefault(min(item.text for item in pair), pair)
+    shuffled = list(groups.values())
+    rng.shuffle(shuffled)
+    return [question for pair in shuffled for question in pair][:most]
 
 
 def collate(rows: list[tuple[list[int], float, list[tuple[list[int], list[int], int, float]]]], image_id: int) -> Batch:
@@ -168,10 +191,25 @@ def collate(rows: list[tuple[list[int], float, list[tuple[list[int], list[int], 
     return Batch(ids, weight, block, position, kind, ids == image_id)
 
 
+def side_by_side(drawn: Scene) -> bool:
+    """Whether the two objects are in one row, one on the left and one on the right."""
+    places = sorted(scene.region(thing, drawn) for thing in drawn.objects)
+    return places in (["left", "right"], ["top left", "top right"], ["bottom left", "bottom right"])
+
+
+def paired(recipe: Recipe, step: int, progress: float) -> bool:
+    """Whether a batch is about pairs: with `relation_first` two of three at first, one of six from half-way on."""
+    share = (1 + 3 * max(0.0, 1 - 2 * progress)) / 6 if recipe.relation_first else 0.0
+    return recipe.pairs or random.Random(f"pairs {recipe.seed} {step}").random() < share
+
+
 def conversations(
-    recipe: Recipe, stage: str, split: scene.Split, step: int, batch: int, encoder: Encoder, steps: int
+    recipe: Recipe, stage: str, split: scene.Split, step: int, batch: int, encoder: Encoder, progress: float = 1.0
 ) -> Batch:
     """One batch of stage `language` (prefix = description), `alignment` (caption only) or `tuning` (questions)."""
+    pairs = recipe.pairs or split == "train" and stage != "alignment" and paired(recipe, step, progress)
+    asks = recipe.asks or ({"relation": 6.0} if pairs else None)
+    beside = pairs and recipe.relation_first and progress < 0.25
     image_id = encoder.tokenizer.convert_tokens_to_ids("<image>")
 
     def room(prefix: list[int], turns: list) -> bool:
@@ -181,7 +219,11 @@ def conversations(
     rows, pictures = [], []
     for i in range(batch):
         rng = seeded(recipe, stage, split, step * batch + i)
-        drawn = scene.scene(rng, split, **options(recipe, step / steps if steps else 1.0, stage))
+        how = options(recipe, progress, stage, pairs)
+        drawn = scene.scene(rng, split, **how)
+        tries = 30 if beside else 0
+        while tries and not side_by_side(drawn):
+            drawn, tries = scene.scene(rng, split, **how), tries - 1
         caption = language.caption(drawn, rng, recipe.mention_background)
         if stage == "language":
             prefix = head + encoder.encode(language.document(drawn, rng))
@@ -193,7 +235,7 @@ def conversations(
             question, answer = encoder.turn(rng.choice(DESCRIBE), caption)
             turns.append((question, answer, KINDS.index("caption"), 1.0 if stage == "alignment" else 0.25))
         if stage != "alignment":
-            for item in asked(drawn, rng, 14, recipe.asks):
+            for item in asked(drawn, rng, 14, asks, recipe.relation_first and split == "train"):
                 question, answer = encoder.turn(item.text, item.answer)
                 turns.append((question, answer, KINDS.index(item.kind), 1.0))
         while not room(prefix, turns):
@@ -214,12 +256,14 @@ class Captioned:
     ids: Tensor
 
 
-def captioned(recipe: Recipe, split: scene.Split, step: int, batch: int, encoder: Encoder, steps: int) -> Captioned:
+def captioned(
+    recipe: Recipe, split: scene.Split, step: int, batch: int, encoder: Encoder, progress: float = 1.0
+) -> Captioned:
     """One batch of the tower's stage: pictures and what is said about them."""
     pictures, captions = [], []
     for i in range(batch):
         rng = seeded(recipe, "tower", split, step * batch + i)
-        drawn = scene.scene(rng, split, **options(recipe, step / steps if steps else 1.0, "tower"))
+        drawn = scene.scene(rng, split, **options(recipe, progress, "tower"))
         text = language.caption(drawn, rng, recipe.mention_background, place_first=0.75, reading_order=1.0)
         captions.append([encoder.tokenizer.bos_token_id, *encoder.encode(text), encoder.eos])
         pictures.append(pixels_of(drawn, recipe))
@@ -243,14 +287,15 @@ class Steps(Dataset):
 
 
 def loader(
-    make: Callable[[int], Batch | Captioned], start: int, steps: int, workers: int
+    make: Callable[[int], Batch | Captioned], start: int, stage: Stage, workers: int
 ) -> Iterator[Batch | Captioned]:
-    """Batches start..steps-1, made by other processes while the model learns."""
+    """Batches from `start` to the end of the stage, made by other processes while the model learns."""
+    workers = workers if stage.workers is None else stage.workers
     return iter(
         DataLoader(
-            Steps(make, steps),
+            Steps(make, stage.steps),
             batch_size=None,
-            sampler=range(start, steps),
+            sampler=range(start, stage.steps),
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             worker_init_fn=lambda _: torch.set_num_threads(1),

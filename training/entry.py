@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaModel, LlavaForConditionalGeneratio
 
 from embedlens.late_entry import FOLDER, fingerprint
 from training.data import Batch, Encoder, normalised
-from training.loop import optimisers, seed_everything, train
+from training.loop import autocast, optimisers, seed_everything, train
 from training.recipe import LATE_ENTRY, LateEntry, Recipe
 from training.shipped import HOME, shipped
 from training.talk import additive, batches, heldout, quick_attention, weighted_loss, weighted_tokens
@@ -89,13 +89,13 @@ class Arms(nn.Module):
     def outputs(self, layer: int, batch: Batch, seen: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the weighted tokens, the tokens, their weights; as `talk.predicted`."""
         rows, targets, weights = weighted_tokens(batch)
-        with torch.autocast(recipe.device, torch.bfloat16), sdpa_kernel(attention(recipe)):
+        with autocast(recipe.device), sdpa_kernel(attention(recipe)):
             logits = self.head(self.arms[str(layer)](seen, batch)[:, :-1][rows])
         return logits.float(), targets, weights
 
     def seen(self, batch: Batch, recipe: Recipe) -> Tensor:
         assert batch.pixels is not None
-        with torch.no_grad(), torch.autocast(recipe.device, torch.bfloat16):
+        with torch.no_grad(), autocast(recipe.device):
             return self.tower(normalised(batch.pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
 
 

@@ -7,20 +7,28 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from training.recipe import Stage
 
-SAVE_EVERY_S = 120
-MEASUREMENTS = 10  # per stage
+SAVE_EVERY_S = 60
+Measured: TypeAlias = "float | list[float]"  # a list has one value per layer
 
 
-def seed_everything(seed: int) -> None:
+def autocast(device: str) -> torch.autocast:
+    """bfloat16 where the machine has instructions for it; without them it is several times slower than float32."""
+    quick = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or quick)
+
+
+def seed_everything(seed: int, device: str = "cpu") -> None:
+    """Every CPU training with the same steps gives the same weights; on a GPU speed comes first."""
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
+    torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")
     torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a CPU step, for nothing here
 
 
@@ -55,12 +63,27 @@ def optimisers(
     return found
 
 
-def pace(step: int, stage: Stage) -> float:
+def progress(step: int, stage: Stage, seconds: float) -> float:
+    """How much of a stage lies behind: of its steps, or of its time if that is what ends it."""
+    by_step = step / stage.steps if stage.steps else 1.0
+    return min(1.0, max(by_step, seconds / stage.seconds)) if stage.seconds else by_step
+
+
+def along(step: int, stage: Stage, done: Tensor) -> float:
+    """Progress for whoever draws batch `step`, in another process: its place among the steps, or the clock."""
+    return float(done) if stage.seconds else progress(step, stage, 0.0)
+
+
+def pace(step: int, stage: Stage, done: float) -> float:
     """Share of the peak learning rate at a step: linear warm-up, then cosine to 5 %."""
-    if step < stage.warmup:
+    if step < stage.warmup and not stage.seconds:
         return (step + 1) / stage.warmup
-    progress = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    part = done if stage.seconds else (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return min(1.0, (step + 1) / stage.warmup) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
+
+
+def rounded(value: Measured) -> Measured:
+    return [round(part, 4) for part in value] if isinstance(value, list) else round(value, 4)
 
 
 def train(
@@ -68,19 +91,19 @@ def train(
     module: nn.Module,
     stage: Stage,
     optims: list[torch.optim.Optimizer],
-    batches: Callable[[int], Iterator[Any]],
+    batches: Callable[[int, Tensor], Iterator[Any]],
     loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]],
-    measure: Callable[[], dict[str, float]],
+    measure: Callable[[], dict[str, Measured]],
     folder: Path,
     stop_after: int | None = None,
     clipped: Sequence[nn.Module] = (),
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Train from the last checkpoint (or from the start) to the end of the stage.
 
     Args:
-        batches: start step -> iterator over batches.
+        batches: start step, how much of the stage lies behind (kept up to date here) -> iterator over batches.
         loss_of: batch -> loss and what to log beside it.
-        measure: taken MEASUREMENTS times, evenly, and at the end; a very short stage is measured at its end only.
+        measure: taken as often as the stage says, evenly, and at the end.
         folder: where `<name>.pt` (the checkpoint) and `<name>.jsonl` (the log) are.
         stop_after: leave after so many steps; the next call goes on from there.
         clipped: parts whose gradients are clipped each on its own; none: the whole module's together.
@@ -91,13 +114,19 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = folder / f"{name}.pt", folder / f"{name}.jsonl"
     step, spent, log = 0, 0.0, []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
+    if state and "optims" not in state:
+        raise ValueError(
+            f"{checkpoint} came home without its optimiser, so stage {name} cannot go on: "
+            "ship it with --stage ship, or begin anew in another --folder"
+        )
+    if state:
         module.load_state_dict(state["module"])
         for optimiser, saved in zip(optims, state["optims"], strict=True):
             optimiser.load_state_dict(saved)
         step, spent, log = state["step"], state["seconds"], state["log"]
-    if step >= stage.steps:
+    done = torch.full((1,), progress(step, stage, spent)).share_memory_()  # processes that draw batches read it
+    if done >= 1 and (state or not stage.steps):  # the clock never leaves a stage without one step
         return log
 
     def save() -> None:
@@ -114,16 +143,28 @@ def train(
 
     began = saved_at = time.monotonic()
     last = stage.steps if stop_after is None else min(stage.steps, step + stop_after)
-    every = max(1, stage.steps // MEASUREMENTS)
+    every = max(1, stage.steps // stage.measurements)
     sums: dict[str, float] = {}
     summed = 0  # after a resume the first average is over fewer steps than 50
+
+    def measured() -> dict[str, Measured]:
+        module.eval()
+        with torch.no_grad():
+            found = {f"heldout/{key}": rounded(value) for key, value in measure().items()}
+        module.train()
+        return found
+
+    if stage.seconds and not log:  # where it begins: what a cut training is compared with
+        log.append({"step": 0, "samples": 0, "seconds": 0.0, **measured()})
+        print(name, json.dumps(log[-1]), flush=True)
     module.train()
-    for batch in batches(step):
+    for batch in batches(step, done):
         if step >= last:
             break
+        before = float(done)
         for optimiser in optims:
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * pace(step, stage)
+                group["lr"] = group["peak"] * pace(step, stage, before)
         loss, beside = loss_of(batch)
         loss.backward()
         for part in clipped or (module,):
@@ -135,21 +176,24 @@ def train(
         for key, value in {"loss": loss.item(), **beside}.items():
             sums[key] = sums.get(key, 0.0) + value
         summed += 1
-        measuring = step == stage.steps or (step % every == 0 and stage.steps >= 10 * MEASUREMENTS)
+        done[0] = progress(step, stage, spent + time.monotonic() - began)
+        if stage.seconds:
+            measuring = int(stage.measurements * float(done)) > int(stage.measurements * before)
+        else:
+            measuring = step == stage.steps or (step % every == 0 and stage.steps >= 10 * stage.measurements)
         if step % 50 == 0 or measuring:
-            record: dict[str, float] = {}
+            record: dict[str, Any] = {}
             if step % 50 == 0:
                 record = {key: round(value / summed, 4) for key, value in sums.items()}
                 sums, summed = {}, 0
             if measuring:
-                module.eval()
-                with torch.no_grad():
-                    record |= {f"heldout/{key}": round(value, 4) for key, value in measure().items()}
-                module.train()
+                record |= measured()
             seconds = spent + time.monotonic() - began
             log.append({"step": step, "samples": step * stage.batch, "seconds": round(seconds, 1), **record})
             print(name, json.dumps(log[-1]), flush=True)
-        if step == stage.steps or time.monotonic() - saved_at > SAVE_EVERY_S:
+        if done >= 1:
+            break
+        if time.monotonic() - saved_at > SAVE_EVERY_S:
             save()
             saved_at = time.monotonic()
     save()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -22,6 +22,11 @@ class Stage:
         muon_lr: peak learning rate of Muon for hidden matrices; None trains everything with AdamW.
         weight_decay: decoupled, on matrices only.
         warmup: steps of linear warm-up; then cosine to a twentieth of the peak.
+        seconds: how long the stage may take. Its schedule then follows the clock, and it ends at `steps` or at this
+            time, whichever comes first. Such a training depends on the machine: it resumes, but is not repeatable.
+        workers: processes that draw its batches; None: the recipe's.
+        seen: how often the tower sees a picture: a GPU learns faster than its cores draw.
+        measurements: on held-out pictures, evenly spaced; a stage of fewer than ten steps for each is measured once.
     """
 
     steps: int
@@ -30,6 +35,10 @@ class Stage:
     muon_lr: float | None = None
     weight_decay: float = 0.1
     warmup: int = 100
+    seconds: float | None = None
+    workers: int | None = None
+    seen: int = 1
+    measurements: int = 10
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,10 @@ class Recipe:
     tower_words: float = 0.4  # share of the tower's pictures with something written on them
     asks: Mapping[str, float] | None = None  # questions of a kind in a conversation; None: those of training.data.SHARE
     pairs: bool = False  # True: nothing but two different objects in every picture or description
+    relation_first: bool = False  # True: many batches of pairs, at first side by side; every relation asked both ways
+    experiment: bool = False  # True: its log ships, no weights
+    shipped_tokenizer: bool = False  # True: none is learned; an onward training has it anyway
+    together: bool = False  # True: tower and language learn at the same time, in two processes
     heads: Stage | None = None  # before an onward "tower": new decoder and text encoder on the frozen old tower
     contrastive: float = 1.0  # loss weights of the tower
     captioning: float = 2.0
@@ -127,11 +140,20 @@ ONWARD = replace(
     alignment=replace(CPU.alignment, steps=250),
     tuning=replace(CPU.tuning, steps=4600, muon_lr=1.2e-3),
 )
+LONG = 1_000_000  # steps of a stage that the clock ends
 # Experiments, not miniatures: does anything but relation questions stand in the way of relation answers? Both begin at
 # the weights that ship and ask about nothing else, one from descriptions in words, one from pictures.
 NOTHING = Stage(steps=0, batch=1, lr=0.0)
 RELATION = replace(
-    ONWARD, name="relation", onward=2, asks={"relation": 6.0}, pairs=True, heads=None, tower=NOTHING, alignment=NOTHING
+    ONWARD,
+    name="relation",
+    onward=2,
+    asks={"relation": 6.0},
+    pairs=True,
+    experiment=True,
+    heads=None,
+    tower=NOTHING,
+    alignment=NOTHING,
 )
 RELATION_WORDS = replace(
     RELATION,
@@ -145,7 +167,23 @@ RELATION_PICTURES = replace(
     language=NOTHING,
     tuning=Stage(steps=250, batch=32, lr=6e-4, muon_lr=1.2e-3, weight_decay=0.05, warmup=50),
 )
-# Sized for one large GPU; not run yet (see the model card).
+# The decoder learns on with AdamW alone, as LLaVA's did: Muon keeps massive activations, and with them sinks, from
+# forming. Two hours of one core, whatever else it does: the stages' ends are set by the clock.
+ONWARD2 = replace(
+    ONWARD,
+    name="onward2",
+    seed=2,
+    onward=4,  # 2 and 3 were the experiments and the late-entry adapters
+    relation_first=True,
+    experiment=True,
+    heads=None,
+    tower=NOTHING,
+    language=Stage(LONG, batch=16, lr=6e-4, warmup=40, seconds=3900, measurements=5),
+    alignment=Stage(LONG, batch=16, lr=1e-3, weight_decay=0.0, warmup=10, seconds=180, measurements=1),
+    tuning=Stage(LONG, batch=24, lr=4e-4, weight_decay=0.05, warmup=40, seconds=2500, measurements=4),
+    threads=1,
+)
+# Sized for ten minutes of one H100 with 16 cores, which draw the pictures; not run yet (see the model card).
 GPU = replace(
     CPU,
     name="gpu",
@@ -157,14 +195,69 @@ GPU = replace(
     text_layers=12,
     text_heads=6,
     text_mlp=768,
-    tower=Stage(steps=12000, batch=512, lr=1e-3, muon_lr=3e-3, weight_decay=0.05, warmup=300),
-    language=Stage(steps=12000, batch=128, lr=1.5e-3, warmup=300),
-    alignment=Stage(steps=2000, batch=256, lr=2e-3, weight_decay=0.0),
-    tuning=Stage(steps=8000, batch=128, lr=5e-4, weight_decay=0.05),
+    longest=272,
+    relation_first=True,
+    shipped_tokenizer=True,
+    together=True,
+    tower=Stage(LONG, batch=256, lr=1e-3, muon_lr=3e-3, weight_decay=0.05, warmup=300, seconds=310, workers=10, seen=2),
+    language=Stage(LONG, batch=128, lr=2e-3, warmup=300, seconds=310, workers=4),
+    alignment=Stage(LONG, batch=128, lr=2e-3, weight_decay=0.0, seconds=35, measurements=2),
+    tuning=Stage(LONG, batch=128, lr=5e-4, weight_decay=0.05, seconds=165),
     threads=4,
-    workers=12,
+    workers=14,
     device="cuda",
 )
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The same path with next to nothing to compute: a rehearsal on any machine, not a model."""
+    stages = {
+        name: replace(stage, batch=2, warmup=2, workers=None, measurements=1)
+        for name, stage in stages_of(recipe).items()
+        if stage.steps
+    }
+    return replace(
+        recipe,
+        name=f"{recipe.name}_tiny",
+        image_size=56,
+        vision_width=32,
+        vision_layers=3,
+        vision_heads=2,
+        text_width=32,
+        text_layers=2,
+        text_heads=2,
+        text_mlp=48,
+        reader_layers=1,
+        measured=1,
+        threads=1,
+        workers=0,
+        **stages,
+    )
+
+
+def stages_of(recipe: Recipe) -> dict[str, Stage]:
+    return {name: getattr(recipe, name) for name in ("tower", "language", "alignment", "tuning")}
+
+
+def within(recipe: Recipe, seconds: float, stages: Collection[str]) -> Recipe:
+    """The recipe with the times of these stages in the same proportions, and `seconds` in all.
+
+    Raises:
+        ValueError: if one of them is ended by its steps alone.
+
+    >>> shorter = within(GPU, 51.0, ("tower", "language", "alignment", "tuning"))
+    >>> [stage.seconds for stage in stages_of(shorter).values()]
+    [31.0, 31.0, 3.5, 16.5]
+    """
+    times = {}
+    for name, stage in stages_of(recipe).items():
+        if name in stages and stage.steps:
+            if stage.seconds is None:
+                raise ValueError(f"stage {name} of recipe {recipe.name} is ended by its steps: choose one with times")
+            times[name] = stage.seconds
+    both = min(times["tower"], times["language"]) if recipe.together and {"tower", "language"} <= set(times) else 0.0
+    share = max(0.01, seconds) / max(0.01, sum(times.values()) - both)
+    return replace(recipe, **{name: replace(getattr(recipe, name), seconds=share * t) for name, t in times.items()})
 
 
 @dataclass(frozen=True)
@@ -193,4 +286,4 @@ class LateEntry:
 
 
 LATE_ENTRY = LateEntry(ONWARD)
-RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, RELATION_WORDS, RELATION_PICTURES, GPU)}
+RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, ONWARD2, RELATION_WORDS, RELATION_PICTURES, GPU)}

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from training.data import KINDS, Batch, Encoder, conversations, loader, normalised
-from training.loop import optimisers, seed_everything, train
+from training.loop import along, autocast, optimisers, seed_everything, train
 from training.recipe import Recipe, Stage
 from training.shipped import shipped
 from training.tower import Captioner, attention
@@ -57,8 +57,8 @@ def predicted(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits for the weighted tokens only: (logits Float[n, V], targets Long[n], weights Float[n])."""
     wanted, targets, weights = weighted_tokens(batch)
-    mask = additive(batch) if model.config._attn_implementation == "eager" else batch.mask()
-    with torch.autocast(recipe.device, torch.bfloat16), sdpa_kernel(attention(recipe)):
+    with autocast(recipe.device), sdpa_kernel(attention(recipe)):
+        mask = additive(batch) if model.config._attn_implementation == "eager" else batch.mask()
         hidden = model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position, use_cache=False
         ).last_hidden_state
@@ -73,9 +73,10 @@ def weighted_tokens(batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
 
 
 def additive(batch: Batch) -> Tensor:
-    """Float[b, 1, t, t]: the mask that eager attention adds."""
-    mask = batch.mask()
-    return torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(~mask, torch.finfo(torch.bfloat16).min)
+    """Float[b, 1, t, t]: the mask that eager attention adds, in the precision that scores have here."""
+    mask, device = batch.mask(), batch.ids.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -105,19 +106,65 @@ def heldout(
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     for number in range(recipe.measured):
-        batch = conversations(recipe, stage, "heldout", number, 24, encoder, 0).to(recipe.device)
+        batch = conversations(recipe, stage, "heldout", number, 24, encoder).to(recipe.device)
         for kind, (hits, questions) in exact(outputs(batch)[0], batch).items():
             right[kind] += hits
             asked[kind] += questions
     return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
 
 
-def batches(recipe: Recipe, name: str, stage: Stage, encoder: Encoder) -> Callable[[int], Iterator[Batch]]:
-    """Start step -> the stage's training batches from there on."""
-    return lambda start: loader(
-        lambda step: conversations(recipe, name, "train", step, stage.batch, encoder, stage.steps),
+def sinks(
+    language: nn.Module,
+    outputs: Callable[[Batch], tuple[Tensor, Tensor, Tensor]],
+    recipe: Recipe,
+    stage: str,
+    encoder: Encoder,
+) -> dict[str, list[float]]:
+    """On one held-out batch: what makes an attention sink, layer by layer.
+
+    bos   mean share of attention that text queries give <s>, over heads and queries; a list over blocks
+    peak  largest |x| / RMS of any token in the residual stream; a list over block inputs, then the last output
+    """
+    batch = conversations(recipe, stage, "heldout", 0, 24, encoder).to(recipe.device)
+    text = (batch.block >= 0) & ~batch.image
+    text[:, 0] = False  # <s> itself
+    real = batch.block >= 0
+    found: dict[str, list[float]] = {"bos": [], "peak": []}
+
+    def stream(hidden: Tensor) -> None:
+        x = hidden[real].float()
+        found["peak"].append((x.abs().amax(-1) / x.square().mean(-1).sqrt()).max().item())
+
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: stream(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for block in language.layers
+    ]
+    handles += [
+        block.self_attn.register_forward_hook(
+            lambda _, args, output: found["bos"].append(output[1][..., 0].float().mean(1)[text].mean().item())
+        )
+        for block in language.layers
+    ]
+    handles.append(language.norm.register_forward_pre_hook(lambda _, args: stream(args[0])))
+    usual = language.config._attn_implementation
+    language.set_attn_implementation("eager")  # the fused kernels do not say where they look
+    try:
+        outputs(batch)
+    finally:
+        language.set_attn_implementation(usual)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def batches(recipe: Recipe, name: str, stage: Stage, encoder: Encoder) -> Callable[[int, Tensor], Iterator[Batch]]:
+    """Start step, progress -> the stage's training batches from there on."""
+    return lambda start, done: loader(
+        lambda step: conversations(recipe, name, "train", step, stage.batch, encoder, along(step, stage, done)),
         start,
-        stage.steps,
+        stage,
         recipe.workers,
     )
 
@@ -125,7 +172,7 @@ def batches(recipe: Recipe, name: str, stage: Stage, encoder: Encoder) -> Callab
 def train_language(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None
 ) -> LlamaForCausalLM:
-    seed_everything(recipe.seed + 1)
+    seed_everything(recipe.seed + 1, recipe.device)
     stage, encoder = recipe.language, Encoder(tokenizer)
     model = initialised(LlamaForCausalLM(recipe.text_config(len(tokenizer)))).to(recipe.device)
     if recipe.onward:
@@ -144,20 +191,20 @@ def train_language(
         optimisers(model, stage, lambda name: "layers" in name),
         batches(recipe, "language", stage, encoder),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
-        lambda: heldout(outputs, recipe, "language", encoder),
+        lambda: (
+            heldout(outputs, recipe, "language", encoder) | sinks(model.model, outputs, recipe, "language", encoder)
+        ),
         folder,
         stop_after,
     )
     return model
 
 
-def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
-    """The whole model from the recipe's configuration, seeded, nothing learned."""
-    seed_everything(recipe.seed + 2)
-    config = LlavaConfig(
+def configured(recipe: Recipe, vocabulary: int, image_token: int) -> LlavaConfig:
+    return LlavaConfig(
         vision_config=recipe.vision_config(),
-        text_config=recipe.text_config(len(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        text_config=recipe.text_config(vocabulary),
+        image_token_index=image_token,
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -167,7 +214,13 @@ def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaForCon
         bos_token_id=1,
         eos_token_id=2,
     )
-    return LlavaForConditionalGeneration(config)
+
+
+def untrained(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlavaForConditionalGeneration:
+    """The whole model from the recipe's configuration, seeded, nothing learned."""
+    seed_everything(recipe.seed + 2, recipe.device)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    return LlavaForConditionalGeneration(configured(recipe, len(tokenizer), image_token))
 
 
 def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> LlavaForConditionalGeneration:
@@ -176,6 +229,10 @@ def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     An onward training keeps the part that ships where its stage has no steps.
     """
     model = shipped() if recipe.onward else untrained(recipe, tokenizer)
+    whole = [file for stage in ("tuning", "alignment") if (file := folder / f"{stage}.pt").exists()]
+    if whole:
+        model.load_state_dict(torch.load(whole[0], weights_only=True, map_location="cpu")["module"])
+        return model
     planned = {"tower": recipe.tower, "language": recipe.language}
     parts = {name: folder / f"{name}.pt" for name, stage in planned.items() if stage.steps or not recipe.onward}
     for stage, file in parts.items():
@@ -183,23 +240,19 @@ def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) 
             raise FileNotFoundError(f"no {file.name} in {folder}: run `python -m training --stage {stage}` first")
     if "tower" in parts:
         tower = Captioner(recipe, len(tokenizer))
-        tower.load_state_dict(torch.load(parts["tower"], weights_only=True)["module"])
+        tower.load_state_dict(torch.load(parts["tower"], weights_only=True, map_location="cpu")["module"])
         model.model.vision_tower.load_state_dict(tower.vision.state_dict())
     if "language" in parts:
         words = LlamaForCausalLM(recipe.text_config(len(tokenizer)))
-        words.load_state_dict(torch.load(parts["language"], weights_only=True)["module"])
+        words.load_state_dict(torch.load(parts["language"], weights_only=True, map_location="cpu")["module"])
         model.model.language_model.load_state_dict(words.model.state_dict())
         model.lm_head.load_state_dict(words.lm_head.state_dict())
-    for stage in ("alignment", "tuning"):
-        file = folder / f"{stage}.pt"
-        if file.exists():
-            model.load_state_dict(torch.load(file, weights_only=True)["module"])
     return model
 
 
 def visual(model: LlavaForConditionalGeneration, pixels: Tensor, recipe: Recipe) -> Tensor:
     """Float[b, n, d]: projected patches of hidden layer -2; the tower is frozen."""
-    with torch.autocast(recipe.device, torch.bfloat16):
+    with autocast(recipe.device):
         with torch.no_grad():
             seen = model.model.vision_tower(normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
         return model.model.multi_modal_projector(seen)
@@ -220,7 +273,7 @@ def train_together(
     stage = {"alignment": recipe.alignment, "tuning": recipe.tuning}[name]
     encoder = Encoder(tokenizer)
     model = assembled(recipe, tokenizer, folder).to(recipe.device)
-    seed_everything(recipe.seed + (3 if name == "alignment" else 4))
+    seed_everything(recipe.seed + (3 if name == "alignment" else 4), recipe.device)
     model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
     quick_attention(model, recipe)
@@ -238,7 +291,10 @@ def train_together(
         optimisers(model, stage, lambda parameter: "language_model.layers" in parameter),
         batches(recipe, name, stage, encoder),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
-        lambda: heldout(outputs, recipe, "tuning", encoder),
+        lambda: (
+            heldout(outputs, recipe, "tuning", encoder)
+            | sinks(model.model.language_model, outputs, recipe, "tuning", encoder)
+        ),
         folder,
         stop_after,
     )

@@ -1,27 +1,31 @@
 """Stage "tower": the vision tower learns from captions alone, contrastive (CLIP) and captioning (CoCa, CapPa).
 
 The captioning decoder reads the patches of hidden layer -2, the very ones that LLaVA consumes. No boxes, no labels.
-Decoder and text encoder are thrown away afterwards.
+Decoder and text encoder are no part of the miniature; they are kept for a further training of the tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 from training.data import Captioned, Encoder, captioned, loader, normalised
-from training.loop import optimisers, seed_everything, train
+from training.loop import along, autocast, optimisers, seed_everything, train
 from training.recipe import Recipe, Stage
 from training.shipped import shipped
 
 LONGEST = 160
+HEADS = Path(__file__).parent / "heads.safetensors"  # of the tower that ships; not part of the package
 
 
 class Captioner(nn.Module):
@@ -67,12 +71,13 @@ class Captioner(nn.Module):
 
 
 def attention(recipe: Recipe) -> list[SDPBackend]:
-    return [SDPBackend.MATH] if recipe.device == "cpu" else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    return [*(fused if recipe.device != "cpu" else []), SDPBackend.MATH]
 
 
 def losses(model: Captioner, batch: Captioned, recipe: Recipe) -> tuple[Tensor, dict[str, float]]:
     pixels, ids = batch.pixels.to(recipe.device), batch.ids.to(recipe.device)
-    with torch.autocast(recipe.device, torch.bfloat16), sdpa_kernel(attention(recipe)):
+    with autocast(recipe.device), sdpa_kernel(attention(recipe)):
         logits, image, text, scale = model(normalised(pixels), ids)
     captioning = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
     pairs = scale * image.float() @ text.float().T
@@ -89,7 +94,7 @@ def name_accuracy(
     """Share of names, colours and letters in held-out captions that the decoder puts first, given the words before."""
     from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS, DIGITS, LETTERS
 
-    with torch.autocast(recipe.device, torch.bfloat16), sdpa_kernel(attention(recipe)):
+    with autocast(recipe.device), sdpa_kernel(attention(recipe)):
         logits, *_ = model(normalised(batch.pixels.to(recipe.device)), batch.ids.to(recipe.device))
     target = batch.ids[:, 1:].to(recipe.device)
     hit = logits.argmax(-1) == target
@@ -105,28 +110,53 @@ def name_accuracy(
     return result
 
 
+def again(fresh: Iterator[Captioned], times: int, device: str, kept: int = 400) -> Iterator[Captioned]:
+    """Every batch once as it comes, then `times` - 1 of the last `kept`, which stay on the device."""
+    rng, pool = random.Random(0), deque[Captioned](maxlen=kept)
+    for batch in fresh:
+        pool.append(Captioned(batch.pixels.to(device), batch.ids.to(device)))
+        yield pool[-1]
+        yield from (rng.choice(pool) for _ in range(times - 1))
+
+
+def kept_heads(model: Captioner) -> dict[str, Tensor]:
+    """Caption decoder and text encoder that the shipped tower learned with; empty if none of this shape were kept."""
+    found = load_file(HEADS) if HEADS.exists() else {}
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("vision.")}
+    return found if {name: value.shape for name, value in found.items()} == own else {}
+
+
+def keep_heads(module: Mapping[str, Tensor], file: Path) -> None:
+    """Keep them (fp16) from the state of a Captioner: beginning without them costs a further training its start."""
+    heads = {name: value.half().contiguous() for name, value in module.items() if not name.startswith("vision.")}
+    save_file(heads, file)
+    file.chmod(0o644)  # safetensors writes for its owner alone
+
+
 def train_tower(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_after: int | None = None
 ) -> CLIPVisionModel:
     """Train (or go on training) the tower; returns it in float32."""
-    seed_everything(recipe.seed)
+    seed_everything(recipe.seed, recipe.device)
     stage, encoder = recipe.tower, Encoder(tokenizer)
     model = Captioner(recipe, len(tokenizer)).to(recipe.device)
     hidden = lambda name: "embed" not in name and "layers" in name or name.startswith("decoder")  # noqa: E731
 
-    def batches(stage: Stage) -> Callable[[int], Iterator[Captioned]]:
-        return lambda start: loader(
-            lambda step: captioned(recipe, "train", step, stage.batch, encoder, stage.steps),
-            start,
-            stage.steps,
-            recipe.workers,
-        )
+    def batches(stage: Stage) -> Callable[[int, Tensor], Iterator[Captioned]]:
+        def from_step(start: int, done: Tensor) -> Iterator[Captioned]:
+            def make(step: int) -> Captioned:
+                return captioned(recipe, "train", step, stage.batch, encoder, along(step, stage, done))
+
+            fresh = loader(make, start // stage.seen, stage, recipe.workers)
+            return fresh if stage.seen == 1 else again(fresh, stage.seen, recipe.device)
+
+        return from_step
 
     def measure() -> dict[str, float]:
         total: dict[str, float] = {}
         rounds = recipe.measured
         for number in range(rounds):
-            batch = captioned(recipe, "heldout", number, 64, encoder, steps=0)
+            batch = captioned(recipe, "heldout", number, 64, encoder)
             found = losses(model, batch, recipe)[1] | name_accuracy(model, batch, tokenizer, recipe)
             for key, value in found.items():
                 total[key] = total.get(key, 0.0) + value / rounds
@@ -139,9 +169,12 @@ def train_tower(
             stop_after,
         )  # fmt: skip
 
+    heads: dict[str, Tensor] = {}
     if recipe.onward:
         model.vision.load_state_dict(shipped().model.vision_tower.state_dict())
-    if recipe.heads and not (folder / "tower.pt").exists():
+        heads = kept_heads(model)
+        model.load_state_dict(heads, strict=False)
+    if recipe.heads and not heads and not (folder / "tower.pt").exists():
         model.vision.requires_grad_(False)
         learn("heads", recipe.heads)
         model.vision.requires_grad_(True)
