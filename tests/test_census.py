@@ -18,7 +18,7 @@ from embedlens.groups import Reference, token_groups
 from embedlens.intervals import Interval
 
 matplotlib.use("Agg")
-HOLDS, PARTLY, FAILS, UNTESTABLE = claims.VERDICTS
+HOLDS, PARTLY, FAILS, UNTESTABLE = claims.HOLDS, claims.PARTLY, claims.FAILS, claims.UNTESTABLE
 
 
 @pytest.mark.parametrize(

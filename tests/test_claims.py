@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from embedlens import book, claims
 from embedlens.errors import EmbedLensError
+from embedlens.stats import Estimate
 
 ROOT = Path(__file__).parents[1]
 FOUND = claims.Finding(0.123456, 0.1, 0.2, n=50, verdict="holds", note="It was measured.")
@@ -41,6 +43,8 @@ def test_a_record_has_the_fixed_fields_and_comes_back(tmp_path):
         "n": 50,
         "verdict": "holds",
         "note": "It was measured.",
+        "rule": "",
+        "text": "",
     }
     assert content["numbers"] == {"n": 3, "share": 0.9877}
     again = claims.read(file)
@@ -233,13 +237,27 @@ def test_the_verdict_table_has_a_row_a_claim():
     untested = claims.Finding(None, None, None, 0, "not testable here", "It has no sinks.")
     table = claims.verdict_table({"E14": FOUND, "E13": untested})
     assert table.index.tolist() == ["E13", "E14"]
-    assert table.loc["E14", ["here", "95 % interval", "n", "verdict"]].tolist() == [
-        "0.123",
-        "0.100 to 0.200",
-        50,
-        "holds",
-    ]
+    assert table.loc["E14", ["here", "n", "verdict"]].tolist() == ["0.123 (0.100 to 0.200)", 50, "holds"]
     assert table.loc["E13", "here"] == "–"
+
+
+def test_a_chapter_judges_each_claim_once_and_keeps_rule_and_unit_in_its_record(tmp_path, monkeypatch):
+    glued = {}
+    monkeypatch.setattr("embedlens.book.glue", glued.__setitem__)
+    chapter = claims.Chapter("05_test", "miniature", 50, 0)
+    found = Estimate(0.02, 0.01, 0.03, 50)
+    card = chapter.judge("E40", "rise > 0", shown=found, unit="+.1f points", of="more", rise=found)
+    assert glued["e40_verdict"] == "holds" and glued["e40"] == "+2.0 points (1.0 to 3.0)"
+    assert "rise > 0" in card._repr_markdown_() and "n = 50 pictures" in repr(card)
+    with pytest.raises(EmbedLensError, match="judged before"):
+        chapter.judge("E40", "rise > 0", shown=found, rise=found)
+    with pytest.raises(EmbedLensError, match="not in claims.csv"):
+        chapter.judge("E99", "rise > 0", shown=found, rise=found)
+    chapter.record(rise=found, by_layer=pd.Series([0.5, 0.25], index=[0, 2]))
+    chapter.sign_off(tmp_path)
+    record = claims.read(tmp_path / "miniature" / "05_test.json")
+    assert (record.claims["E40"].rule, record.claims["E40"].here) == ("rise > 0", "+2.0 points (1.0 to 3.0)")
+    assert record.numbers == {"rise": 0.02, "by_layer_0": 0.5, "by_layer_2": 0.25}
 
 
 def test_the_verdict_follows_the_interval():

@@ -15,7 +15,7 @@ from embedlens.samples.patchbench import GROUND, INK, NO_COLOUR, OTHER, SURROUND
 from embedlens.trajectories import ask, canvas_of
 
 matplotlib.use("Agg")
-HOLDS, PARTLY, FAILS, UNTESTABLE = claims.VERDICTS
+HOLDS, PARTLY, FAILS, UNTESTABLE = claims.HOLDS, claims.PARTLY, claims.FAILS, claims.UNTESTABLE
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from embedlens.samples.patchbench import AXES, OBJECT
 from embedlens.trajectories import canvas_of
 
 matplotlib.use("Agg")
-HOLDS, PARTLY, FAILS, UNTESTABLE = claims.VERDICTS
+HOLDS, PARTLY, FAILS, UNTESTABLE = claims.HOLDS, claims.PARTLY, claims.FAILS, claims.UNTESTABLE
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from embedlens.chapters import recurrence
 from embedlens.clusters import cluster_study, jaccard, picture_pairs
 
 matplotlib.use("Agg")
-HOLDS, PARTLY, FAILS, UNTESTABLE = claims.VERDICTS
+HOLDS, PARTLY, FAILS, UNTESTABLE = claims.HOLDS, claims.PARTLY, claims.FAILS, claims.UNTESTABLE
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from embedlens.intervals import Interval
 from embedlens.labels import RULES, LabelHits, label_ids, largest_object
 
 matplotlib.use("Agg")
-HOLDS, PARTLY, FAILS, UNTESTABLE = claims.VERDICTS
+HOLDS, PARTLY, FAILS, UNTESTABLE = claims.HOLDS, claims.PARTLY, claims.FAILS, claims.UNTESTABLE
 
 
 @pytest.mark.parametrize(

@@ -19,16 +19,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from embedlens import rules
 from embedlens.book import find_root
 from embedlens.errors import EmbedLensError, writing
 from embedlens.intervals import Interval
 from embedlens.model_names import MINIATURE, unsigned
+from embedlens.rules import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE, VERDICTS
+from embedlens.stats import Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-HOLDS, PARTLY, FAILS, UNTESTABLE = "holds", "partly", "does not hold", "not testable here"
-VERDICTS = (HOLDS, PARTLY, FAILS, UNTESTABLE)
 UNMEASURED = "not measured yet"
 PACKAGES = ("torch", "transformers", "numpy")  # whose versions a number may depend on
 DECIMALS = 4
@@ -64,6 +67,21 @@ class Finding:
     verdict: str
     note: str
     """One sentence."""
+    rule: str = ""
+    """What the verdict was judged by, as `embedlens.rules` reads it."""
+    text: str = ""
+    """Number and interval as a reader sees them, with their unit."""
+
+    @property
+    def here(self) -> str:
+        """Number and interval for tables.
+
+        >>> Finding(0.93, 0.92, 0.94, 200, "holds", "Of all.", text="93 % (92–94)").here
+        '93 % (92–94)'
+        """
+        if self.value is None or self.low is None or self.high is None:
+            return "–"
+        return self.text or f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -93,6 +111,121 @@ class Finding:
             return cls(None, None, None, n, UNTESTABLE, note)
         value, low, high = (float(part) for part in found)
         return cls(value, low, high, n, verdict, note)
+
+
+class Chapter:
+    """What one run of a chapter finds: verdicts as they are judged, numbers, and at its end the record.
+
+        chapter = Chapter("05_alive_sparsity", vlm.name, n_images, seed, dataset=dataset)
+        chapter.judge("E40", "rise > 0 and doubled > 0", shown=rise, unit="+.1f points", rise=rise, doubled=doubled)
+        chapter.sign_off(out)
+
+    Attributes:
+        parameters: what else the chapter was asked for and its numbers depend on, such as `dataset`.
+        findings: claim id → what was found, in the order they were judged.
+        numbers: what the record keeps beside them.
+    """
+
+    def __init__(self, name: str, model: str, n_images: int, seed: int, **parameters: str | float) -> None:
+        self.name, self.model, self.n_images, self.seed, self.parameters = name, model, n_images, seed, parameters
+        self.findings: dict[str, Finding] = {}
+        self.numbers: dict[str, float] = {}
+        self.say(model_name="the shipped miniature" if model == MINIATURE else model, kind=kind_of_result(model))
+
+    def judge(
+        self,
+        claim: str,
+        rule: str,
+        shown: Estimate | None,
+        unit: str = ".2f",
+        of: str = "",
+        partly: str | tuple[str, ...] = (),
+        needs: bool = True,
+        note: str = "",
+        **parts: Any,
+    ) -> Card:
+        """Judge one claim and show it as a card; prose may use `e40_verdict` and `e40` (number, interval) then.
+
+        Args:
+            rule: over the names of `parts`, see `embedlens.rules.decide`; printed as it stands.
+            shown: the number on the card; None where there is none.
+            unit: its format: ".0%", "+.1f points", ".2f".
+            of: what it is a number of, "of the object tokens".
+            partly: rules, each a part of the paper's sentence, that earn "partly" where the whole does not hold.
+            needs: False where what the claim is about does not exist here.
+            note: one sentence for the record; by default what the card says.
+
+        Raises:
+            EmbedLensError: an unknown claim, one that was judged before, or a rule that cannot be judged.
+        """
+        if claim not in claims() or claim in self.findings:
+            what = "was judged before on this page" if claim in self.findings else "is not in claims.csv"
+            raise EmbedLensError(f"claim {claim} {what}: judge each claim once, in the chapter that owns it")
+        verdict = rules.conclude(rule, parts, partly, needs)
+        card = Card(claim, verdict, "" if shown is None else f"{shown:{unit}}", of, shown, rule)
+        value, low, high = (None, None, None) if shown is None else (shown.value, shown.low, shown.high)
+        n = self.n_images if shown is None else shown.n
+        note = note or card.sentence
+        self.findings[claim] = Finding(value, low, high, n, verdict, note, rule=rule, text=card.number)
+        self.say(**{f"{claim.lower()}_verdict": verdict, claim.lower(): card.number or "no number"})
+        return card
+
+    def say(self, **values: Any) -> None:
+        """Hand values to the prose; an estimate as its number, and its bounds under `…_low` and `…_high`."""
+        from embedlens.book import glue
+
+        for name, value in values.items():
+            if isinstance(value, Estimate):
+                bounds = {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+                self.say(**bounds)
+            else:
+                glue(name, value)
+
+    def record(self, **values: Any) -> None:
+        """Keep numbers for the record: one under its name, a series of them under `name_0`, `name_1`, …"""
+        for name, value in values.items():
+            if isinstance(value, Estimate):
+                self.numbers[name] = value.value
+            elif np.ndim(value):
+                parts = zip(getattr(value, "index", range(len(value))), np.asarray(value), strict=True)
+                self.numbers |= {f"{name}_{at}": float(part) for at, part in parts}
+            else:
+                self.numbers[name] = float(value)
+
+    def sign_off(self, out: Path | str | None) -> pd.DataFrame:
+        """Write the record; the table of verdicts is the last thing that a reader sees."""
+        write(out, self.model, self.name, self.n_images, self.seed, self.findings, self.numbers, **self.parameters)
+        return verdict_table(self.findings)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One claim as a page shows it: the paper's sentence, the number here, the verdict, the rule."""
+
+    claim: str
+    verdict: str
+    number: str
+    of: str
+    shown: Estimate | None
+    rule: str
+
+    @property
+    def sentence(self) -> str:
+        """Number, what it is of, and how many it rests on.
+
+        >>> Card("E40", "holds", "2.0 points (1.0 to 3.0)", "more", Estimate(0.02, 0.01, 0.03, 9), "").sentence
+        '2.0 points (1.0 to 3.0) more, n = 9 pictures'
+        """
+        said = " ".join(part for part in (self.number, self.of) if part)
+        count = "" if self.shown is None else f", n = {self.shown.n:,} {self.shown.of}"
+        return (said or "nothing to measure here") + count
+
+    def __repr__(self) -> str:
+        return f"{self.claim} · {self.sentence} · {self.verdict} · rule: {self.rule}"
+
+    def _repr_markdown_(self) -> str:
+        quoted = claims()[self.claim].statement
+        return f"**{self.claim}** · “{quoted}” · {self.sentence} · **{self.verdict}**\n\n*Rule:* `{self.rule}`"
 
 
 @dataclass(frozen=True)
@@ -150,20 +283,17 @@ def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:
     """Paper, here, interval, n and verdict of each claim, one row each, for the end of a chapter."""
     import pandas as pd
 
-    rows = []
-    for name, found in sorted(findings.items()):
-        tested = found.value is not None and found.low is not None and found.high is not None
-        rows.append(
-            {
-                "claim": name,
-                "paper": f"{claims()[name].statement}: {claims()[name].claimed}",
-                "here": f"{found.value:.3f}" if tested else "–",
-                "95 % interval": f"{found.low:.3f} to {found.high:.3f}" if tested else "–",
-                "n": found.n,
-                "verdict": found.verdict,
-                "note": found.note,
-            }
-        )
+    rows = [
+        {
+            "claim": name,
+            "paper": f"{claims()[name].statement}: {claims()[name].claimed}",
+            "here": found.here,
+            "n": found.n,
+            "verdict": found.verdict,
+            "note": found.note,
+        }
+        for name, found in sorted(findings.items())
+    ]
     return pd.DataFrame(rows).set_index("claim")
 
 
@@ -192,6 +322,9 @@ def agreement(findings: Mapping[str, Finding], model: str) -> str:
             else names
         )
         said.append(f"{subject} {'hold' if many else 'holds'}")
+    if by_verdict[UNDECIDED]:
+        many = len(by_verdict[UNDECIDED]) > 1
+        said.append(f"{', '.join(by_verdict[UNDECIDED])} {'are' if many else 'is'} undecided")
     if by_verdict[UNTESTABLE]:
         said.append(f"{', '.join(by_verdict[UNTESTABLE])} cannot be tested here")
     sentence = "; ".join(said) + "."
@@ -345,19 +478,13 @@ def overview(folder: Path | str | None = None) -> pd.DataFrame:
                 **about,
                 "model": record.model,
                 "chapter": record.chapter,
-                "here": _told(record.claims[name]),
+                "here": record.claims[name].here,
                 "n": record.claims[name].n,
                 "verdict": record.claims[name].verdict,
             }
             for record in judged_in
         ] or [{**about, "model": "–", "chapter": "–", "here": "–", "n": 0, "verdict": UNMEASURED}]
     return pd.DataFrame(rows)
-
-
-def _told(found: Finding) -> str:
-    if found.value is None or found.low is None or found.high is None:
-        return "–"
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
 def _checked(content: Any, name: str) -> Record:

@@ -21,6 +21,7 @@ from embedlens.intervals import Interval
 from embedlens.patches import PatchGrid
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -59,6 +60,7 @@ VERDICTS = {
     "holds": ("#009E73", ""),
     "partly": ("#E69F00", "//"),
     "does not hold": ("#D55E00", "xx"),
+    "undecided": ("#56B4E9", "||"),
     "not testable here": ("#BBBBBB", ".."),
 }
 CHANCE = "#767676"
@@ -245,6 +247,30 @@ def layer_curve(
     axes.set_xlabel("layer (0 = what enters the language model)")
 
 
+def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palette: Sequence[str] = ORDER) -> None:
+    """Estimates as lines with their intervals as bands, told apart by colour, marker and dash.
+
+    Args:
+        curve: from `embedlens.stats.curve`: value, low, high and what varies.
+        x: the column along the axis.
+        hue: the column that tells the lines apart.
+        palette: one colour a line, in order of appearance.
+    """
+    import seaborn as sns
+
+    names = list(dict.fromkeys(curve[hue])) if hue else []
+    colours = dict(zip(names, palette, strict=False)) or {None: palette[0]}
+    look: dict[str, Any] = {"errorbar": None, "ax": axes, "legend": False, "dashes": True}
+    look |= {"hue": hue, "style": hue, "palette": colours, "markers": True} if hue else {"color": palette[0]}
+    before = len(axes.get_lines())
+    sns.lineplot(curve, x=x, y="value", **look)
+    for line, name in zip(axes.get_lines()[before:], names, strict=False):
+        line.set_label(str(name))
+    for name, colour in colours.items():
+        part = (curve if name is None else curve[curve[hue] == name]).sort_values(x)
+        axes.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.18, linewidth=0)
+
+
 def chance_curve(
     axes: Axes,
     value: Float[np.ndarray, " layers"],
@@ -260,30 +286,43 @@ def chance_curve(
     axes.plot(layers, value, color=CHANCE, linestyle=line, linewidth=1.2, label=label)
 
 
-def label_ends(axes: Axes, least: float = 0.055) -> None:
+def factor_axis(axes: Axes, factors: Sequence[float]) -> None:
+    """A log axis of factors, 1 at the left, the smallest at the right."""
+    axes.set_xscale("log")
+    axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+    axes.minorticks_off()
+    axes.invert_xaxis()
+
+
+def label_ends(*several: Axes, least: float = 0.055) -> None:
     """Name each labelled line at its right end, in its colour, instead of a legend; names are kept apart.
 
     Args:
-        least: distance between two names, as a share of the axis.
+        least: distance between two names, as a share of the axis' height.
     """
+    for axes in several:
+        _label_ends(axes, least)
+
+
+def _label_ends(axes: Axes, least: float) -> None:
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    bottom, top = axes.get_ylim()
-    gap = least * (top - bottom)
-    ends = sorted(lines, key=lambda line: float(np.asarray(line.get_ydata())[-1]))
-    heights = [float(np.asarray(line.get_ydata())[-1]) for line in ends]
+    ends = [float(axes.transData.transform((0, float(np.asarray(line.get_ydata())[-1])))[1]) for line in lines]
+    bottom, top = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
+    ordered = sorted(((height - bottom) / (top - bottom), at) for at, height in enumerate(ends))
+    heights = [height for height, _ in ordered]
     for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    excess = max(0.0, heights[-1] - top) if heights else 0.0
+        heights[i] = max(heights[i], heights[i - 1] + least)
+    excess = bool(heights) and heights[-1] > 1
     for i in range(len(heights) - 1, -1, -1):  # what was pushed out at the top moves down again
-        heights[i] = min(heights[i], top - gap * (len(heights) - 1 - i)) if excess else heights[i]
-    for line, height in zip(ends, heights, strict=True):
+        heights[i] = min(heights[i], 1 - least * (len(heights) - 1 - i)) if excess else heights[i]
+    for (_, at), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            str(line.get_label()),
+            str(lines[at].get_label()),
             (1.0, height),
-            xycoords=("axes fraction", "data"),
+            xycoords="axes fraction",
             xytext=(6, 0),
             textcoords="offset points",
-            color=line.get_color(),
+            color=lines[at].get_color(),
             va="center",
             fontsize=11,
             annotation_clip=False,

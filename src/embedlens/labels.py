@@ -16,6 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -98,6 +99,19 @@ class LabelHits:
     """Object tokens in a box of each label, over all pictures."""
     retrieving: Int[np.ndarray, "layers labels"] = field(repr=False)
     """Object tokens, of whatever object, that retrieve each label, over all pictures."""
+
+    def token_rows(self) -> pd.DataFrame:
+        """One row per picture and layer, for `embedlens.stats`: grounded, object_tokens, tokens."""
+        layers, pictures = self.grounded.shape
+        return pd.DataFrame(
+            {
+                "id": np.tile(np.arange(pictures), layers),
+                "layer": np.repeat(np.arange(layers), pictures),
+                "grounded": self.grounded.reshape(-1),
+                "object_tokens": np.tile(self.object_tokens, layers),
+                "tokens": np.tile(self.tokens, layers),
+            }
+        )
 
     @property
     def n_pairs(self) -> int:

@@ -529,7 +529,7 @@ def nearest_figure(found: Recoloured, model: str) -> Figure:
         axes.set_title(lens, fontsize=12, fontweight="normal")
         axes.set_ylabel("share of the cases")
         axes.set_ylim(-0.02, 1.02)
-        figures.label_ends(axes, 0.09)
+        figures.label_ends(axes, least=0.09)
     panels[0].set_xlabel("")
     means = {part: float(found.nearest["EmbedLens"][part].mean()) for part in parts}
     top = max(parts, key=lambda part: means[part])

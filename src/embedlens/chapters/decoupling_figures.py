@@ -228,7 +228,7 @@ def grounded_figure(found: Decoupling) -> Figure:
     axes.set_ylabel("object tokens that name\ntheir object, in points")
     axes.set_ylim(bottom=0)
     axes.set_xticks(layers[:: max(1, len(layers) // 12)])
-    figures.label_ends(axes, 0.075)
+    figures.label_ends(axes, least=0.075)
     ends = [
         [100 * one.share.value[at] for one in found.by_layer.values()] for at in (0, found.n_layers)
     ]  # what enters waits unchanged: its share at layer 0 is that at entry

@@ -774,7 +774,7 @@ def staying_figure(seen: Sinkhood) -> Figure:
     for axes in (upper, lower):
         _along_sublayers(axes, seen)
     upper.set_xlabel("")
-    figures.label_ends(lower, 0.12)
+    figures.label_ends(lower, least=0.12)
     kept, other, _ = seen.staying[0]
     upper.set_title(f"{kept.value:.0%} of the five most like BOS stay, {other.value:.0%} of the control")
     figures.sign(fig, seen.model, f"n = {seen.n} pictures")

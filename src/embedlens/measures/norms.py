@@ -1,0 +1,135 @@
+"""Norms of visual and text positions, how far each block turns them, and what rescaling changes (Section 6.2).
+
+A block of a pre-norm decoder adds an update to the residual stream, and reads the stream through a norm that divides
+its length out. A factor on the visual tokens therefore leaves what the first attention reads as it is, and changes how
+much the update weighs beside what it is added to: `first_block` separates this arithmetic from what the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from embedlens.groups import Reference, token_groups_of
+from embedlens.lenses import Lens
+from embedlens.samples import Sample
+from embedlens.tracing import traces
+from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
+
+SCALES = (1.0, 0.3, 0.1, 0.03, 0.01)  # the paper scales by 0.01
+
+
+def by_layer(
+    model: VisionLanguageModel,
+    samples: Sequence[Sample],
+    scales: Sequence[float] = (1.0,),
+    reference: Reference | None = None,
+    lens: Lens | None = None,
+) -> list[list[dict[str, Any]]]:
+    """Norms and layer-to-layer cosines of each picture, means over its positions, visual tokens scaled by each factor.
+
+    Positions: "visual"; "text" without the first one, whose norm is of its own kind in many models; "all text"; and
+    the groups of `embedlens.groups`, of the unscaled picture, if a reference is given. Where a picture has none of
+    them, there is no row.
+
+    Returns:
+        per sample, one row per scale, positions and layer: norm (L2; layer 0 enters the first block), from_input
+        (cos of h_0 and h_l) and, where a block follows, of that block: turn (cos of h_l and h_l+1), centred (the same
+        after the mean over the positions is taken out) and, of unscaled visual tokens with a lens, renamed: the share
+        whose nearest word changes.
+    """
+    prompts = _prompts(model, samples)
+    masks = [_positions(prompt) for prompt in prompts]
+    if reference is not None:
+        found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
+        groups = zip(masks, prompts, found, strict=True)
+        masks = [m | {name: p.spread(mask) for name, mask in g.named.items()} for m, p, g in groups]
+    rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for scale in scales:
+        scaled = [prompt.rescaled(scale) for prompt in prompts]
+        for own, named, states in zip(rows, masks, model.hidden_states_of(scaled, len(scaled)), strict=True):
+            for name, mask in named.items():
+                columns = _course(states[:, mask.to(states.device)].float())
+                if lens is not None and scale == 1 and name == "visual":
+                    nearest = lens.topk(states[:, mask.to(states.device)], 1)[1][..., 0]
+                    columns["renamed"] = (nearest[1:] != nearest[:-1]).double().mean(-1)
+                for layer in range(len(columns.get("norm", ()))):
+                    values = {key: float(found[layer]) for key, found in columns.items() if layer < len(found)}
+                    own.append({"scale": scale, "positions": name, "layer": layer, **values})
+    return rows
+
+
+def first_block(
+    model: VisionLanguageModel, samples: Sequence[Sample], scales: Sequence[float] = SCALES
+) -> list[list[dict[str, Any]]]:
+    """Is a rescaled token turned more because the block does something else, or because the token is shorter?
+
+    Returns:
+        per sample, one row per scale, means over the visual tokens: turn (cos of h_0 and h_1), frozen (the same if the
+        block added what it adds to the unscaled tokens: arithmetic alone), attention_moved and mlp_moved (how far the
+        update is from the unscaled one, as a share of that one's norm; the MLP reads token and attention update added
+        up, so the factor reaches it).
+    """
+    prompts = _prompts(model, samples)
+    plain = _updates(model, prompts, 1.0)
+    rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for scale in scales:
+        for own, (x, attention, mlp), (_, attention_1, mlp_1) in zip(
+            rows, _updates(model, prompts, scale), plain, strict=True
+        ):
+            own.append(
+                {
+                    "scale": scale,
+                    "turn": float(cosine_similarity(x, x + attention + mlp, dim=-1).mean()),
+                    "frozen": float(cosine_similarity(x, x + attention_1 + mlp_1, dim=-1).mean()),
+                    "attention_moved": _moved(attention, attention_1),
+                    "mlp_moved": _moved(mlp, mlp_1),
+                }
+            )
+    return rows
+
+
+def _prompts(model: VisionLanguageModel, samples: Sequence[Sample]) -> list[Prompt]:
+    return model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+
+
+def _positions(prompt: Prompt) -> dict[str, Bool[Tensor, " s"]]:
+    later = torch.ones_like(prompt.visual)
+    later[0] = False
+    return {"visual": prompt.visual, "text": prompt.text & later, "all text": prompt.text}
+
+
+def _course(h: Float[Tensor, "layers n d"]) -> dict[str, Float[Tensor, " layers"]]:
+    """Means over positions by layer; nothing where there are no positions, `centred` only where there are two."""
+    if not h.shape[1]:
+        return {}
+    found = {
+        "norm": h.norm(dim=-1).mean(-1),
+        "from_input": cosine_similarity(h, h[:1], dim=-1).mean(-1),
+        "turn": cosine_similarity(h[1:], h[:-1], dim=-1).mean(-1),
+    }
+    if h.shape[1] > 1:
+        apart = h - h.mean(1, keepdim=True)
+        found["centred"] = cosine_similarity(apart[1:], apart[:-1], dim=-1).mean(-1)
+    return found
+
+
+def _updates(
+    model: VisionLanguageModel, prompts: Sequence[Prompt], scale: float
+) -> list[tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]]]:
+    """Visual tokens as they enter the first block, what its attention adds, what its MLP adds; per prompt."""
+    found = []
+    scaled = [prompt.rescaled(scale) for prompt in prompts]
+    for prompt, seen in zip(scaled, traces(model, scaled, batch_size=len(scaled)), strict=True):
+        pre, mid, post = (h[0, prompt.visual].float() for h in (seen.resid_pre, seen.resid_mid, seen.resid_post))
+        found.append((pre, mid - pre, post - mid))
+    return found
+
+
+def _moved(update: Float[Tensor, "n d"], unscaled: Float[Tensor, "n d"]) -> float:
+    return float((update - unscaled).norm(dim=-1).mean() / unscaled.norm(dim=-1).mean().clamp_min(1e-12))

@@ -1,0 +1,116 @@
+"""Estimates over pictures: against scipy, against a plain loop, how often they cover the truth, three values."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import bootstrap
+
+from embedlens import stats
+from embedlens.errors import EmbedLensError
+from embedlens.stats import Estimate
+
+
+def ratio(hit, asked, axis):
+    return hit.sum(axis) / asked.sum(axis)
+
+
+def test_a_ratio_of_sums_agrees_with_scipy():
+    rng = np.random.default_rng(3)
+    asked = rng.integers(1, 5, 300)
+    table = pd.DataFrame({"id": range(300), "hits": rng.binomial(asked, 0.4), "asked": asked})
+    ours = stats.estimate(stats.drawn(table, "hits", over="asked", resamples=4000))
+    theirs = bootstrap(
+        (table.hits.to_numpy(float), asked), ratio, paired=True, method="percentile", n_resamples=4000, rng=0
+    ).confidence_interval
+    assert ours.value == pytest.approx(table.hits.sum() / asked.sum()) and ours.n == 300
+    assert [ours.low, ours.high] == pytest.approx(list(theirs), abs=0.004)
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        asked = rng.integers(1, 4, 120)
+        table = pd.DataFrame({"id": range(120), "hits": rng.binomial(asked, 0.4), "asked": asked})
+        found = stats.estimate(stats.drawn(table, "hits", over="asked", resamples=300, seed=seed))
+        covered += found.low <= 0.4 <= found.high
+    assert 180 <= covered <= 199  # 190 expected; 5 standard errors of 3 below would be 175, never 200
+
+
+def test_pictures_are_drawn_not_rows():
+    """Twenty rows of a picture that all say the same are one observation."""
+    rng = np.random.default_rng(0)
+    of_picture = rng.normal(size=30)
+    table = pd.DataFrame({"id": np.repeat(range(30), 20), "value": np.repeat(of_picture, 20)})
+    wide = stats.estimate(stats.drawn(table, "value"))
+    narrow = stats.estimate(stats.drawn(table.assign(id=range(600)), "value"))
+    assert (wide.high - wide.low) > 3 * (narrow.high - narrow.low)
+
+
+def test_cells_are_paired_and_a_picture_without_a_row_is_drawn_all_the_same():
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=50)
+    table = pd.DataFrame(
+        [{"id": i, "arm": arm, "value": base[i] + shift} for i in range(50) for arm, shift in (("a", 0.0), ("b", 0.1))]
+    )
+    found = stats.drawn(table, "value", by="arm")
+    gap = stats.estimate(found["b"] - found["a"])
+    assert (gap.low, gap.high) == pytest.approx((0.1, 0.1))
+    fewer = stats.drawn(table.drop(table.index[1]), "value", by="arm")  # picture 0 has no b
+    times = stats.draws(50, seed=0)
+    assert fewer["a"].to_numpy() == pytest.approx(found["a"].to_numpy())
+    assert fewer["b"].iloc[1:].to_numpy() == pytest.approx(times[:, 1:] @ (base[1:] + 0.1) / times[:, 1:].sum(1))
+
+
+def test_what_arithmetic_makes_of_resamples_keeps_how_many_pictures_it_rests_on():
+    table = pd.DataFrame([(i, g, x, x * i + 1.0) for i in range(8) for g in "ab" for x in (0, 1)])
+    table.columns = ["id", "group", "layer", "value"]
+    found = stats.drawn(table, "value", by=["group", "layer"])
+    assert stats.curve(found["a"] / found["b"])["n"].tolist() == [8, 8]
+    assert stats.estimate(found["a"].max(axis=1)).n == 8
+    with pytest.raises(EmbedLensError, match="pass n="):
+        stats.estimate(pd.Series([1.0, 1.0]))
+
+
+def test_nothing_to_ask_is_refused_with_the_cell_or_the_column():
+    table = pd.DataFrame({"id": [0, 1], "layer": [0, 1], "value": [1.0, math.nan]})
+    with pytest.raises(EmbedLensError, match="nothing was asked of 1"):
+        stats.drawn(table, "value", by="layer")
+    with pytest.raises(EmbedLensError, match="no column norm"):
+        stats.drawn(table, "norm")
+    with pytest.raises(EmbedLensError, match="three finite numbers"):
+        Estimate(math.nan, 0, 1, 3)
+
+
+@pytest.mark.parametrize("low, high, bar, above", [(1, 3, 0, True), (1, 3, 3, False), (1, 3, 2, None), (1, 3, 1, None)])
+def test_a_comparison_has_three_values(low, high, bar, above):
+    found = Estimate(2, low, high, 9)
+    assert (found > bar) is above
+    mirrored = Estimate(-2, -high, -low, 9)
+    assert (mirrored < -bar) is above
+    with pytest.raises(EmbedLensError, match="difference"):
+        found > mirrored  # noqa: B015
+
+
+def test_no_number_prints_as_minus_zero():
+    assert f"{Estimate(-0.0001, -0.0002, 0.0002, 9):.2f}" == "0.00 (0.00 to 0.00)"
+    assert f"{Estimate(-0.0001, -0.02, 0.01, 9):.0%}" == "0 % (−2 to 1)"
+
+
+@pytest.mark.parametrize("hits, asked", [(0, 10), (3, 10), (10, 10)])
+def test_a_share_has_clopper_and_pearsons_bounds(hits, asked):
+    from scipy.stats import beta
+
+    found = stats.share(hits, asked)
+    low = beta.ppf(0.025, hits, asked - hits + 1) if hits else 0.0
+    high = beta.ppf(0.975, hits + 1, asked - hits) if hits < asked else 1.0
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_a_share_that_no_picture_shows_gets_the_exact_bound_and_others_stay():
+    table = pd.DataFrame({"id": range(20), "seen": 0.0})
+    none = stats.at_least_seen(stats.estimate(stats.drawn(table, "seen")))
+    assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(stats.share(0, 20).high)
+    some = Estimate(0.5, 0.4, 0.6, 20)
+    assert stats.at_least_seen(some) is some
