@@ -14,8 +14,9 @@ import random
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def load(folder: str | Path, n: int, seed: int = 0) -> list[Sample]:
         raise EmbedLensError(f"n is {n}, but {annotations} lists {len(ids)} pictures: ask for at most as many")
     random.Random(seed).shuffle(ids)
     spoken = annotations.with_name(annotations.name.replace("instances", "captions", 1))
-    captions: dict[int, list[Mapping[str, Any]]] = {}
+    captions: Mapping[int, list[dict[str, Any]]] = {}
     if spoken.is_file():
         captions = _by_picture(_read(spoken, ("images", "annotations")), images, spoken)
     samples: list[Sample] = []
@@ -216,11 +217,19 @@ def _by_id(content: Mapping[str, Any], part: str, kind: str, file: Path) -> dict
 
 def _by_picture(
     content: Mapping[str, Any], images: Mapping[int, Any], file: Path
-) -> dict[int, list[Mapping[str, Any]]]:
-    """The annotations of each picture, in the file's order."""
-    found: dict[int, list[Mapping[str, Any]]] = {}
-    for what, entry in _entries(content, "annotations", "annotation", file):
-        found.setdefault(_number(entry, "image_id", f"{what} of {file}"), []).append(entry)
+) -> Mapping[int, list[dict[str, Any]]]:
+    """The annotations of each picture, in the file's order, by pycocotools, which wants its ids as numbers."""
+    from pycocotools.coco import COCO
+
+    entries = [
+        {**entry, "image_id": _number(entry, "image_id", f"{what} of {file}"), "id": entry.get("id", place)}
+        for place, (what, entry) in enumerate(_entries(content, "annotations", "annotation", file))
+    ]
+    index = COCO()
+    index.dataset = {"annotations": entries}
+    with redirect_stdout(StringIO()):  # it reports its progress
+        index.createIndex()
+    found = index.imgToAnns
     if images and found and not images.keys() & found.keys():
         raise EmbedLensError(
             f"no annotation of {file} is of a picture that is listed: their image_id is {min(found)} and so on, the "
@@ -230,7 +239,7 @@ def _by_picture(
 
 
 def _check_categories(
-    instances: Mapping[int, list[Mapping[str, Any]]], category_names: Mapping[int, str], file: Path
+    instances: Mapping[int, list[dict[str, Any]]], category_names: Mapping[int, str], file: Path
 ) -> None:
     for entry in (entry for entries in instances.values() for entry in entries):
         if _whole(entry.get("category_id")) not in category_names:
