@@ -22,6 +22,7 @@ from jaxtyping import Float, Shaped
 
 from embedlens.errors import EmbedLensError
 from embedlens.intervals import Interval, draws, steady
+from embedlens.stats import Estimate
 from embedlens.tasks import FAMILIES, Metric, metric_parts, rows_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,22 @@ class Comparison:
     """Answers wrong under the baseline and right under the arm, and the other way round; a mean over seeds."""
     p: float
     """McNemar's exact test, two-sided; nan for F1 and for several seeds."""
+
+    @property
+    def change(self) -> Estimate:
+        """The difference with its 95 % interval."""
+        return Estimate(self.difference, self.low, self.high, self.pictures)
+
+    @property
+    def narrow(self) -> Estimate:
+        """The difference with its 90 % interval: `narrow > -0.01 and narrow < 0.01` are two one-sided tests."""
+        return Estimate(self.difference, self.narrow_low, self.narrow_high, self.pictures)
+
+    @property
+    def needed(self) -> int | None:
+        """About how many pictures would show that nothing is lost beyond the margin; None: it is lost, or no number
+        would show it."""
+        return self.narrow.needed(-self.margin) if self.difference > -self.margin else None
 
     @property
     def equivalent(self) -> bool:
@@ -108,7 +125,7 @@ def compare(
 
     Pictures are drawn in the bootstrap, the same ones for both arms and for all families. A bootstrap cannot draw what
     no picture shows: where no answer differs, its interval is a point. So neither bound is nearer to the difference
-    than z² / (n + z²), which is Tango's score interval for n pictures of which none differs.
+    than z² / (n + z²), which is Tango's score interval for n questions of which none differs.
 
     Args:
         table: from `embedlens.sweep.run_arms`: columns item, id, family, kind, answer, arm, seed, acted, prediction
@@ -148,8 +165,8 @@ def compare(
     scores = [_scores(times, found) for found in sums]
     of_base, of_arm = np.mean(scores[: len(base)], axis=0), np.mean(scores[len(base) :], axis=0)
     change = steady(of_arm - of_base)
-    low, high = _interval(change, LEVEL, len(ids))
-    narrow_low, narrow_high = _interval(change, 2 * LEVEL - 1, len(ids))
+    low, high = _interval(change, LEVEL, len(places))
+    narrow_low, narrow_high = _interval(change, 2 * LEVEL - 1, len(places))
     right = [rows[correct].to_numpy(dtype=float) for rows in parts]
     before, after = right[: len(base)], right[len(base) :]
     before = before * (len(after) // len(before))
@@ -193,7 +210,7 @@ def scored(
         for rows in runs
     ]
     found = np.mean([_scores(times, parts) for parts in sums], axis=0)
-    low, high = _interval(found, LEVEL, len(ids))
+    low, high = _interval(found, LEVEL, len(runs[0]))
     return Interval(*(np.array(part) for part in (found[0], max(0.0, low), high)))
 
 
@@ -325,10 +342,10 @@ def _scores(
     return np.mean(families, axis=0)
 
 
-def _interval(change: Float[np.ndarray, " resamples"], level: float, pictures: int) -> tuple[float, float]:
+def _interval(change: Float[np.ndarray, " resamples"], level: float, questions: int) -> tuple[float, float]:
     """Percentiles of the resamples after the first, which is the value itself; never nearer to it than chance allows.
 
-    >>> _interval(np.zeros(10), 0.95, pictures=96)
+    >>> _interval(np.zeros(10), 0.95, questions=96)
     (-0.03847..., 0.03847...)
     """
     from scipy.stats import norm
@@ -336,5 +353,5 @@ def _interval(change: Float[np.ndarray, " resamples"], level: float, pictures: i
     change = steady(change)
     low, high = np.nanquantile(change[1:], [(1 - level) / 2, (1 + level) / 2])
     squared = norm.ppf((1 + level) / 2) ** 2
-    unseen = squared / (pictures + squared)
+    unseen = squared / (questions + squared)
     return float(max(-1.0, min(low, change[0] - unseen))), float(min(1.0, max(high, change[0] + unseen)))

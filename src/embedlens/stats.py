@@ -25,6 +25,7 @@ from embedlens.errors import EmbedLensError
 
 LEVEL = 0.95
 RESAMPLES = 2000
+STEADY = 12  # decimals; the bits beyond belong to the processor, and what adds up to 0 is 0 on each
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def estimate(resampled: pd.Series | pd.DataFrame, n: int | None = None, level: f
     n = resampled.attrs.get("n") if n is None else n
     if n is None:
         raise EmbedLensError("how many pictures this rests on was lost in the arithmetic: pass n=")
-    values = np.asarray(resampled, dtype=np.float64)
+    values = np.round(np.asarray(resampled, dtype=np.float64), STEADY) + 0.0
     values = values.reshape(len(values), -1)
     if values.shape[1] != 1:
         raise EmbedLensError(f"{values.shape[1]} columns are several estimates: choose one, or use estimates")
