@@ -445,6 +445,16 @@ def test_only_a_chapter_whose_code_parameters_or_records_changed_runs_again(chec
 
 
 @pytest.mark.parametrize(
+    ("device", "free_gb", "expected"),
+    [("cpu", 64, (4, 2)), ("cpu", 5, (2, 4)), ("cpu", 1, (1, 8)), ("cuda", 64, (1, 8))],
+)
+def test_chapters_share_cores_and_memory_and_take_turns_on_a_gpu(monkeypatch, device, free_gb, expected):
+    monkeypatch.setattr(book_runs.os, "sched_getaffinity", lambda _pid: range(8), raising=False)
+    monkeypatch.setattr(book_runs, "_free_memory", lambda: free_gb << 30)
+    assert book_runs.shares([{}, {}, {}, {"device": device}]) == expected
+
+
+@pytest.mark.parametrize(
     ("source", "said"),
     [
         (

@@ -222,10 +222,8 @@ def _side_by_side(
     jobs: int | None,
 ) -> list[str]:
     """Run chapters, those that took longest before first; gives what failed, a text each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    on_gpu = any(str(chosen[page].get("device", "cpu")) != "cpu" for page in stale)
-    jobs = min(jobs or (1 if on_gpu else max(1, min(cores, _free_memory() // CHAPTER_MEMORY))), len(stale))
-    env = environment(folder / "home", max(1, cores // jobs))
+    jobs, threads = shares([chosen[page] for page in stale], jobs)
+    env = environment(folder / "home", threads)
     flight = Flight()
     terminal = sys.stdout.isatty()
 
@@ -369,6 +367,18 @@ def _keep(notebook: Notebook, source: Path, place: Path, wrote: Sequence[Path], 
     runs = sorted((path.stat().st_mtime, path.parent) for path in place.parent.glob("*/run.json"))
     for _, old in runs[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def shares(chosen: Sequence[Mapping[str, Any]], asked: int | None = None) -> tuple[int, int]:
+    """How many of these chapters run at a time, and the threads of each: what is `asked`, else as the machine allows.
+
+    Args:
+        chosen: the parameters of each chapter; where one names another device than the CPU, they take turns on it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_gpu = any(str(values.get("device", "cpu")) != "cpu" for values in chosen)
+    jobs = asked or (1 if on_gpu else max(1, min(cores, _free_memory() // CHAPTER_MEMORY)))
+    return min(jobs, len(chosen)), max(1, cores // min(jobs, len(chosen)))
 
 
 def merged(present: Notebook, run: Notebook) -> Notebook:
