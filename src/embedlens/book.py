@@ -40,8 +40,8 @@ SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmark
 def glue(name: str, value: Any, digits: int = 4) -> None:
     """Hand one measured value to the prose: `` {glue:text}`name:.1%` `` prints it.
 
-    Floats are rounded to `digits` significant digits (digits before the point are all kept), because the regression
-    test compares glued values exactly and the last bits of a float belong to the machine.
+    Floats are rounded to `digits` significant digits (digits before the point are all kept), because the last
+    bits of a float belong to the machine.
 
     Args:
         name: letters, digits and underscores; unique in its notebook.

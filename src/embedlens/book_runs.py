@@ -280,7 +280,7 @@ def _run(
     page: Path,
     flight: Flight,
 ) -> Notebook:
-    """Run one notebook by papermill in its own folder, in a kernel of this very Python, whatever a home folder names."""
+    """Run one notebook by papermill in its own folder, in a kernel of this very Python, whatever home folders name."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -308,8 +308,8 @@ def _run(
     kernel.start_kernel = partial(kernel.start_kernel, env=dict(env))  # type: ignore[method-assign]
     try:
         execute_notebook(
-            str(path),
-            str(half_run),
+            _literal(path),
+            _literal(half_run),
             parameters=dict(values),
             kernel_name=KERNEL["name"],
             language="python",
@@ -342,6 +342,11 @@ def _run(
         flight.at.pop(page, None)
     first, *rest = said.splitlines()
     raise ChapterFailed("\n".join([f"{page}: {first} (run so far: {half_run})", *rest]))
+
+
+def _literal(path: Path) -> str:
+    """As papermill takes it, which reads braces in a path as names of parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _keep(notebook: Notebook, source: Path, place: Path, wrote: Sequence[Path], told: dict[str, Any]) -> None:
