@@ -1,5 +1,7 @@
-"""Each committed notebook shows, and each committed record holds, what a run gives now. `make test` runs this; the name
-keeps it out of the unit tests, because the first run takes minutes. Runs that are still good are taken from `_build`."""
+"""Each committed notebook shows, and each committed record holds, what a run gives now.
+
+`make test` runs this; the name keeps it out of the unit tests, because the first run takes minutes. Runs that are still
+good are taken from `_build`."""
 
 import json
 from pathlib import Path
