@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -37,16 +38,18 @@ def ran(*sources, outputs=()):
 @pytest.fixture
 def checkout(tmp_path):
     """A book of a front page and two short notebooks, with this book's own configuration and style."""
+    root = tmp_path / "ein Büchlein"
+    root.mkdir()
     for name in ("_config.yml", "book"):
         source = ROOT / name
-        shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
-    (tmp_path / "_toc.yml").write_text(
+        shutil.copytree(source, root / name) if source.is_dir() else shutil.copy(source, root / name)
+    (root / "_toc.yml").write_text(
         "format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/01_first\n- file: notebooks/02_second\n"
     )
-    (tmp_path / "book/intro.md").write_text(
+    (root / "book/intro.md").write_text(
         "# Front\n\nThe first chapter counts {glue:text}`../notebooks/01_first.ipynb::n:d`.\n"
     )
-    (tmp_path / "notebooks").mkdir()
+    (root / "notebooks").mkdir()
     first = new_notebook(
         cells=[
             new_markdown_cell("# First\n\nIt measures {glue:text}`n` pictures: {glue:text}`share:.0%`, $x^2$."),
@@ -58,9 +61,9 @@ def checkout(tmp_path):
     second = new_notebook(
         cells=[new_markdown_cell("# Second"), new_code_cell("print('ran')")], metadata={"kernelspec": book.KERNEL}
     )
-    nbformat.write(first, tmp_path / "notebooks/01_first.ipynb")
-    nbformat.write(second, tmp_path / "notebooks/02_second.ipynb")
-    return tmp_path
+    nbformat.write(first, root / "notebooks/01_first.ipynb")
+    nbformat.write(second, root / "notebooks/02_second.ipynb")
+    return root
 
 
 def rewrite(path, edit):
@@ -472,6 +475,22 @@ def test_ctrl_c_ends_the_kernels_and_is_one_sentence(checkout):
     assert "stopped: chapters that had ended are kept" in said
     for note in notes:
         wait_for(lambda note=note: not Path(f"/proc/{note.read_text()}").exists(), 20)
+
+
+def test_kill_9_loses_the_chapters_in_flight_and_no_other(checkout):
+    note = checkout / "note"
+    for name, then in (("01_first", ""), ("02_second", "\nimport time; time.sleep(600)")):
+        code = f"with open({str(note)!r}, 'a') as file: print({name!r}, file=file){then}"
+        rewrite(checkout / f"notebooks/{name}.ipynb", lambda n, c=code: n["cells"].append(new_code_cell(c)))
+    command = [sys.executable, "-m", "embedlens", "book", "--no-render", "--jobs", "1"]
+    with subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        wait_for(lambda: note.is_file() and note.read_text().split()[-1:] == ["02_second"])
+        order = note.read_text().split()
+        os.killpg(process.pid, signal.SIGKILL)
+    rewrite(checkout / "notebooks/02_second.ipynb", lambda n: n["cells"][-1].update(source="print('quick')"))
+    note.unlink()
+    book.executed(checkout, say=quiet)
+    assert order == ["01_first", "02_second"] and not note.exists()  # the lock is free, and what had ended ran once
 
 
 def wait_for(happened, seconds=120):
