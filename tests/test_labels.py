@@ -237,7 +237,8 @@ def test_anything_that_gives_words_to_tokens_stands_beside_the_lenses(miniature,
     def first(model, prompt, k):
         return LogitLens.from_model(model).topk(model.hidden_states(prompt)[-1:, prompt.visual], k)[1]
 
-    found = label_hits(miniature, pictures[:2], ks=(2,), lenses={"own": first, "logit": LogitLens.from_model(miniature)})
+    readers = {"own": first, "logit": LogitLens.from_model(miniature)}
+    found = label_hits(miniature, pictures[:2], ks=(2,), lenses=readers)
     own, lens = found["own", 2, "head-word"], found["logit", 2, "head-word"]
     assert own.retrieved.shape[0] == 1 and np.array_equal(own.retrieved[0], lens.retrieved[-1])
     assert np.array_equal(own.grounded[0], lens.grounded[-1]) and own.token_chance() == lens.token_chance()[-1]
