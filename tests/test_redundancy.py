@@ -31,6 +31,7 @@ from embedlens.redundancy import (
     token_scores,
     top_probability,
     window,
+    words_alone,
 )
 
 
@@ -172,6 +173,11 @@ def test_the_batch_size_changes_nothing(tiny):
     one, many = (readings_of(tiny, prompt, None, protocol, batch_size=size) for size in (1, 64))
     for name in ("alone", "region", "region_without", "picture", "picture_without"):
         assert_close(getattr(one, name), getattr(many, name), atol=2e-4, rtol=1e-4)
+
+
+def test_words_alone_are_the_likeliest_of_the_reading_alone(tiny):
+    prompt = tiny.prompt(picture(1), "what is in the picture?")
+    assert words_alone(tiny, prompt, k=3)[0].tolist() == readings_of(tiny, prompt).alone.topk(3).indices.tolist()
 
 
 def test_sharing_the_prefix_gives_what_whole_prompts_give(tiny, monkeypatch):
