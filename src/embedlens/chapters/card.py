@@ -239,19 +239,23 @@ def stages_table(log: Mapping[str, Any]) -> pd.DataFrame:
 TRIED = {
     "relation_words": ("language model", "descriptions of two objects in words"),
     "relation_pictures": ("projector, language model", "pictures of two objects"),
+    "onward2": ("language model, by AdamW alone", "descriptions, relations first; stopped early"),
 }
 
 
 def experiments_table(log: Mapping[str, Any]) -> pd.DataFrame:
-    """Further trainings on relation questions alone: on how many samples, and what share was then right.
+    """Further trainings from the weights that ship: on how many samples, and what share of relations was then right.
 
-    Held-out samples of the same kind, two objects each; every token of the answer is the first choice.
+    Held-out samples of the same kind; every token of the answer is the first choice. Where it was logged, also the
+    largest share of its attention that text gives BOS in any block, and the largest |x| / RMS, first and last: signs
+    of sinks.
     """
     import pandas as pd
 
     rows = []
     for name, run in log.get("experiments", {}).items():
         points = heldout(run)["relation"]
+        signs = [(max(e["heldout/bos"]), max(e["heldout/peak"])) for e in run["log"] if "heldout/bos" in e]
         learns, source = TRIED[name]
         rows.append(
             {
@@ -263,6 +267,8 @@ def experiments_table(log: Mapping[str, Any]) -> pd.DataFrame:
                 "at the end": round(points[-1][1], 2),
                 "at best": round(max(share for _, share in points), 2),
                 "minutes": round(run["seconds"] / 60),
+                "BOS attention": f"{signs[0][0]:.3f} to {signs[-1][0]:.3f}" if signs else "–",
+                "|x| / RMS": f"{signs[0][1]:.1f} to {signs[-1][1]:.1f}" if signs else "–",
             }
         )
     return pd.DataFrame(rows)
@@ -323,7 +329,7 @@ def heldout(run: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     for entry in run["log"]:
         for name, value in entry.items():
             key = name.removeprefix("heldout/")
-            if key != name and key not in ("caption", "captioning", "contrastive", "loss"):
+            if key != name and key not in ("caption", "captioning", "contrastive", "loss", "bos", "peak"):
                 found.setdefault(key, []).append((entry["samples"] / 1000, value))
     return found
 
