@@ -79,6 +79,14 @@ class Spread:
         """`groups.fence` of the largest |x|/RMS of all tokens but the first."""
         return np.array([fence(layer) for layer in self.largest])
 
+    @property
+    def excitement(self) -> pd.DataFrame:
+        """By layer, the largest |x|/RMS of BOS, and of the others as median and quartiles: as `figures.bands` draws."""
+        most = self.first.max(1)
+        rows = {"BOS": (most, most, most), "others": np.quantile(self.largest, [0.5, 0.25, 0.75], axis=1)}
+        parts = [pd.DataFrame(dict(zip(("value", "low", "high"), row, strict=True))) for row in rows.values()]
+        return pd.concat(parts, keys=list(rows), names=["of", "layer"]).reset_index()
+
 
 def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: int = 8) -> Spread:
     """Norms and excited dimensions of all tokens of some pictures, read a batch at a time."""
