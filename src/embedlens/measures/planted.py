@@ -21,7 +21,9 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from embedlens import vlm
 from embedlens.errors import EmbedLensError
+from embedlens.model_names import MINIATURE
 from embedlens.samples import load
 from embedlens.vlm import QUESTION, VisionLanguageModel
 
@@ -29,16 +31,19 @@ VIT, LLM = (3, 14, 29, 40, 58), (9, 20, 33, 46, 55)  # of 64 patches, none besid
 
 
 @torch.no_grad()
-def planted(model: VisionLanguageModel, vit: Sequence[int] = VIT, llm: Sequence[int] = LLM) -> VisionLanguageModel:
+def planted(
+    model: VisionLanguageModel | None = None, vit: Sequence[int] = VIT, llm: Sequence[int] = LLM
+) -> VisionLanguageModel:
     """A copy with ViT sinks and LLM sinks at some patches of every picture, and BOS as a sink; `model` stays as it is.
 
     Args:
-        model: a LLaVA with a CLIP tower and a LLaMA, such as the miniature, in 32 bits.
+        model: a LLaVA with a CLIP tower and a LLaMA, in 32 bits; default: the miniature.
         vit, llm: places of patches, different ones.
 
     Raises:
         EmbedLensError: another architecture, or a patch that would be both or is not there.
     """
+    model = vlm.load(MINIATURE, device="cpu") if model is None else model
     copy = VisionLanguageModel(
         deepcopy(model.hf), deepcopy(model.processor), f"{model.name} with planted sinks", model.preprocessing
     )
