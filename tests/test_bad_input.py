@@ -176,8 +176,9 @@ def labelled(draw: Callable[[], Image.Image], id: int, size: tuple[int, int]) ->
 def found_labels(model, sample):
     """As chapter 02 counts: which labels each lens retrieves, in how many of the object's tokens."""
     return [
-        {"lens": lens, "k": k, "layer": layer, "asked": hits.n_pairs, "object_tokens": int(hits.object_tokens.sum())}
-        | {"retrieved": int(retrieved.sum()), "grounded": int(grounded.sum())}
+        {"lens": lens, "k": k, "layer": layer, "asked": int(hits.present.sum())}
+        | {"object_tokens": int(hits.object_tokens.sum()), "retrieved": int(retrieved.sum())}
+        | {"grounded": int(grounded.sum())}
         for (lens, k, _), hits in label_hits(model, [sample], ks=(5, 60)).items()
         for layer, (retrieved, grounded) in enumerate(zip(hits.retrieved, hits.grounded, strict=True))
     ]

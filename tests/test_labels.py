@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from embedlens import stats
 from embedlens.errors import EmbedLensError
 from embedlens.labels import LabelHits, label_hits, label_ids, largest_object, named_patches
 from embedlens.lenses import Lens, LogitLens
@@ -78,50 +79,55 @@ def random_hits(seed, pictures=300, labels=20, planted=0.0, noise=0.3):
     return hits(present, retrieved)
 
 
-def test_recall_is_the_share_of_picture_label_pairs():
+def recall(found):
+    """Share of (picture, label) pairs whose label some token of the picture retrieves, by layer."""
+    return stats.drawn(found.label_rows(), "found", over="asked", by="layer", resamples=2).loc[0].tolist()
+
+
+def test_what_is_found_is_counted_in_picture_label_pairs():
     found = hits([[1, 1], [0, 1]], [[[1, 0], [1, 1]]])
-    assert found.n_pairs == 3
-    assert found.recall().value.tolist() == [2 / 3]  # label 0 in picture 1 is no hit: the picture has no such label
+    assert found.label_rows().asked.tolist() == [2, 1]
+    assert found.label_rows().found.tolist() == [1, 1]  # label 0 in picture 1 is no hit: the picture has no such label
+    assert recall(found) == [2 / 3]
+
+
+def chance_by_pairs(found, times):
+    """What is found of the labels of another picture, pair by pair, each picture taken so many times, by layer."""
+    order = np.repeat(np.arange(len(times)), times.astype(int))
+    shared = np.einsum("pn,lqn->lpq", found.present[order].astype(int), found.retrieved[:, order].astype(int))
+    other = order[:, None] != order[None]
+    return (shared * other).sum((1, 2)) / (found.present[order].sum(1)[:, None] * other).sum()
+
+
+def test_what_is_found_by_accident_is_what_pairs_of_different_pictures_give_also_when_drawn():
+    found = random_hits(1, pictures=60, planted=0.5)
+    resamples = 300
+    chance = stats.drawn(found.label_rows(), "by_accident", over="asked", by="layer", resamples=resamples)
+    assert chance.loc[0].to_numpy() == pytest.approx(chance_by_pairs(found, np.ones(60)))
+    anew = [chance_by_pairs(found, times) for times in stats.draws(60, resamples)]
+    spread = np.std(anew, axis=0)
+    assert chance.loc[1:].std().to_numpy() == pytest.approx(spread, rel=0.1)
+    assert np.abs(chance.loc[1:].to_numpy() - anew).mean() < 0.25 * spread.min()  # draw by draw, not only in spread
 
 
 def test_chance_equals_recall_where_retrieval_knows_nothing_of_the_picture():
-    gaps = [random_hits(seed).excess(resamples=2).value[0] for seed in range(20)]
+    gaps = [random_hits(seed).beyond().loc[0, 0] for seed in range(20)]
     assert abs(np.mean(gaps)) < 3 * np.std(gaps) / len(gaps) ** 0.5 + 1e-9
     assert max(map(abs, gaps)) < 0.06  # 0.02 is one standard error of 700 pairs
-    planted = random_hits(0, planted=0.5).excess(resamples=200)
-    assert planted.low[1] > 0.2 > planted.high[0]
+    planted = stats.estimates(random_hits(0, planted=0.5).beyond())
+    assert planted[1] > 0.2 and planted[0] < 0.2
 
 
-def test_chance_in_closed_form_is_what_permutations_give():
-    found = random_hits(1, planted=0.5)
-    permuted = found.permuted(permutations=2000)
-    n = len(found.present)
-    # a permutation leaves a picture its own labels once in n times
-    expected = found.chance() * (n - 1) / n + found.recall(resamples=2).value / n
-    assert permuted.value == pytest.approx(expected, abs=1e-3)
-    assert (permuted.low < permuted.value).all() and (permuted.value < permuted.high).all()
-
-
-def test_permutations_and_bootstrap_are_seeded():
-    found = random_hits(2)
-    assert np.array_equal(found.permuted(50, seed=3).value, found.permuted(50, seed=3).value)
-    assert not np.array_equal(found.permuted(50, seed=3).value, found.permuted(50, seed=4).value)
-    assert np.array_equal(found.recall(seed=1).low, found.recall(seed=1).low)
-
-
-def test_a_lens_is_compared_on_the_same_pictures():
-    weak, strong = random_hits(4), random_hits(4, planted=0.5)
-    gap = strong.excess_over(weak)
-    assert gap.value[1] == pytest.approx(strong.excess(resamples=2).value[1] - weak.excess(resamples=2).value[1])
-    apart = strong.excess().high[1] - strong.excess().low[1] + weak.excess().high[1] - weak.excess().low[1]
-    assert gap.low[1] > 0 and gap.high[1] - gap.low[1] < apart
-    nothing = strong.excess_over(strong)
-    assert nothing.low.tolist() == nothing.high.tolist() == [0, 0]
+def test_two_lenses_are_compared_on_the_same_pictures():
+    weak, strong = random_hits(4).beyond(), random_hits(4, planted=0.5).beyond()
+    lead = stats.estimate(strong[1] - weak[1], 300)
+    apart = [stats.estimate(part[1], 300) for part in (strong, weak)]
+    assert lead > 0 and lead.high - lead.low < sum(part.high - part.low for part in apart)
 
 
 def test_labels_that_no_picture_has_are_refused():
-    with pytest.raises(EmbedLensError, match="no picture has a label"):
-        hits([[0], [0]], [[[1], [0]]]).recall()
+    with pytest.raises(EmbedLensError, match="nothing was asked of 0: take more pictures"):
+        hits([[0], [0]], [[[1], [0]]]).beyond()
 
 
 class PlantedLens(Lens):
@@ -167,13 +173,13 @@ def test_labels_planted_on_their_patches_are_all_found_at_their_layer_and_k(mini
     found = label_hits(miniature, pictures, ks=(2, 3), lenses={"planted": PlantedLens(ids)}, batch_size=4)
     missed, hit = found["planted", 2, "head-word"], found["planted", 3, "head-word"]
     covered = sum(len(set(row) - {""}) for row in names)
-    assert hit.n_pairs == sum(len(sample.labels) for sample in pictures)
-    assert hit.recall().value.tolist() == [0] * miniature.n_layers + [covered / hit.n_pairs]
-    assert hit.token_rate().value.tolist() == [0] * miniature.n_layers + [1]
+    asked = sum(len(sample.labels) for sample in pictures)
+    assert hit.present.sum() == asked
+    assert recall(hit) == [0] * miniature.n_layers + [covered / asked]
     assert hit.object_tokens.tolist() == [sum(map(bool, row)) for row in names]
-    assert hit.token_rate("all tokens").value[-1] == hit.object_tokens.sum() / hit.tokens.sum() < 1
+    assert hit.grounded.tolist() == [[0] * len(names)] * miniature.n_layers + [hit.object_tokens.tolist()]
     assert 0 < hit.token_chance()[-1] < 1 and hit.token_chance()[0] == 0
-    assert missed.recall().value.max() == 0
+    assert max(recall(missed)) == 0
 
 
 def test_named_patches_are_those_that_retrieve_the_label_of_their_own_object(miniature, pictures):
@@ -225,6 +231,17 @@ def test_two_lenses_of_one_kind_keep_apart(miniature, pictures):
     key = ("without", 5, "head-word")
     assert np.array_equal(found[key].retrieving, alone[key].retrieving)
     assert not np.array_equal(found[key].retrieving, found["with", 5, "head-word"].retrieving)
+
+
+def test_anything_that_gives_words_to_tokens_stands_beside_the_lenses(miniature, pictures):
+    def first(model, prompt, k):
+        return LogitLens.from_model(model).topk(model.hidden_states(prompt)[-1:, prompt.visual], k)[1]
+
+    readers = {"own": first, "logit": LogitLens.from_model(miniature)}
+    found = label_hits(miniature, pictures[:2], ks=(2,), lenses=readers)
+    own, lens = found["own", 2, "head-word"], found["logit", 2, "head-word"]
+    assert own.retrieved.shape[0] == 1 and np.array_equal(own.retrieved[0], lens.retrieved[-1])
+    assert np.array_equal(own.grounded[0], lens.grounded[-1]) and own.token_chance() == lens.token_chance()[-1]
 
 
 def test_no_pictures_are_refused(miniature):

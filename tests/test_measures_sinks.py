@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from twins import save_twin
 
 import embedlens as el
 from embedlens import samples
@@ -150,6 +151,18 @@ def test_a_kind_that_the_model_lacks_has_no_rows(miniature, pictures, calibratio
         sinks.entries(miniature, pictures[:2], "LLM sink", reference)
     with pytest.raises(EmbedLensError, match="at least one picture"):
         sinks.spread(miniature, [])
+
+
+def test_pictures_of_unequal_token_counts_are_read(tmp_path, pictures):
+    model = el.load(save_twin(tmp_path / "next", "llava-hf/llava-v1.6-vicuna-7b-hf"), device="cpu")
+    reference = discover(model, pictures)
+    tokens = [len(model.prompt(picture.image, QUESTION).grid) for picture in pictures]
+    seen = sinks.spread(model, pictures, batch_size=2)
+    assert len(set(tokens)) > 1 and seen.norms.shape[1] >= sum(tokens)  # the tower sees what the layout leaves out
+    rows = el.run(partial(sinks.by_sublayer, reference=reference), model, pictures, batch_size=2)
+    assert rows.groupby("id").size().gt(0).all() and len(rows.id.unique()) == len(pictures)
+    with pytest.raises(EmbedLensError, match="cannot be planted"):
+        planted(model)
 
 
 def test_rows_agree_with_one_prompt_at_a_time(copy, pictures, rows):

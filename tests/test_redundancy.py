@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_families import FAMILIES
 from torch.testing import assert_close
+from twins import BY_FAMILY, save_twin
 
 from embedlens import load
 from embedlens.errors import EmbedLensError
@@ -31,6 +31,7 @@ from embedlens.redundancy import (
     token_scores,
     top_probability,
     window,
+    words_alone,
 )
 
 
@@ -126,9 +127,9 @@ def test_the_head_vocabulary_renormalises():
 # --- readings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+@pytest.mark.parametrize("family", ["llava", *BY_FAMILY])
 def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny, family, tmp_path):
-    model = tiny if family == "llava" else load(FAMILIES[family][0](tmp_path), device="cpu")
+    model = tiny if family == "llava" else load(save_twin(tmp_path, BY_FAMILY[family]), device="cpu")
     prompt = model.prompt(picture(), "what is in the picture?")
     n, at = len(prompt.grid), prompt.visual.nonzero()[:, 0]
     places = [0, n // 3, n // 2, n - 1]
@@ -172,6 +173,11 @@ def test_the_batch_size_changes_nothing(tiny):
     one, many = (readings_of(tiny, prompt, None, protocol, batch_size=size) for size in (1, 64))
     for name in ("alone", "region", "region_without", "picture", "picture_without"):
         assert_close(getattr(one, name), getattr(many, name), atol=2e-4, rtol=1e-4)
+
+
+def test_words_alone_are_the_likeliest_of_the_reading_alone(tiny):
+    prompt = tiny.prompt(picture(1), "what is in the picture?")
+    assert words_alone(tiny, prompt, k=3)[0].tolist() == readings_of(tiny, prompt).alone.topk(3).indices.tolist()
 
 
 def test_sharing_the_prefix_gives_what_whole_prompts_give(tiny, monkeypatch):

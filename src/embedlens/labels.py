@@ -1,19 +1,19 @@
-"""Which object labels a lens finds in the visual tokens of a picture: matching, recall, chance, intervals.
+"""Which object labels a lens finds in the visual tokens of a picture: matching, counts, chance.
 
 Equation 2 of the paper averages over tokens, while its sentence counts a label as found if *any* visual token of the
-picture retrieves it. Here the sentence is `LabelHits.recall` and the equation is `LabelHits.token_rate`.
+picture retrieves it. Here the sentence is `LabelHits.label_rows` and the equation is `LabelHits.token_rows`.
 
 What counts as a label's token is a rule (RULES), what counts as retrieved is k; both are arguments. With many tokens
-of k words each a picture touches many labels by accident, so every recall stands beside the recall of labels that
-belong to other pictures.
+of k words each a picture touches many labels by accident, so what is found stands beside what is found of the labels of
+other pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from embedlens import stats
 from embedlens.errors import EmbedLensError
-from embedlens.intervals import Interval, draws, percentile_interval, ratio_interval
 from embedlens.lenses import EmbedLens, Lens, LogitLens
 from embedlens.patches import PatchGrid
 from embedlens.samples import Sample, readable
 from embedlens.samples.miniworld.language import IRREGULAR, plural
-from embedlens.vlm import QUESTION
+from embedlens.vlm import QUESTION, Prompt
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 #: "cell phone"); first-piece: or the first piece of a label that is several tokens (which gives false hits).
 RULES = ("strict", "head-word", "first-piece")
 LENSES: tuple[type[EmbedLens] | type[LogitLens], ...] = (EmbedLens, LogitLens)
+#: Any other way to get k words from every visual token of a prompt: (model, prompt, k) → ids.
+Reading = Callable[["VisionLanguageModel", Prompt, int], Int[Tensor, "layers tokens k"]]
 
 
 def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int, ...]:
@@ -113,83 +115,36 @@ class LabelHits:
             }
         )
 
-    @property
-    def n_pairs(self) -> int:
-        """N of the recall: (picture, label) pairs."""
-        return int(self.present.sum())
+    def label_rows(self) -> pd.DataFrame:
+        """One row per picture and layer, for `embedlens.stats`: asked (labels of the picture), found, by_accident.
 
-    @property
-    def found(self) -> Int[np.ndarray, "pictures layers"]:
-        """How many of its own labels each picture retrieves."""
-        return (self.retrieved & self.present).sum(-1).T
-
-    def recall(self, **bootstrap: Any) -> Interval:
-        """Share of (picture, label) pairs whose label some visual token of the picture retrieves, by layer.
-
-        Keyword arguments are those of `ratio_interval`.
+        `by_accident` over `asked` is what would be found if each picture were asked for the labels of another, over
+        all pairs of different pictures; label frequencies, and how many labels a picture has, stay as they are. A pair
+        has two sides: a picture's part of it is what its labels find elsewhere and what its tokens find of labels
+        elsewhere, less the mean of one side, so that drawing pictures draws both.
         """
-        return ratio_interval(self.found, self.present.sum(-1), **bootstrap)
-
-    def token_rate(self, of: Literal["object tokens", "all tokens"] = "object tokens", **bootstrap: Any) -> Interval:
-        """Share of tokens that retrieve the label of an object they lie in, by layer (Eq. 2 read to the letter)."""
-        return ratio_interval(
-            self.grounded.T, self.object_tokens if of == "object tokens" else self.tokens, **bootstrap
+        layers, pictures, _ = self.retrieved.shape
+        own = (self.retrieved & self.present).sum(-1)  # [layers, pictures]
+        asks = np.einsum("pn,ln->lp", self.present, self.retrieved.sum(1)) - own
+        answers = np.einsum("lpn,n->lp", self.retrieved, self.present.sum(0)) - own
+        accident = (asks + answers - asks.mean(1, keepdims=True)) / max(1, pictures - 1)
+        return pd.DataFrame(
+            {
+                "id": np.tile(np.arange(pictures), layers),
+                "layer": np.repeat(np.arange(layers), pictures),
+                "asked": np.tile(self.present.sum(-1), layers),
+                "found": own.reshape(-1),
+                "by_accident": accident.reshape(-1),
+            }
         )
 
-    def permuted(self, permutations: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-        """Recall when each picture is asked for the labels of another: mean over permutations, and their spread.
-
-        Pictures are permuted with their whole label sets, so that label frequencies, co-occurrence and the number of
-        labels stay as they are.
-        """
-        generator = np.random.default_rng(seed)
-        orders = [generator.permutation(len(self.present)) for _ in range(permutations)]
-        present = self.present.astype(np.float32)
-        drawn = []
-        for layer in self.retrieved.astype(np.float32):
-            shared = present @ layer.T  # [i, j]: labels of picture i that picture j retrieves
-            drawn.append([shared[order, np.arange(len(order))].sum() for order in orders])
-        rates = np.asarray(drawn).T / self.n_pairs
-        return percentile_interval(rates.mean(0), rates, level, rates.shape[1:])
-
-    def chance(self) -> Float[np.ndarray, " layers"]:
-        """What `permuted` tends to when no picture may keep its own labels, in closed form."""
-        return self._excess(np.ones((1, len(self.present))))[1][0]
-
-    def excess(self, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-        """Recall minus `chance`, with a bootstrap over pictures in which both are computed anew."""
-        value, chance = self._excess(np.ones((1, len(self.present))))
-        drawn, drawn_chance = self._excess(draws(len(self.present), resamples, seed))
-        return percentile_interval((value - chance)[0], drawn - drawn_chance, level, value.shape[1:])
-
-    def excess_over(self, other: LabelHits, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-        """`excess` of this lens minus that of another on the same pictures, by layer, paired."""
-        whole, drawn = np.ones((1, len(self.present))), draws(len(self.present), resamples, seed)
-        mine, theirs = (hits._excess(whole) for hits in (self, other))
-        value = (mine[0] - mine[1]) - (theirs[0] - theirs[1])
-        mine, theirs = (hits._excess(drawn) for hits in (self, other))
-        return percentile_interval(value[0], (mine[0] - mine[1]) - (theirs[0] - theirs[1]), level, value.shape[1:])
-
-    def _excess(
-        self, draws: Float[np.ndarray, "resamples pictures"]
-    ) -> tuple[Float[np.ndarray, "resamples layers"], Float[np.ndarray, "resamples layers"]]:
-        """Recall and chance of pictures drawn so many times each.
-
-        Chance pairs the labels of each picture with every picture that is not it: per label, (number of pictures that
-        have it) x (number that retrieve it), less the pairs of a picture with itself.
-        """
-        present = self.present.astype(np.float64)
-        n = draws.sum(1, keepdims=True)
-        asked = draws @ present.sum(1)
-        others = np.maximum((draws * (n - draws)) @ present.sum(1), 1)
-        own = (self.retrieved & self.present).sum(-1).astype(np.float64)  # [layers, pictures]
-        recall = (draws @ own.T) / np.maximum(asked, 1)[:, None]
-        with_label = draws @ present
-        pairs = np.stack([(with_label * (draws @ layer.astype(np.float64))).sum(-1) for layer in self.retrieved], -1)
-        return recall, (pairs - (draws**2) @ own.T) / others[:, None]
+    def beyond(self, seed: int = 0) -> pd.DataFrame:
+        """Share of labels found less what is found by accident, by layer, as `stats.drawn` gives it."""
+        parts = (stats.drawn(self.label_rows(), name, "asked", "layer", seed=seed) for name in ("found", "by_accident"))
+        return next(parts) - next(parts)
 
     def token_chance(self) -> Float[np.ndarray, " layers"]:
-        """`token_rate` over object tokens if every one had the label of an object token drawn at random."""
+        """`grounded` over `object_tokens` if each token lay in an object of another object token, drawn at random."""
         share = self.label_tokens / max(1, self.label_tokens.sum())
         return (self.retrieving @ share) / max(1, self.object_tokens.sum())
 
@@ -199,7 +154,7 @@ def label_hits(
     samples: Iterable[Sample],
     ks: Sequence[int] = (5,),
     rules: Sequence[str] = ("head-word",),
-    lenses: Mapping[str, Lens] | None = None,
+    lenses: Mapping[str, Lens | Reading] | None = None,
     batch_size: int = 8,
 ) -> dict[tuple[str, int, str], LabelHits]:
     """Read the visual tokens of every picture at every layer and look for the picture's labels.
@@ -212,7 +167,8 @@ def label_hits(
             warning, pictures that cannot be read, see `embedlens.samples.readable`.
         ks: how many words of a token count as retrieved.
         rules: which tokens count as a label, see RULES.
-        lenses: name → lens; default: EmbedLens and LogitLens of the model, under these names.
+        lenses: name → lens, read at every layer, or `Reading` (such as `embedlens.redundancy.words_alone`); default:
+            EmbedLens and LogitLens of the model, under these names.
         batch_size: pictures at a time.
 
     Returns:
@@ -236,7 +192,10 @@ def label_hits(
             objects = [(sample.category_names[entry["category_id"]], entry["bbox"]) for entry in entries]
             inside = [(name, prompt.grid.inside((x, y, x + w, y + h))) for name, (x, y, w, h) in objects]
             for reader, lens in readers.items():
-                ids = lens.topk(states[:, prompt.visual], max(ks))[1].cpu()
+                if isinstance(lens, Lens):
+                    ids = lens.topk(states[:, prompt.visual], max(ks))[1].cpu()
+                else:
+                    ids = lens(model, prompt, max(ks)).cpu()
                 for rule, (labels, table) in tables.items():
                     on = torch.zeros(int(prompt.visual.sum()), len(labels), dtype=torch.bool)
                     for name, covered in inside:

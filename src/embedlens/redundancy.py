@@ -346,6 +346,47 @@ def readings_of(
     Raises:
         EmbedLensError: a place that is not in the picture, an active intervention, a batch size below 1.
     """
+    reader, prompt, at = _prepared(model, prompt, places, protocol, batch_size)
+    n = len(prompt.grid)
+    around = [window(int(place), prompt.grid, reader.protocol.side) for place in at]
+    if len({len(own) for own in around}) > 1:
+        raise EmbedLensError("some places lie in views smaller than the neighbourhood: score each size by itself")
+    regions = torch.stack(around)
+    none = torch.zeros(0, dtype=torch.long)
+    alone, _ = reader.read(at[:, None], none, torch.zeros(0, 1, dtype=torch.bool))
+    # tokens at the border share their windows, which are read once
+    windows, of_token = regions.unique(dim=0, return_inverse=True)
+    region, region_without = reader.read(windows, of_token, regions == at[:, None])
+    gone = torch.zeros(len(windows), n, dtype=torch.bool).scatter_(1, windows, True)
+    picture, without = reader.read(torch.arange(n)[None], torch.zeros(len(windows), dtype=torch.long), gone)
+    return Readings(
+        at, alone, region[of_token], region_without, picture.expand(len(at), -1), without[of_token], reader.protocol
+    )
+
+
+@torch.no_grad()
+def words_alone(
+    model: VisionLanguageModel, prompt: Prompt, k: int = 1, batch_size: int = 64
+) -> Int[Tensor, "1 tokens k"]:
+    """The k likeliest first words of the answer for each visual token as the only one of the prompt.
+
+    One layer, so that `embedlens.labels.label_hits` takes it beside lenses. A lens reads a vector; here the whole model
+    works on it.
+    """
+    reader, _, at = _prepared(model, prompt, None, None, batch_size)
+    none = torch.zeros(0, dtype=torch.long)
+    alone, _ = reader.read(at[:, None], none, torch.zeros(0, 1, dtype=torch.bool))
+    return alone.topk(k).indices[None]
+
+
+def _prepared(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    places: Int[Tensor, " _"] | Sequence[int] | None,
+    protocol: Protocol | None,
+    batch_size: int,
+) -> tuple[_Reader, Prompt, Int[Tensor, " m"]]:
+    """Who reads, the prompt with the protocol's question, and which tokens are read."""
     protocol = Protocol(question=describing(model)) if protocol is None else protocol
     if model.intervention is not None:
         raise EmbedLensError("tokens are read without interventions: leave the intervene block first")
@@ -360,21 +401,7 @@ def readings_of(
         raise EmbedLensError(f"places {at.tolist()} in a picture of {n} tokens: pass some of 0 to {n - 1}")
     # own positions or features added at depth: each reading is a prompt of its own
     plain = prompt.positions is None and prompt.deep is None
-    reader = (_Reader if plain else PromptReader)(model, prompt, protocol, batch_size)
-    around = [window(int(place), prompt.grid, protocol.side) for place in at]
-    if len({len(own) for own in around}) > 1:
-        raise EmbedLensError("some places lie in views smaller than the neighbourhood: score each size by itself")
-    regions = torch.stack(around)
-    none = torch.zeros(0, dtype=torch.long)
-    alone, _ = reader.read(at[:, None], none, torch.zeros(0, 1, dtype=torch.bool))
-    # tokens at the border share their windows, which are read once
-    windows, of_token = regions.unique(dim=0, return_inverse=True)
-    region, region_without = reader.read(windows, of_token, regions == at[:, None])
-    gone = torch.zeros(len(windows), n, dtype=torch.bool).scatter_(1, windows, True)
-    picture, without = reader.read(torch.arange(n)[None], torch.zeros(len(windows), dtype=torch.long), gone)
-    return Readings(
-        at, alone, region[of_token], region_without, picture.expand(len(at), -1), without[of_token], protocol
-    )
+    return (_Reader if plain else PromptReader)(model, prompt, protocol, batch_size), prompt, at
 
 
 #: Keys and values of each layer, of some rows of one prompt or of several.

@@ -19,10 +19,10 @@ from embedlens.clusters import ClusterStudy, text_centroid
 from embedlens.consistency import is_word
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
-from embedlens.hubs import random_directions
 from embedlens.intervals import Interval, beyond_seen, mean_interval
 from embedlens.labels import QUESTION, named_patches
 from embedlens.lenses import EmbedLens
+from embedlens.measures.hubs import random_directions
 from embedlens.samples import Sample
 
 if TYPE_CHECKING:

@@ -325,7 +325,7 @@ class Grounded:
     @property
     def share(self) -> Interval:
         """Of the object tokens, by layer."""
-        return self.hits.token_rate()
+        return ratio_interval(self.hits.grounded.T, self.hits.object_tokens)
 
     def steps(self, times: Float[np.ndarray, "resamples pictures"]) -> Float[np.ndarray, " resamples"]:
         """Blocks after entry until REFINED of the way to the largest share is done; 0 where it never rises."""

@@ -19,9 +19,9 @@ from embedlens.claims import FAILS, HOLDS, PARTLY, Finding
 from embedlens.consistency import SELECTION, Common, GroupStudy, is_word, selection_study
 from embedlens.figures import Look
 from embedlens.groups import QUESTION, Reference, token_groups
-from embedlens.hubs import random_directions
 from embedlens.intervals import Interval, mean_interval
 from embedlens.lenses import EmbedLens
+from embedlens.measures.hubs import random_directions
 from embedlens.readout import QUESTIONS, Readout
 from embedlens.samples import Sample
 

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from embedlens import stats
 from embedlens.errors import EmbedLensError
-from embedlens.intervals import Interval, draws, percentile_interval, ratio_interval
 from embedlens.lenses import Lens
 
 HUB_SCORE = 2.0  # standard deviations of N_k above its mean, the bar of Radovanović et al.
@@ -131,28 +132,27 @@ class Hubness:
         """Visual tokens counted, and directions of each repeat."""
         return int(self.tokens.sum()) // self.k
 
-    def skewness(self, level: float = 0.95, resamples: int = 500, seed: int = 0) -> dict[str, Interval]:
-        """`skewness` of the three: tokens with a bootstrap over pictures, directions with their range over repeats."""
-        times = draws(len(self.tokens), resamples, seed)
-        drawn = [skewness(times[i : i + BLOCK] @ self.tokens) for i in range(0, resamples, BLOCK)]
-        whole = skewness(self.tokens.sum(0))
-        found = {"visual tokens": percentile_interval(whole, np.concatenate(drawn), level, ())}
-        for name, counts in (("matched directions", self.matched), ("random directions", self.random)):
-            each = skewness(counts)
-            found[name] = Interval(*(np.asarray(part) for part in (each.mean(), each.min(), each.max())))
-        return found
+    @property
+    def answers(self) -> dict[str, Int[np.ndarray, "groups V"]]:
+        """The three kinds by name."""
+        return {"visual tokens": self.tokens, "matched directions": self.matched, "random directions": self.random}
 
-    def share_on(self, entries: Bool[np.ndarray, " V"], seed: int = 0) -> dict[str, Interval]:
+    def skewness(self, resamples: int = 500, seed: int = 0) -> dict[str, stats.Estimate]:
+        """`skewness` of the three: tokens with a bootstrap over pictures, directions with their range over repeats."""
+        n = len(self.tokens)
+        times = np.vstack([np.ones((1, n)), stats.draws(n, resamples, seed)])
+        drawn = [skewness(times[i : i + BLOCK] @ self.tokens) for i in range(0, len(times), BLOCK)]
+        each = {name: skewness(counts) for name, counts in self.answers.items()}
+        ranges = {name: stats.Estimate(x.mean(), x.min(), x.max(), len(x), "draws") for name, x in each.items()}
+        return ranges | {"visual tokens": stats.estimate(pd.Series(np.concatenate(drawn)), n)}
+
+    def share_on(self, entries: Bool[np.ndarray, " V"], seed: int = 0) -> dict[str, stats.Estimate]:
         """Share of answers that are among `entries`: visual tokens by picture, directions by repeat."""
-        answers = {
-            "visual tokens": self.tokens,
-            "matched directions": self.matched,
-            "random directions": self.random,
-        }
-        return {
-            name: ratio_interval(counts[:, entries].sum(1), counts.sum(1), seed=seed)
-            for name, counts in answers.items()
-        }
+        found = {}
+        for name, counts in self.answers.items():
+            rows = pd.DataFrame({"id": range(len(counts)), "on": counts[:, entries].sum(1), "all": counts.sum(1)})
+            found[name] = stats.estimate(stats.drawn(rows, "on", over="all", seed=seed))
+        return found
 
 
 def _of_pictures(
