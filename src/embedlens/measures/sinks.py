@@ -1,0 +1,398 @@
+"""Sinks: do any stand out, how alike they are, how like BOS, how much attended (Sections 4.1 to 4.3, Appendix D).
+
+Which tokens are sinks a `Reference` tells. Where a model has none of a kind, there are no rows of it: nothing stands in
+for them. The first token of the sequence (BOS) sees nothing but itself, so its state at every layer is one and the same
+for all pictures; what lies along it cannot hold anything of a picture.
+
+`embedlens.measures.planted` makes the positive control: sinks that every measure has to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from embedlens.clusters import anchor_clusters, centroids, picture_pairs
+from embedlens.errors import EmbedLensError
+from embedlens.groups import Reference, TokenGroups, fence, phi, ratios, reference_of, token_groups_of
+from embedlens.intervals import pair_interval
+from embedlens.interventions import Intervention, Prune, SkipSublayers, intervene
+from embedlens.lenses import EmbedLens
+from embedlens.samples import Sample, readable
+from embedlens.stats import Estimate
+from embedlens.sweep import generator, random_tokens
+from embedlens.tracing import traces
+from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
+
+KINDS = ("ViT sink", "LLM sink")
+FEW = 5  # tokens followed through the network, as in the paper's Figure 4
+CLUSTERS = 6  # largest clusters of a picture that are compared across pictures
+REGIONS = ("BOS", "text before", "own", "others", "other patches", "text after")
+
+
+def has(reference: Reference) -> dict[str, bool]:
+    """Which kinds the model has, as `discover` saw it: a threshold, and calibration tokens beyond it."""
+    return {
+        "ViT sink": reference.vit_norm is not None and reference.vit_sink_id is not None,
+        "LLM sink": bool(reference.sink_dims) and reference.llm_sink_id is not None,
+    }
+
+
+def aligner_of(n_layers: int) -> int:
+    """Row of `Trace.sublayers` that the paper calls MLP-2: 4, or the last MLP of a shorter model."""
+    return min(4, 2 * n_layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """What sinks would stand out from: norms in the tower, excited dimensions in the language model; all tokens."""
+
+    norms: Float[np.ndarray, "tower_layers patches"] = field(repr=False)
+    """L2 norm of every patch of every picture, index 0 = the tower's embedding."""
+    largest: Float[np.ndarray, "states tokens"] = field(repr=False)
+    """Largest |x|/RMS of every token but the first, index 0 = what enters the first block."""
+    first: Float[np.ndarray, "states d"] = field(repr=False)
+    """|x|/RMS of the first token."""
+
+    @property
+    def norm_fences(self) -> Float[np.ndarray, " tower_layers"]:
+        """`groups.fence` of all patches at every layer of the tower."""
+        return np.array([fence(layer) for layer in self.norms])
+
+    @property
+    def beyond(self) -> Float[np.ndarray, " tower_layers"]:
+        """Share of the patches beyond it."""
+        return (self.norms > self.norm_fences[:, None]).mean(1)
+
+    @property
+    def ratio_fences(self) -> Float[np.ndarray, " states"]:
+        """`groups.fence` of the largest |x|/RMS of all tokens but the first."""
+        return np.array([fence(layer) for layer in self.largest])
+
+    @property
+    def excitement(self) -> pd.DataFrame:
+        """By layer, the largest |x|/RMS of BOS, and of the others as median and quartiles: as `figures.bands` draws."""
+        most = self.first.max(1)
+        rows = {"BOS": (most, most, most), "others": np.quantile(self.largest, [0.5, 0.25, 0.75], axis=1)}
+        parts = [pd.DataFrame(dict(zip(("value", "low", "high"), row, strict=True))) for row in rows.values()]
+        return pd.concat(parts, keys=list(rows), names=["of", "layer"]).reset_index()
+
+
+def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: int = 8) -> Spread:
+    """Norms and excited dimensions of all tokens of some pictures, read a batch at a time."""
+    norms, largest, first, stream = [], [], None, iter(readable(samples))
+    while batch := list(islice(stream, batch_size)):
+        prompts = _prompts(model, batch)
+        norms += [states.float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
+        for states in model.hidden_states_of(prompts, batch_size):
+            ratio = ratios(states).cpu()
+            first = ratio[:, 0].numpy() if first is None else first
+            largest.append(ratio[:, 1:].amax(-1).numpy())
+    if first is None:
+        raise EmbedLensError("no samples: pass at least one picture")
+    return Spread(np.concatenate(norms, axis=1), np.concatenate(largest, axis=1), first)
+
+
+def by_sublayer(
+    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference | None = None
+) -> list[list[dict[str, Any]]]:
+    """What becomes of each group of tokens on its way: cosine to BOS, phi, the attention it gets.
+
+    Returns:
+        per sample, one row per positions and sublayer (0 = the input, 2 l + 1 the attention of block l, 2 l + 2 its
+        MLP), means over the tokens. Positions: "first" (BOS), "text" without it, and the groups that the picture has.
+        cosine (to BOS); after whole blocks phi, if the model has sink dimensions, and attention
+        (`attention_per_token`, from text after the picture, in the block that follows).
+        Two more, "like first" and "like other": the FEW visual tokens most like BOS, and most like another text token,
+        after MLP-2; kept, the share of them among the first FEW at each sublayer.
+    """
+    reference = reference_of(model) if reference is None else reference
+    prompts = _prompts(model, samples)
+    groups = token_groups_of(model, prompts, reference, batch_size=len(prompts))
+    masks = [_masks(prompt, found) for prompt, found in zip(prompts, groups, strict=True)]
+    rows: list[list[dict[str, Any]]] = []
+    for prompt, named, seen in zip(prompts, masks, traces(model, prompts, masks, len(prompts)), strict=True):
+        own: list[dict[str, Any]] = []
+        states, queries = seen.sublayers, queries_of(prompt)
+        cosine = cosine_to(states, 0)
+        excited = phi(seen.stream, reference.sink_dims)
+        for name, mask in named.items():
+            size = int(mask.sum())
+            received = attention_per_token(seen.attention[name], size, queries)
+            for at in range(len(states) if size else 0):
+                row: dict[str, Any] = {"positions": name, "sublayer": at, "cosine": float(cosine[at, mask].mean())}
+                if at % 2 == 0 and reference.sink_dims:
+                    row["phi"] = float(excited[at // 2, mask].mean())
+                if at % 2 == 0 and at < len(states) - 1:
+                    row["attention"] = float(received[at // 2])
+                own.append(row)
+        for name, position in (("like first", 0), ("like other", _another_text(prompt))):
+            ranks = followed(cosine_to(states, position)[:, prompt.visual], aligner_of(model.n_layers))
+            share = (ranks <= len(ranks)).double().mean(0)
+            own += [{"positions": name, "sublayer": at, "kept": float(share[at])} for at in range(len(share))]
+        rows.append(own)
+    return rows
+
+
+def by_arm(
+    model: VisionLanguageModel,
+    samples: Sequence[Sample],
+    reference: Reference | None = None,
+    kind: str = "LLM sink",
+    seed: int = 0,
+) -> list[list[dict[str, Any]]]:
+    """Where the attention of text after the picture falls, and how like BOS the sinks are, before and after.
+
+    Arms: "as it is"; "pruned"; "skipped", MLP-2 for the sinks; and both for as many random other tokens, "others
+    pruned" and "others skipped", drawn for picture, arm and seed.
+
+    Returns:
+        per sample, one row per arm and sublayer, as `by_sublayer` counts: before each block the share of attention on
+        each of REGIONS ("own" are the sinks, "others" those drawn), and, where they are not pruned, cosine of the sinks
+        to BOS. None for a picture that has no such token, or more of them than others.
+    """
+    reference = reference_of(model) if reference is None else reference
+    prompts = _prompts(model, samples)
+    found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
+    own = [groups.named[kind].cpu() for groups in found]
+    some = [at for at, mask in enumerate(own) if 0 < int(mask.sum()) < int((~mask).sum())]
+    rows: list[list[dict[str, Any]]] = [[] for _ in samples]
+    if not some:
+        return rows
+    chosen, own = [prompts[at] for at in some], [own[at] for at in some]
+    rngs = [generator(samples[at].id, "others", seed) for at in some]
+    others = [random_tokens(~mask, int(mask.sum()), rng) for mask, rng in zip(own, rngs, strict=True)]
+    regions = [_regions(*parts) for parts in zip(chosen, own, others, strict=True)]
+    mlp = [aligner_of(model.n_layers) / 2 - 0.5]
+    removed = {"pruned": own, "others pruned": others}
+    arms: dict[str, Intervention | None] = {"as it is": None, **{arm: Prune(masks) for arm, masks in removed.items()}}
+    arms |= {"skipped": SkipSublayers(own, mlp), "others skipped": SkipSublayers(others, mlp)}
+    for arm, acting in arms.items():
+        with nullcontext() if acting is None else intervene(model, acting):
+            for place, seen in enumerate(traces(model, chosen, regions, len(chosen))):
+                queries, named = queries_of(chosen[place]), regions[place]["own"]
+                if arm in removed:
+                    left = ~chosen[place].spread(removed[arm][place].to(queries.device))
+                    queries, named = queries[left], named[left]
+                cosine = cosine_to(seen.sublayers, 0)
+                for at in range(len(cosine)):
+                    row: dict[str, Any] = {"arm": arm, "sublayer": at}
+                    if arm != "pruned":
+                        row["cosine"] = float(cosine[at, named].mean())
+                    if at % 2 == 0 and at < len(cosine) - 1:
+                        row |= {name: float(seen.attention[name][at // 2, queries].mean()) for name in REGIONS}
+                    rows[some[place]].append(row)
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """One kind of sink where it enters layer 0, in the pictures that have any. Set 0 is theirs, the others random."""
+
+    ids: tuple[int, ...]
+    means: Float[np.ndarray, "pictures sets d"] = field(repr=False)
+    """Mean of the normalised tokens of each set."""
+    center: Float[np.ndarray, " d"] = field(repr=False)
+    """Mean of all normalised visual tokens."""
+    words: Int[np.ndarray, "pictures sets"] = field(repr=False)
+    """Entry nearest to each mean."""
+    masks: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
+    clusters: tuple[Int[np.ndarray, " _"], ...] = field(repr=False)
+    """`anchor_clusters` of the visual tokens."""
+    cluster_means: tuple[Float[Tensor, "_ d"], ...] = field(repr=False)
+
+    def alike(self, seed: int = 0) -> dict[str, Estimate | float]:
+        """Cosine between the centroids of two pictures (E15, E23), bootstrapped over pictures.
+
+        cosine; random (of as many random tokens); beyond (their paired difference); centred (cosine without the mean
+        of all visual tokens); variance of the cosine over pairs.
+        """
+        if len(self.ids) < 2:
+            raise EmbedLensError(f"{len(self.ids)} picture has such sinks: two are needed to compare them")
+        pairs = picture_pairs(len(self.ids), seed=seed)
+        cosines, moved = (pair_cosines(means, pairs) for means in (self.means, self.means - self.center))
+        own, random = cosines[:, 0], cosines[:, 1:].mean(1)
+        parts = {"cosine": own, "random": random, "beyond": own - random, "centred": moved[:, 0]}
+        found: dict[str, Estimate | float] = {"variance": float(np.var(own))}
+        for name, values in parts.items():
+            value, low, high = map(float, pair_interval(values, pairs, seed=seed))
+            found[name] = Estimate(value, low, high, len(self.ids))
+        return found
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Per picture: word and random_word, whether the own centroid, and what share of the random ones, is nearest
+        to the entry that is commonest among them (E17, E18); inside and all_inside, the share of the kind and of all
+        tokens that lie in the cluster most alike across pictures (E16)."""
+        own, random = self.words[:, 0], self.words[:, 1:]
+        pairs = picture_pairs(len(self.ids), seed=0)
+        chosen = most_alike_cluster(self.cluster_means, pairs) if len(self.ids) > 1 else [0]
+        inside = [labels == at for labels, at in zip(self.clusters, chosen, strict=True)]
+        columns = {
+            "id": self.ids,
+            "word": (own == _commonest(own)).astype(float),
+            "random_word": (random == _commonest(random.ravel())).mean(1),
+            "inside": [part[mask].mean() for part, mask in zip(inside, self.masks, strict=True)],
+            "all_inside": [part.mean() for part in inside],
+        }
+        return pd.DataFrame(columns)
+
+
+def entries(
+    model: VisionLanguageModel,
+    samples: Iterable[Sample],
+    kind: str,
+    reference: Reference | None = None,
+    repeats: int = 5,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Entries:
+    """One kind of sink where it enters layer 0, beside random sets of as many visual tokens of the same pictures.
+
+    Raises:
+        EmbedLensError: no picture has such a token.
+    """
+    reference = reference_of(model) if reference is None else reference
+    lens, stream, parts = EmbedLens.from_model(model), iter(readable(samples)), []
+    while batch := list(islice(stream, batch_size)):
+        prompts = _prompts(model, batch)
+        found = token_groups_of(model, prompts, reference, batch_size=batch_size)
+        for sample, prompt, groups in zip(batch, prompts, found, strict=True):
+            mask = groups.met[kind].cpu()
+            if not bool(mask.any()):
+                continue
+            tokens, rng = prompt.embeds[prompt.visual].float(), generator(sample.id, kind, seed)
+            units, labels = normalize(tokens, dim=-1).cpu(), anchor_clusters(tokens, reference.threshold).cpu()
+            size, everywhere = int(mask.sum()), torch.ones_like(mask)
+            sets = [mask, *(random_tokens(everywhere, size, rng) for _ in range(repeats))]
+            means = torch.stack([units[part].mean(0) for part in sets])
+            words = lens.topk(means.to(tokens.device), 1)[1][:, 0].cpu().numpy()
+            clusters = labels.numpy(), centroids(tokens.cpu(), labels, CLUSTERS)
+            parts.append((sample.id, means.numpy(), units.mean(0).numpy(), words, mask.numpy(), *clusters))
+    if not parts:
+        raise EmbedLensError(f"no picture has an {kind}: ask `has(reference)` first, or take more pictures")
+    ids, means, center, words, masks, labels, cluster_means = zip(*parts, strict=True)
+    return Entries(ids, np.stack(means), np.stack(center).mean(0), np.stack(words), masks, labels, cluster_means)
+
+
+# --- on numbers ------------------------------------------------------------------------------------------------------
+
+
+def cosine_to(states: Float[Tensor, "sublayers s d"], position: int) -> Float[Tensor, "sublayers s"]:
+    """Cosine of every position to one of them, sublayer by sublayer.
+
+    >>> cosine_to(torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]]), 0).tolist()
+    [[1.0, 0.0, 1.0]]
+    """
+    units = normalize(states.float(), dim=-1)
+    return torch.einsum("lsd,ld->ls", units, units[:, position])
+
+
+def places(values: Shaped[Tensor, "*batch n"]) -> Int[Tensor, "*batch n"]:
+    """The place of each entry in descending order along the last side; 1 is the largest, ties by lowest index.
+
+    >>> places(torch.tensor([0.1, 0.9, 0.1])).tolist()
+    [2, 1, 3]
+    """
+    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True) + 1
+
+
+def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int[Tensor, "k sublayers"]:
+    """The places, at every sublayer, of the k tokens that come first at one sublayer (Figure 4, right).
+
+    >>> followed(torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 4.0]]), at=0, k=2).tolist()
+    [[1, 2], [2, 3]]
+    """
+    place = places(values)
+    return place[:, place[at].argsort(stable=True)[:k]].T
+
+
+def attention_per_token(
+    mass: Float[Tensor, "layers s"], size: int, queries: Bool[Tensor, " s"]
+) -> Float[Tensor, " layers"]:
+    """Attention that a token of a set gets, in units of what it would get if every query attended uniformly.
+
+    A query at position q sees q + 1 keys and would put 1 / (q + 1) on each. The mean over queries.
+
+    Args:
+        mass: share of each position's attention that falls on the set, from `Trace.attention`.
+        size: number of positions in the set, all of them seen by all queries.
+
+    >>> attention_per_token(torch.full((1, 4), 0.5), 2, torch.tensor([False, False, False, True])).tolist()
+    [1.0]
+    """
+    at = queries.nonzero()[:, 0].to(mass.device)
+    return (mass[:, at] * (at + 1) / max(size, 1)).mean(-1)
+
+
+def pair_cosines(
+    means: Float[np.ndarray, "pictures *sets d"],  # noqa: UP037 - a shape, no annotation to unquote
+    pairs: Int[np.ndarray, "pairs 2"],
+) -> Float[np.ndarray, "pairs *sets"]:  # noqa: UP037
+    """Cosine between what the two pictures of each pair have."""
+    units = means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-12)
+    return (units[pairs[:, 0]] * units[pairs[:, 1]]).sum(-1)
+
+
+def most_alike_cluster(
+    means: Sequence[Float[Tensor, "_ d"]], pairs: Int[np.ndarray, "pairs 2"]
+) -> Int[np.ndarray, " pictures"]:
+    """Which cluster of each picture is most alike across pictures: highest mean of its best cosines in the partners.
+
+    Args:
+        means: unit centroids of each picture's clusters, largest first, at least one.
+        pairs: from `clusters.picture_pairs`; every picture comes first in some.
+    """
+    sums = [torch.zeros(len(part)) for part in means]
+    for one, other in pairs:
+        sums[one] += (means[one] @ means[other].T).amax(1)
+    return np.array([int(total.argmax()) for total in sums])
+
+
+def queries_of(prompt: Prompt) -> Bool[Tensor, " s"]:
+    """Text that sees the whole picture: the positions after its last visual token."""
+    last = int(prompt.visual.nonzero()[-1, 0])
+    return prompt.text & (torch.arange(len(prompt), device=prompt.visual.device) > last)
+
+
+def _prompts(model: VisionLanguageModel, samples: Sequence[Sample]) -> list[Prompt]:
+    return model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+
+
+def _masks(prompt: Prompt, groups: TokenGroups) -> dict[str, Bool[Tensor, " s"]]:
+    """Disjoint sets that cover all positions."""
+    first = torch.zeros_like(prompt.visual)
+    first[0] = True
+    masks = {name: prompt.spread(mask.to(prompt.visual.device)) for name, mask in groups.named.items()}
+    return {"first": first, "text": prompt.text & ~first, **masks}
+
+
+def _regions(prompt: Prompt, own: Bool[Tensor, " n"], others: Bool[Tensor, " n"]) -> Mapping[str, Bool[Tensor, " s"]]:
+    """REGIONS over all positions, disjoint."""
+    at = torch.arange(len(prompt), device=prompt.visual.device)
+    later = at > int(prompt.visual.nonzero()[0, 0])
+    parts = [prompt.spread(mask.to(at.device)) for mask in (own, others, ~(own | others))]
+    text = prompt.text
+    return dict(zip(REGIONS, (text & (at == 0), text & (at > 0) & ~later, *parts, text & later), strict=True))
+
+
+def _another_text(prompt: Prompt) -> int:
+    """The last text token before the picture, which is the same in every picture too; or the very last."""
+    texts = prompt.text.nonzero()[1:, 0]
+    before = texts[texts < int(prompt.visual.nonzero()[0, 0])]
+    return int(before[-1] if len(before) else texts[-1])
+
+
+def _commonest(words: Int[np.ndarray, " _"]) -> int:
+    """The most frequent entry, ties by lowest id."""
+    return int(np.bincount(words).argmax())

@@ -1,0 +1,261 @@
+"""Sinks are measured as defined, and an instrument that finds none in the miniature finds those that were planted."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from twins import save_twin
+
+import embedlens as el
+from embedlens import samples
+from embedlens.errors import EmbedLensError
+from embedlens.groups import discover, token_groups_of
+from embedlens.interventions import Prune, SkipSublayers, intervene
+from embedlens.measures import sinks
+from embedlens.measures.planted import LLM, VIT, planted
+from embedlens.tracing import trace
+from embedlens.vlm import QUESTION
+
+seeds = given(st.integers(0, 10_000))
+few_examples = settings(max_examples=20, deadline=None)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(samples.load("miniworld", n=5))
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return list(samples.load("miniworld", n=16, split="train"))
+
+
+@pytest.fixture(scope="module")
+def copy(miniature):
+    return planted(miniature)
+
+
+@pytest.fixture(scope="module")
+def reference(copy, calibration):
+    return discover(copy, calibration)
+
+
+@pytest.fixture(scope="module")
+def rows(copy, pictures, reference):
+    return el.run(partial(sinks.by_sublayer, reference=reference), copy, pictures, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def arms(copy, pictures, reference):
+    return el.run(partial(sinks.by_arm, reference=reference), copy, pictures, batch_size=2)
+
+
+def named(places) -> torch.Tensor:
+    return torch.zeros(64, dtype=torch.bool).index_fill(0, torch.tensor(places), True)
+
+
+# --- the positive control --------------------------------------------------------------------------------------------
+
+
+def test_the_miniature_has_no_sinks_and_the_planted_copy_has_exactly_those_that_were_planted(
+    miniature, copy, pictures, calibration, reference
+):
+    assert not any(sinks.has(discover(miniature, calibration)).values())
+    assert sinks.has(reference) == {"ViT sink": True, "LLM sink": True}
+    assert reference.sink_dims == (copy.width - 1,) and reference.sink_layer == 2  # from after MLP-2 on
+    prompts = copy.prompts([picture.image for picture in pictures], [QUESTION] * len(pictures))
+    for groups in token_groups_of(copy, prompts, reference):
+        assert torch.equal(groups.vit_sink, named(VIT)) and torch.equal(groups.llm_sink, named(LLM))
+
+
+def test_planting_leaves_the_model_as_it_is(miniature):
+    before = {name: part.clone() for name, part in miniature.hf.state_dict().items()}
+    copy = planted(miniature, vit=(1,), llm=(2, 5))
+    after = miniature.hf.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(part, after[name]) for name, part in before.items())
+    assert copy.name != miniature.name  # or records would be mixed
+
+
+def test_the_spread_shows_planted_norms_and_dimensions_beyond_the_fence_and_none_in_the_model(
+    miniature, copy, pictures
+):
+    stock, seen = sinks.spread(miniature, pictures, batch_size=2), sinks.spread(copy, pictures, batch_size=2)
+    assert not stock.beyond.any() and (stock.first.max(1) < stock.ratio_fences).all()
+    assert seen.beyond[-1] == pytest.approx(len(VIT) / 64)
+    excited = seen.first.max(1) > seen.ratio_fences
+    assert excited.tolist() == [False, False] + [True] * (copy.n_layers - 1)
+
+
+def test_planted_sinks_turn_to_bos_at_the_second_mlp_take_attention_and_keep_their_rank(rows, copy):
+    mlp = sinks.aligner_of(copy.n_layers)
+    mean = rows.pivot_table(index="positions", columns="sublayer", values=["cosine", "phi", "attention", "kept"])
+    cosine, phi, attention = (mean[name] for name in ("cosine", "phi", "attention"))
+    assert abs(cosine.loc["LLM sink"].loc[: mlp - 1]).max() < 0.1 and cosine.loc["LLM sink"].loc[mlp:].min() > 0.99
+    assert abs(cosine.loc["ViT sink"]).max() < 0.1 and cosine.loc["first"].min() > 0.999
+    assert phi.loc["LLM sink"].loc[:2].max() < 2 and phi.loc["LLM sink"].loc[mlp:].min() > 15
+    after = attention.loc[:, mlp:]
+    assert after.loc["first"].min() > 3 and after.loc["LLM sink"].min() > 3  # times uniform
+    assert (after.loc["ViT sink"] < 0.1).all() and after.loc["alive"].mean() > 2 * after.loc["ViT sink"].mean()
+    kept = mean["kept"].loc["like first"]
+    assert kept.loc[mlp:].min() == 1 and kept.loc[: mlp - 1].max() < 0.5
+
+
+@pytest.mark.parametrize("kind, places, word", [("ViT sink", VIT, -1), ("LLM sink", LLM, -2)])
+def test_planted_sinks_are_one_vector_with_one_word_in_every_picture(copy, pictures, reference, kind, places, word):
+    found = sinks.entries(copy, pictures, kind, reference, repeats=2, batch_size=2)
+    alike = found.alike()
+    assert alike["cosine"] > 0.99 and alike["variance"] < 1e-5 and alike["beyond"] > 0.1 and alike["random"] < 0.9
+    table = found.table
+    assert set(found.words[:, 0]) == {len(copy.tokens) + word} and (table.word == 1).all()
+    assert table.random_word.mean() < 1
+    assert (table.inside == (kind == "ViT sink")).all()  # planted to be the most alike of all
+    assert table.all_inside.to_numpy() == pytest.approx(len(VIT) / 64)
+    assert found.masks[0].nonzero()[0].tolist() == list(places)
+
+
+def test_pruning_sends_the_attention_of_planted_sinks_to_bos_and_skipping_the_mlp_unmakes_them(arms, copy):
+    mean = arms.groupby("arm")[[*sinks.REGIONS]].mean()
+    assert mean.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-4)
+    freed, gained = mean.own["as it is"], mean.BOS["pruned"] - mean.BOS["as it is"]
+    assert freed > 0.3 and mean.own["pruned"] == 0 and gained > 0.4 * freed
+    assert mean.others["others pruned"] == 0 and mean.own["others pruned"] > freed
+    assert mean.own["skipped"] < 0.1 * freed and mean.own["others skipped"] == pytest.approx(freed, rel=0.01)
+    late = arms[arms.sublayer >= sinks.aligner_of(copy.n_layers)].groupby("arm").cosine.mean()
+    assert late["as it is"] > 0.99 and late["others skipped"] > 0.99 and late["skipped"] < 0.2
+
+
+@pytest.mark.parametrize("vit, llm", [((1, 2), (2,)), ((64,), (1,))])
+def test_patches_that_would_be_both_or_are_not_there_are_refused(miniature, vit, llm):
+    with pytest.raises(EmbedLensError, match="name different ones below 64"):
+        planted(miniature, vit, llm)
+
+
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_kind_that_the_model_lacks_has_no_rows(miniature, pictures, calibration):
+    reference = discover(miniature, calibration)
+    rows = el.run(partial(sinks.by_sublayer, reference=reference), miniature, pictures, batch_size=2)
+    assert set(rows.positions) == {"first", "text", "dead", "alive", "like first", "like other"}
+    assert "phi" not in rows and rows.dropna(subset="attention").sublayer.max() == 2 * miniature.n_layers - 2
+    assert sinks.by_arm(miniature, pictures[:2], reference) == [[], []]
+    with pytest.raises(EmbedLensError, match="no picture has"):
+        sinks.entries(miniature, pictures[:2], "LLM sink", reference)
+    with pytest.raises(EmbedLensError, match="at least one picture"):
+        sinks.spread(miniature, [])
+
+
+def test_pictures_of_unequal_token_counts_are_read(tmp_path, pictures):
+    model = el.load(save_twin(tmp_path / "next", "llava-hf/llava-v1.6-vicuna-7b-hf"), device="cpu")
+    reference = discover(model, pictures)
+    tokens = [len(model.prompt(picture.image, QUESTION).grid) for picture in pictures]
+    seen = sinks.spread(model, pictures, batch_size=2)
+    assert len(set(tokens)) > 1 and seen.norms.shape[1] >= sum(tokens)  # the tower sees what the layout leaves out
+    rows = el.run(partial(sinks.by_sublayer, reference=reference), model, pictures, batch_size=2)
+    assert rows.groupby("id").size().gt(0).all() and len(rows.id.unique()) == len(pictures)
+    with pytest.raises(EmbedLensError, match="cannot be planted"):
+        planted(model)
+
+
+def test_rows_agree_with_one_prompt_at_a_time(copy, pictures, rows):
+    prompt, mask = copy.prompt(pictures[1].image, QUESTION), named(LLM)
+    spread = prompt.spread(mask)
+    seen = trace(copy, prompt, {"own": spread})
+    own = rows[(rows.id == pictures[1].id) & (rows.positions == "LLM sink")].set_index("sublayer")
+    for at, states in enumerate(seen.sublayers):
+        cosines = [float(torch.cosine_similarity(states[0], states[i], dim=0)) for i in spread.nonzero()[:, 0]]
+        assert own.cosine[at] == pytest.approx(np.mean(cosines), abs=1e-4)
+    received = sinks.attention_per_token(seen.attention["own"], len(LLM), sinks.queries_of(prompt))
+    assert own.attention.dropna().to_numpy() == pytest.approx(received.numpy(), rel=1e-3)
+
+
+@pytest.mark.parametrize("arm", ["pruned", "skipped"])
+def test_arms_agree_with_one_prompt_under_the_intervention(copy, pictures, arms, arm):
+    prompt, mask = copy.prompt(pictures[2].image, QUESTION), named(LLM)
+    acting = Prune(mask) if arm == "pruned" else SkipSublayers(mask, [1.5])
+    first = torch.arange(len(prompt)) == 0
+    with intervene(copy, acting):
+        seen = trace(copy, prompt, {"first": first})
+    queries = sinks.queries_of(prompt)
+    queries = queries[~prompt.spread(mask)] if arm == "pruned" else queries
+    own = arms[(arms.id == pictures[2].id) & (arms.arm == arm)].dropna(subset="BOS")
+    assert own.BOS.to_numpy() == pytest.approx(seen.attention["first"][:, queries].mean(-1).numpy(), rel=1e-3)
+
+
+def test_random_others_belong_to_the_picture_whatever_stands_beside_it(copy, pictures, reference, arms):
+    turned = el.run(partial(sinks.by_arm, reference=reference), copy, pictures[::-1], batch_size=3)
+    drawn = [table[table.arm == "as it is"].groupby("id").others.mean() for table in (arms, turned)]
+    assert drawn[0].sort_index().to_numpy() == pytest.approx(drawn[1].sort_index().to_numpy(), rel=1e-3)
+    other = el.run(partial(sinks.by_arm, reference=reference, seed=1), copy, pictures, batch_size=2)
+    assert other[other.arm == "as it is"].groupby("id").others.mean().to_numpy() != pytest.approx(
+        drawn[0].to_numpy(), rel=1e-2
+    )
+
+
+# --- on numbers ------------------------------------------------------------------------------------------------------
+
+
+@seeds
+@few_examples
+def test_places_and_followed_tokens_agree_with_sorting_by_hand(seed):
+    values = (normal(seed, 4, 7) * 2).round()  # rounded, so that there are ties
+    ranks = []
+    for row in values.tolist():
+        order = sorted(range(7), key=lambda i: (-row[i], i))
+        ranks.append([order.index(i) + 1 for i in range(7)])
+    assert sinks.places(values).tolist() == ranks
+    chosen = sorted(range(7), key=lambda i: ranks[2][i])[:3]
+    assert sinks.followed(values, at=2, k=3).tolist() == [[ranks[layer][i] for layer in range(4)] for i in chosen]
+    assert sinks.followed(values, at=2, k=99).shape == (7, 4)
+
+
+@seeds
+@few_examples
+def test_attention_per_token_is_one_for_uniform_attention_and_counts_by_hand_otherwise(seed):
+    n, queries = 9, torch.arange(9) >= 6
+    uniform = torch.tril(torch.ones(n, n)) / torch.arange(1, n + 1)[:, None]
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:3]] = True
+    assert_close(sinks.attention_per_token(uniform[None][:, :, mask].sum(-1), 3, queries), torch.ones(1))
+    weights = normal(seed, 2, n, n).masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
+    found = sinks.attention_per_token(weights[:, :, mask].sum(-1), 3, queries)
+    for layer in range(2):
+        by_hand = [float(weights[layer, q, k]) * (q + 1) for q in range(6, 9) for k in range(n) if mask[k]]
+        assert float(found[layer]) == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+def test_cosines_of_pairs_are_taken_set_by_set():
+    means, pairs = np.random.default_rng(0).normal(size=(4, 3, 5)), np.array([[0, 1], [1, 2], [3, 0]])
+    found = sinks.pair_cosines(means, pairs)
+    for row, (a, b) in enumerate(pairs):
+        by_hand = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(means[a], means[b], strict=True)]
+        assert found[row] == pytest.approx(by_hand)
+
+
+@seeds
+@few_examples
+def test_the_most_alike_cluster_is_the_best_match_in_every_partner_averaged(seed):
+    means = [torch.nn.functional.normalize(normal(seed + i, 2 + i, 3), dim=-1) for i in range(4)]
+    pairs = np.array([[0, 1], [0, 3], [1, 0], [2, 1], [3, 2], [3, 0]])
+    for picture, found in enumerate(sinks.most_alike_cluster(means, pairs)):
+        partners = [other for one, other in pairs if one == picture]
+        scores = [sum(max(float(c @ o) for o in means[other]) for other in partners) for c in means[picture]]
+        assert scores[found] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_the_sets_of_positions_cover_the_prompt_and_queries_come_after_the_picture(copy, pictures, reference):
+    prompt = copy.prompt(pictures[0].image, QUESTION)
+    groups = token_groups_of(copy, [prompt], reference)[0]
+    masks = sinks._masks(prompt, groups)
+    assert sum(mask.int() for mask in masks.values()).eq(1).all()
+    assert masks["first"].nonzero().tolist() == [[0]] and not masks["text"][0]
+    last = max(i for i, visual in enumerate(prompt.visual.tolist()) if visual)
+    assert sinks.queries_of(prompt).nonzero()[:, 0].tolist() == list(range(last + 1, len(prompt)))
