@@ -3,7 +3,10 @@
 import base64
 import io
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -12,7 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from embedlens import book
+from embedlens import book, book_rules, book_runs
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = "n_images: int = 4  # pictures to measure on\nseed: int = 0  # of the draw"
@@ -158,11 +161,11 @@ def test_a_figure_is_kept_in_fewer_bytes_and_looks_the_same():
     pixels = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200))] * 2, 2) // 2 + noise
     pixels[..., 3] = 255
     figure = encoded(pixels)
-    light = book.lighter(figure)
+    light = book_rules.lighter(figure)
     assert len(light) < len(figure) / 2
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB")).astype(int)
     assert np.abs(seen - pixels[..., :3]).mean() < 6
-    assert book.lighter(light) == light
+    assert book_rules.lighter(light) == light
     output = new_output("display_data", data={"image/png": figure, "text/plain": "a figure"})
     cell = book.cleaned(new_notebook(cells=[new_code_cell("figure", outputs=[output])]))["cells"][0]
     assert cell["outputs"][0]["data"] == {"image/png": light, "text/plain": "a figure"}
@@ -170,7 +173,7 @@ def test_a_figure_is_kept_in_fewer_bytes_and_looks_the_same():
 
 def test_a_figure_with_see_through_parts_is_left_alone():
     clear = encoded(np.zeros((8, 8, 4), np.uint8))
-    assert book.lighter(clear) == clear
+    assert book_rules.lighter(clear) == clear
 
 
 def glue_book(tmp_path, prose, keys, front=""):
@@ -211,11 +214,11 @@ def test_missing_unused_and_repeated_keys_are_faults(tmp_path, prose, keys, fron
 
 @pytest.mark.parametrize("alt", ["", ' alt=""', ' alt="_images/3f2a.png"', ' alt="3f2a.png"', ' alt="  "'])
 def test_an_image_that_cannot_be_read_out_is_a_fault(alt):
-    assert "no alt text" in book.image_faults(f'<p><img src="../_images/3f2a.png"{alt}></p>', "a.html")[0]
+    assert "no alt text" in book_rules.image_faults(f'<p><img src="../_images/3f2a.png"{alt}></p>', "a.html")[0]
 
 
 def test_a_described_image_passes():
-    assert book.image_faults('<img src="_images/3f2a.png" alt="recall by layer, rising">', "a.html") == []
+    assert book_rules.image_faults('<img src="_images/3f2a.png" alt="recall by layer, rising">', "a.html") == []
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_a_described_image_passes():
     ],
 )
 def test_a_request_to_elsewhere_is_a_fault(html):
-    assert "cdn.example" in book.request_faults(html, "a.html")[0]
+    assert "cdn.example" in book_rules.request_faults(html, "a.html")[0]
 
 
 def test_links_for_readers_and_local_files_are_no_requests():
@@ -244,7 +247,7 @@ def test_links_for_readers_and_local_files_are_no_requests():
         '<a href="https://arxiv.org/abs/2603.00510">paper</a><link rel="canonical" href="https://book.example/a.html">'
         '<script src="../_static/x.js"></script><script>const LATER = "https://cdn.example/on-click.js"</script>'
     )
-    assert book.request_faults(html, "a.html") == []
+    assert book_rules.request_faults(html, "a.html") == []
 
 
 def test_style_sheets_and_pages_of_a_folder_are_all_read(tmp_path):
@@ -303,6 +306,10 @@ def test_building_runs_renders_and_leaves_the_sources_alone(checkout):
     assert '<span class="pasted-text">6</span>' in (checkout / "_build/html/book/intro.html").read_text()
     assert "_static/mathjax/tex-mml-chtml.js" in page  # mathematics without the network
 
+    lines = []
+    assert book.build(parameters={"n_images": 6}, root=checkout, say=lines.append) == front
+    assert not [line for line in lines if line.startswith(("running", "rendering"))]  # nothing has changed
+
     # A page that Sphinx warns about does not replace the book that is there.
     (checkout / "book/intro.md").write_text("# Front\n\n[nowhere](missing.md)\n")
     rewrite(checkout / "_build/src/notebooks/01_first.ipynb", lambda notebook: None)
@@ -329,3 +336,167 @@ def test_refreshing_writes_clean_notebooks_and_keeps_the_old_one_when_a_cell_rai
         book.refresh(["02"], root=checkout, say=quiet)
     assert second.read_bytes() == before
     assert sorted(path.name for path in second.parent.iterdir()) == ["01_first.ipynb", "02_second.ipynb"]
+
+
+# The folder of the build
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "out", [".", "..", "src", "notebooks", "notebooks/built", "book", ".git", "thesis", "front.md"]
+)
+def test_a_build_refuses_a_folder_that_it_did_not_make_and_touches_nothing(checkout, out):
+    for name in ("src/work.py", "thesis/src/chapter.tex", "thesis/html/draft.html", ".git/HEAD", "front.md"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("mine")
+    before = files(checkout)
+    with pytest.raises(book.BookError, match=r"name (a folder|another)|name a --out"):
+        book.build(execute=False, out=out, root=checkout, say=quiet)
+    assert files(checkout) == before
+
+
+def test_a_second_build_in_the_same_folder_is_refused_while_the_first_lives(checkout):
+    holder = (
+        "import sys, time\nfrom embedlens.book_runs import owned\nfrom pathlib import Path\n"
+        "with owned(Path(sys.argv[1]), '_build', ()):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, checkout], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(book.BookError, match=rf"process {process.pid} builds in"):
+            book.executed(checkout, say=quiet)
+    finally:
+        process.kill()
+        process.wait()
+    with book_runs.owned(checkout, "_build", ()):  # the lock of a killed process does not block
+        pass
+
+
+def test_a_disk_that_refuses_is_one_sentence(checkout, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "_build/runs/01_first")
+
+    monkeypatch.setattr(book_runs, "_keep", full)
+    with pytest.raises(book.BookError, match=r"_build/runs/01_first \(No space left on device\): free space"):
+        book.executed(checkout, ["01"], say=quiet)
+
+
+# Runs
+
+
+def test_only_a_chapter_whose_code_parameters_or_records_changed_runs_again(checkout):
+    rewrite(
+        checkout / "notebooks/02_second.ipynb",
+        lambda n: n["cells"].insert(1, new_code_cell("results: str = '../results'", metadata={"tags": ["parameters"]})),
+    )
+    record = checkout / "results/miniature/01_first.json"
+    write_it = "\nfrom pathlib import Path\nPath('../results/miniature/01_first.json').write_text(str(n_images))"
+    rewrite(
+        checkout / "notebooks/01_first.ipynb", lambda n: n["cells"][2].update(source=n["cells"][2]["source"] + write_it)
+    )
+    record.parent.mkdir(parents=True)
+    record.write_text("stale")
+
+    def ran(**kwargs):
+        lines = []
+        runs = book.executed(checkout, say=lines.append, **kwargs)
+        return [line.split("/")[1][:2] for line in lines if line.startswith("running")], runs
+
+    first, runs = ran()
+    assert first == ["01", "02"]  # the one that reads all records waits for the others
+    assert ran() == ([], runs)
+    assert (checkout / "_build/src/results/miniature/01_first.json").read_text() == "4"  # a kept run brings its record
+
+    rewrite(checkout / "notebooks/01_first.ipynb", lambda n: n["cells"][0].update(source="# Other words"))
+    assert ran()[0] == []
+    assert record.read_text() == "stale"
+    rewrite(
+        checkout / "notebooks/01_first.ipynb", lambda n: n["cells"][1].update(source=PARAMETERS.replace("4", "5", 1))
+    )
+    assert ran()[0] == ["01", "02"]  # 02 reads what 01 wrote
+    (record.parent / "03_third.json").write_text("new")
+    assert ran()[0] == ["02"]
+
+
+@pytest.mark.parametrize(
+    ("device", "free_gb", "expected"),
+    [("cpu", 64, (4, 2)), ("cpu", 5, (2, 4)), ("cpu", 1, (1, 8)), ("cuda", 64, (1, 8))],
+)
+def test_chapters_share_cores_and_memory_and_take_turns_on_a_gpu(monkeypatch, device, free_gb, expected):
+    monkeypatch.setattr(book_runs.os, "sched_getaffinity", lambda _pid: range(8), raising=False)
+    monkeypatch.setattr(book_runs, "_free_memory", lambda: free_gb << 30)
+    assert book_runs.shares([{}, {}, {}, {"device": device}]) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "x = 1\nraise RuntimeError('no picture')",
+            r"cell 1, line 2, `raise RuntimeError.*raises RuntimeError: no picture",
+        ),
+        ("import os\nos.kill(os.getpid(), 9)", "its kernel was killed in cell 1; .*--jobs 1"),
+        ("import time\ntime.sleep(60)", "cell 1 runs for more than 2 s"),
+    ],
+)
+def test_a_chapter_that_fails_is_named_with_its_cell_and_the_others_are_kept(checkout, monkeypatch, source, said):
+    monkeypatch.setattr(book_runs, "CELL_TIMEOUT", 2)
+    rewrite(checkout / "notebooks/02_second.ipynb", lambda n: n["cells"][1].update(source=source))
+    with pytest.raises(book_runs.ChapterFailed, match=f"02_second.ipynb: {said}") as failure:
+        book.executed(checkout, say=quiet)
+    assert failure.value.exit_code == 1
+    assert (checkout / "_build/runs/02_second/failed.ipynb").is_file()
+    lines = []
+    book.executed(checkout, ["01"], say=lines.append)
+    assert lines == []
+
+
+def test_ctrl_c_ends_the_kernels_and_is_one_sentence(checkout):
+    for name in ("01_first", "02_second"):
+        note = f"import os, time\nopen('../../{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
+        rewrite(checkout / f"notebooks/{name}.ipynb", lambda n, note=note: n["cells"][-1].update(source=note))
+    command = [sys.executable, "-m", "embedlens", "book", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=checkout, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    notes = [checkout / f"_build/{name}.pid" for name in ("01_first", "02_second")]
+    try:
+        wait_for(lambda: all(note.is_file() and note.read_text() for note in notes))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert said.count("\n") == 1
+    assert "stopped: chapters that had ended are kept" in said
+    for note in notes:
+        wait_for(lambda note=note: not Path(f"/proc/{note.read_text()}").exists(), 20)
+
+
+def wait_for(happened, seconds=120):
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_chapter_runs_in_this_python_from_any_path_and_without_a_home(checkout, monkeypatch):
+    home = checkout / "home"
+    for folder in ("kernels/python3", "runtime"):
+        (home / ".local/share/jupyter" / folder).mkdir(parents=True)
+    (home / ".local/share/jupyter/kernels/python3/kernel.json").write_text('{"argv": ["/gone/python"]}')
+    moved = checkout / "Bücher {und} mehr"
+    moved.mkdir()
+    for name in ("_config.yml", "_toc.yml", "book", "notebooks"):
+        (checkout / name).rename(moved / name)
+    rewrite(
+        moved / "notebooks/02_second.ipynb", lambda n: n["cells"][1].update(source="import sys\nprint(sys.executable)")
+    )
+    before = files(home)
+    home.chmod(0o500)
+    monkeypatch.setenv("HOME", str(home))
+    runs = book.executed(moved, ["02"], say=quiet)
+    (cell,) = (c for c in book.read(runs[Path("notebooks/02_second.ipynb")])["cells"] if c["cell_type"] == "code")
+    assert cell["outputs"][0]["text"].strip() == sys.executable
+    assert files(home) == before

@@ -110,11 +110,11 @@ def test_a_folder_called_as_the_repository_counts_as_the_model():
 
 
 def test_pictures_of_another_family_with_unequal_token_counts_are_measured(tmp_path):
-    from tiny_families import save_qwen2_5_vl
+    from twins import save_twin
 
     import embedlens as el
 
-    model = el.load(save_qwen2_5_vl(tmp_path / "qwen"), device="cpu")
+    model = el.load(save_twin(tmp_path / "qwen", "Qwen/Qwen2.5-VL-7B-Instruct"), device="cpu")
     table = other_models.measure(model, "miniworld", 4)
     assert table["tokens"].nunique() > 1
     assert numbers(table, False)["share_0"] > 0

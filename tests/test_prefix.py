@@ -272,16 +272,18 @@ def asked_without_sharing(model, monkeypatch) -> list[int]:
     return asked
 
 
-def test_more_than_greedy_decoding_is_left_to_the_stock_model(tiny, ids, monkeypatch):
+def test_answers_are_greedy_whatever_the_generation_config_of_the_checkpoint_says(tiny, ids, monkeypatch):
     ids(tiny)
     prompts = prompts_of(tiny)
     cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Silence("mlp"),))]
-    plain = prefix.answers(tiny, cases, N_TOKENS)
-    monkeypatch.setattr(tiny.hf.generation_config, "repetition_penalty", 5.0)
+    plain = [alone(tiny, case) for case in cases]
+    own = tiny.hf.generation_config
+    monkeypatch.setattr(own, "repetition_penalty", 5.0)
+    monkeypatch.setattr(own, "suppress_tokens", list(range(0, len(tiny.tokens), 2)))
     asked = asked_without_sharing(tiny, monkeypatch)
-    found = prefix.answers(tiny, cases, N_TOKENS, batch_size=1)
-    assert sum(asked) == len(cases)
-    assert found == [alone(tiny, case) for case in cases] != plain
+    assert [alone(tiny, case) for case in cases] == plain and sum(asked) == len(cases)
+    assert prefix.answers(tiny, cases, N_TOKENS, batch_size=1) == plain and sum(asked) == len(cases)
+    assert tiny.hf.generation_config is own
 
 
 def test_a_model_whose_picture_sees_what_follows_is_found_out(tiny, ids, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_families import FAMILIES
 from torch.testing import assert_close
+from twins import BY_FAMILY, save_twin
 
 from embedlens import load
 from embedlens.errors import EmbedLensError
@@ -126,9 +126,9 @@ def test_the_head_vocabulary_renormalises():
 # --- readings --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llava", *FAMILIES])
+@pytest.mark.parametrize("family", ["llava", *BY_FAMILY])
 def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny, family, tmp_path):
-    model = tiny if family == "llava" else load(FAMILIES[family][0](tmp_path), device="cpu")
+    model = tiny if family == "llava" else load(save_twin(tmp_path, BY_FAMILY[family]), device="cpu")
     prompt = model.prompt(picture(), "what is in the picture?")
     n, at = len(prompt.grid), prompt.visual.nonzero()[:, 0]
     places = [0, n // 3, n // 2, n - 1]

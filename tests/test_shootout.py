@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_families import FAMILIES
+from twins import BY_FAMILY, TWINS, save_twin
 
 from embedlens import load, samples
 from embedlens.chapters import orderings, shootout
@@ -283,12 +283,12 @@ def stretched(sample, width: int, height: int):
     return replace(sample, width=width, height=height, annotations=tuple(boxes), draw=lambda: image)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(BY_FAMILY))
 def test_the_chapter_takes_pictures_of_different_numbers_of_tokens(family, tmp_path):
     from matplotlib import pyplot as plt
 
-    save, _, sizes = FAMILIES[family]
-    model = load(save(tmp_path / family), device="cpu")
+    sizes = TWINS[BY_FAMILY[family]].sizes
+    model = load(save_twin(tmp_path / family, BY_FAMILY[family]), device="cpu")
     pictures = samples.load("miniworld", n=4, split="train")
     shapes = [*sizes, *sizes][:5]
     pictures = [stretched(own, *shape) for own, shape in zip(pictures, shapes, strict=False)]

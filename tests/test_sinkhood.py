@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from sink_references import both_found, none_found
-from tiny_families import save_llava_next
+from twins import save_twin
 
 from embedlens import claims, samples
 from embedlens.chapters import sinkhood
@@ -179,7 +179,7 @@ def test_pictures_of_unequal_token_counts_are_read_and_drawn(tmp_path, pictures)
     from embedlens import load
     from embedlens.chapters.sink_removal import attention_moved, moved_finding
 
-    model = load(save_llava_next(tmp_path / "next"), device="cpu")
+    model = load(save_twin(tmp_path / "next", "llava-hf/llava-v1.6-vicuna-7b-hf"), device="cpu")
     reference = none_found(model)
     seen = sinkhood.sinkhood(model, sink_study(model, pictures, reference, repeats=2))
     assert len(set(seen.study.tokens)) > 1

@@ -1,8 +1,11 @@
-"""Promises of readable words: people can read every token, and pieces are told from whole words."""
+"""Promises of readable words: people can read every token, and pieces are told from whole words.
+
+LLaMA's spelling, and every named checkpoint's, is read in test_twins.py.
+"""
 
 from __future__ import annotations
 
-from embedlens.words import readable_tokens, textless_ids
+from embedlens.words import textless_ids
 
 
 def test_byte_level_tokens_are_readable(tiny):
@@ -16,23 +19,6 @@ def test_byte_level_tokens_are_readable(tiny):
 def test_every_token_has_a_printable_word(tiny):
     assert len(tiny.tokens) == len(tiny.input_embeddings)
     assert all(word and word.isprintable() for word in tiny.tokens)
-
-
-def test_sentencepiece_tokens_are_readable():
-    """The vocabulary of Llama spells a leading space ▁ and raw bytes <0x0A>."""
-
-    class Llama:
-        all_special_tokens = ["<s>"]
-        pieces = ["<s>", "▁dog", "og", "▁", "<0x0A>", "<0xE3>", "犬", "▁▁x", "."]
-
-        def convert_ids_to_tokens(self, ids):
-            return [self.pieces[index] for index in ids]
-
-        def get_vocab(self):
-            return {piece: index for index, piece in enumerate(self.pieces)}
-
-    assert readable_tokens(Llama(), 9) == ["<s>", "dog", "·og", "␣", "⏎", "<0xE3>", "·犬", "␣x", "."]
-    assert textless_ids(Llama(), 9) == [0, 5]
 
 
 def test_special_tokens_and_lone_bytes_are_no_text(tiny):

@@ -198,23 +198,32 @@ def book(
         typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A notebook parameter; may be repeated."),
     ] = None,
     execute: Annotated[bool, typer.Option(help="Run the chapters, or render their committed outputs.")] = True,
+    render: Annotated[bool, typer.Option(help="Render the pages, or only run the chapters that changed.")] = True,
     refresh: Annotated[bool, typer.Option("--refresh", help="Renew the committed notebooks; render nothing.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the run and rendered book.")] = Path("_build"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the run and rendered book; a new one, or one that this command made.")
+    ] = Path("_build"),
+    jobs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Chapters at a time.", show_default="as cores and memory allow; one on a GPU", min=1),
+    ] = None,
 ) -> None:
-    """Run the chapters, check them and render the book (in a checkout of the repository)."""
+    """Run the chapters that changed, check them and render the book (in a checkout of the repository)."""
     from embedlens import book as the_book
     from embedlens.errors import EmbedLensError
 
-    if refresh and (parameter or not execute):
-        raise EmbedLensError("--refresh runs the committed notebooks as they are: drop -p and --no-execute")
+    if (refresh or not render) and (parameter or not execute):
+        raise EmbedLensError("--refresh and --no-render run the committed notebooks as they are: drop -p, --no-execute")
     try:
         root = the_book.find_root()
         pages = the_book.chapters(root, chapters) if parameter else []
         values = the_book.parse_parameters(parameter or [], [root / page for page in pages])
         if refresh:
-            the_book.refresh(chapters)
+            the_book.refresh(chapters, out=out, jobs=jobs)
+        elif not render:
+            the_book.executed(notebooks=chapters, out=out, jobs=jobs)
         else:
-            the_book.build(chapters, execute=execute, parameters=values, out=out)
+            the_book.build(chapters, execute=execute, parameters=values, out=out, jobs=jobs)
     except ModuleNotFoundError as error:
         raise EmbedLensError(
             f"the book needs {error.name}, which is not installed: run make book, or pip install 'embedlens[book]'"

@@ -198,7 +198,7 @@ class ClusterStudy:
     """Share of each cluster's tokens that show no pixel of the picture; nan where there is no cluster."""
     bars: Float[np.ndarray, " pictures"]
     """Share of all the picture's tokens that show no pixel of it."""
-    largest: tuple[Bool[np.ndarray, " n"], ...] = field(repr=False)
+    largest: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
     """Which tokens of each picture are in its largest cluster."""
 
     def __len__(self) -> int:

@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 ALL, NONE = -1, -2  # whose a column is, where it is not one question's
 TOGETHER = 8  # questions on a picture that run in one row
 HELD = 2  # remembered pictures, in batches: under how many arms a picture is kept decides how many pictures those are
-PLAIN = {  # settings of a checkpoint that leave greedy decoding greedy
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
-    *("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens", "use_cache"),
-    *("_from_model_config", "output_attentions", "output_hidden_states", "return_dict_in_generate"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +80,7 @@ def answers(
         return []
     for case in cases:
         model.check_length(case.prompt, max_new_tokens)
-    sharing = model.intervention is None and _plainly_greedy(model) and all(_plain(case.prompt) for case in cases)
+    sharing = model.intervention is None and all(_plain(case.prompt) for case in cases)
     shape = _shape_of(model, cases[0].prompt) if sharing else None
     if shape is None:
         return _unshared(model, cases, max_new_tokens, batch_size)
@@ -339,11 +334,6 @@ def _shape_of(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
         with model.lock:
             _SHAPES[model] = _probed(model, prompt)
     return _SHAPES[model]
-
-
-def _plainly_greedy(model: VisionLanguageModel) -> bool:
-    """Whether the next token is the likeliest, whatever came before."""
-    return set(model.hf.generation_config.to_diff_dict()) <= PLAIN
 
 
 @torch.no_grad()

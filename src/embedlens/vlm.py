@@ -639,7 +639,10 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 16, batch_size: int = 8) -> list[str]:
-        """Greedy answers to several prompts, run together and padded on the left."""
+        """Greedy answers to several prompts, run together and padded on the left.
+
+        Of the checkpoint's own generation config only the tokens that end an answer are kept.
+        """
         from transformers import GenerationConfig
 
         if max_new_tokens < 1:
@@ -650,7 +653,6 @@ class VisionLanguageModel:
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         greedy = GenerationConfig(
             do_sample=False,
-            num_beams=1,
             max_new_tokens=max_new_tokens,
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=own.eos_token_id if own.eos_token_id is not None else self.tokenizer.eos_token_id,
@@ -662,7 +664,12 @@ class VisionLanguageModel:
                 embeds, mask = self.padded(entered, side="left")
                 if mask is None:
                     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-                new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=greedy)
+                # `generate` fills what a config leaves open from the model's own: penalties, lengths, forbidden words
+                self.hf.generation_config = greedy
+                try:
+                    new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask)
+                finally:
+                    self.hf.generation_config = own
             texts += [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
         return texts
 
@@ -1068,13 +1075,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _real_rows(tokenizer: PreTrainedTokenizerFast, image_token_id: int, n_embeddings: int, name: str) -> int:
-    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder."""
-    placeholders = {image_token_id, tokenizer.pad_token_id}
-    real = [index for index in tokenizer.get_vocab().values() if index not in placeholders]
-    n_rows = 1 + max(real)
-    if n_rows > n_embeddings:
+    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder.
+
+    A special token beyond the embedding, as InternVL3's <video>, has no row: nothing here writes it.
+    """
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    rowless = {image_token_id, tokenizer.pad_token_id, *(index for index in special if index >= n_embeddings)}
+    n_rows = 1 + max(index for index in tokenizer.get_vocab().values() if index not in rowless)
+    needed = max(n_rows, 1 + image_token_id)
+    if needed > n_embeddings:
         raise EmbedLensError(
-            f"the tokenizer of {name} has ids up to {n_rows - 1}, the embedding only {n_embeddings} rows: "
+            f"the tokenizer of {name} has ids up to {needed - 1}, the embedding only {n_embeddings} rows: "
             "tokenizer and weights are of different models; copy both from one"
         )
     return n_rows

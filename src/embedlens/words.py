@@ -21,8 +21,8 @@ def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
     """
     pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
     special = set(tokenizer.all_special_tokens)
-    # Byte-level vocabularies contain Ġ, the byte of a space, as every one of their entries is spelled in such bytes.
-    byte_level = "Ġ" in tokenizer.get_vocab()
+    # To a byte-level decoder Ġ is the byte of a space. The vocabulary cannot tell: LLaMA's has the letter Ġ in it.
+    byte_level = tokenizer.convert_tokens_to_string(["xĠx"]) == "x x"
     bytes_of = _byte_of_character() if byte_level else None
     return [_readable(piece, bytes_of, special) for piece in pieces]
 

@@ -1,0 +1,280 @@
+"""The rules of the book, on notebooks as files and on rendered pages, and what a notebook is cleaned of.
+
+Papermill and Sphinx both end well in cases a reader would call broken: a number that is blank in its sentence, a figure
+that a screen reader calls `_images/3f2a.png`, a page that is empty without the network. Each rule closes one of these
+holes and returns what it found, as sentences; an empty list is a pass.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from embedlens.errors import EmbedLensError
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+NOTEBOOK_METADATA = {"kernelspec", "language_info", "mystnb"}
+CELL_METADATA = {"tags", "mystnb", "editable", "slideshow"}
+
+Notebook = dict[str, Any]  # what nbformat reads: a dict with attribute access
+
+
+class BookError(EmbedLensError):
+    """The book breaks one of its rules; the message lists every finding, one to a line."""
+
+
+def read(path: Path) -> Notebook:
+    """The notebook at `path`, in format 4."""
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def write(notebook: Notebook, path: Path) -> None:
+    """Write the notebook, ending in one newline."""
+    import nbformat
+
+    nbformat.write(notebook, path)
+
+
+def cleaned(notebook: Notebook) -> Notebook:
+    """The notebook without what belongs to one run on one machine (times, durations, versions, kernel names), and
+    with its figures in a third of the bytes: every run that is committed stays in the repository's history."""
+    notebook["metadata"] = {
+        **{key: value for key, value in notebook["metadata"].items() if key in NOTEBOOK_METADATA},
+        "kernelspec": dict(KERNEL),
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook["cells"]:
+        cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA}
+        tags = cell["metadata"].get("tags", [])
+        if "injected-parameters" in tags and "hide-input" not in tags:
+            tags.append("hide-input")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data |= {mime: lighter(content) for mime, content in data.items() if mime.endswith("image/png")}
+    return notebook
+
+
+def lighter(png: str) -> str:
+    """The picture, base64 as notebooks hold it, in 256 colours; one with see-through parts is left as it is."""
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.open(BytesIO(b64decode(png)))
+    if picture.mode == "P" or np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+        return png
+    written = BytesIO()
+    picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+    return b64encode(written.getvalue()).decode("ascii")
+
+
+def run_faults(notebook: Notebook, name: str) -> list[str]:
+    """Cells that raised, papermill's failure banners, and notebooks that were not run once from top to bottom."""
+    faults = []
+    counts = []
+    for number, cell in enumerate(notebook["cells"]):
+        if "papermill-error-cell-tag" in cell["metadata"].get("tags", []):
+            faults.append(f"{name}: cell {number} is papermill's banner of a failed run; run the notebook again")
+        if cell["cell_type"] != "code" or not cell["source"].strip():
+            continue
+        counts.append(cell["execution_count"])
+        faults += [
+            f"{name}: cell {number} shows {output.get('ename')}: {output.get('evalue')}; mend the cell and run it again"
+            for output in cell["outputs"]
+            if output["output_type"] == "error"
+        ]
+    if counts != list(range(1, len(counts) + 1)):
+        faults.append(f"{name}: not run once from top to bottom (execution counts {counts}); run `make notebooks`")
+    return faults
+
+
+def metadata_faults(notebook: Notebook, name: str, machine: Iterable[str] = ()) -> list[str]:
+    """Metadata that would change with every run or machine, and texts of `machine` (its paths) in the outputs."""
+    faults = []
+    extra = set(notebook["metadata"]) - NOTEBOOK_METADATA
+    extra |= {f"language_info.{key}" for key in notebook["metadata"].get("language_info", {}) if key != "name"}
+    for cell in notebook["cells"]:
+        extra |= {f"cell {key}" for key in set(cell["metadata"]) - CELL_METADATA}
+        if "injected-parameters" in cell["metadata"].get("tags", []):
+            faults.append(f"{name}: was run with other parameters than its own; run `make notebooks`")
+    if extra:
+        faults.append(f"{name}: metadata of one run ({', '.join(sorted(extra))}); run `make notebooks`")
+    if dict(notebook["metadata"].get("kernelspec", {})) != KERNEL:
+        faults.append(f"{name}: the kernel is not plain python3; run `make notebooks`")
+    outputs = [str(output) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    faults += [
+        f"{name}: an output holds {text!r}, a path of one machine; print a relative path"
+        for text in machine
+        if any(text in output for output in outputs)
+    ]
+    return faults
+
+
+GLUE_ROLE = re.compile(r"\{glue(?::\w*)?\}`([^`]+)`")
+GLUE_DIRECTIVE = re.compile(
+    r"^[ \t]*(?:`{3,}|:{3,})\{glue(?::\w*)?\}[ \t]*(\S+)[^\n]*\n((?:[ \t]*:[\w-]+:[^\n]*\n)*)", re.M
+)
+CODE_FENCE = re.compile(r"^(`{3,})(?!\{)[^\n]*\n.*?^\1", re.M | re.S)
+
+
+def glued(notebook: Notebook) -> list[str]:
+    """The keys that a run notebook has glued, in order, with repeats."""
+    return [
+        output["metadata"]["scrapbook"]["name"]
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        if "scrapbook" in output.get("metadata", {})
+    ]
+
+
+def glue_references(text: str) -> list[tuple[str | None, str]]:
+    """The (document, key) pairs that a page's Markdown refers to; document None is the page itself.
+
+    >>> glue_references("recall {glue:text}`recall:.1%`, elsewhere {glue:text}`02.ipynb::chance:.2f`")
+    [(None, 'recall'), ('02.ipynb', 'chance')]
+    """
+    text = CODE_FENCE.sub("", text)
+    targets = GLUE_ROLE.findall(text)
+    for key, options in GLUE_DIRECTIVE.findall(text):
+        document = re.search(r":doc:[ \t]*(\S+)", options)
+        targets.append(f"{document[1]}::{key}" if document else key)
+    pairs = []
+    for target in targets:
+        document_part, separator, key = target.rpartition("::")
+        pairs.append((document_part if separator else None, key.split(":")[0].strip()))
+    return pairs
+
+
+def glue_faults(root: Path, book_pages: Sequence[Path]) -> list[str]:
+    """Keys that a page uses and no notebook glues (they print as nothing), keys glued twice, keys that no page uses."""
+    texts: dict[Path, str] = {}
+    produced: dict[Path, list[str]] = {}
+    for page in book_pages:
+        if page.suffix == ".ipynb":
+            notebook = read(root / page)
+            produced[page] = glued(notebook)
+            texts[page] = "\n\n".join(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "markdown")
+        else:
+            texts[page] = (root / page).read_text(encoding="utf-8")
+    faults = []
+    used = set()
+    for page, text in texts.items():
+        faults += [
+            f"{page}: {{glue:text}}`{target}` needs a format behind the key (:s, :d, :.1%), or MyST misreads its path"
+            for target in re.findall(r"\{glue:text\}`([^`]+::[^`:]+)`", CODE_FENCE.sub("", text))
+        ]
+        for document, key in glue_references(text):
+            home = Path(os.path.normpath(page.parent / document)) if document else page
+            if not home.suffix:
+                home = home.with_suffix(".ipynb")
+            used.add((home, key))
+            if key not in produced.get(home, []):
+                faults.append(
+                    f"{page}: uses the glued value {key!r}, which {home} does not glue; its sentence has a hole"
+                )
+    for page, keys in produced.items():
+        faults += [
+            f"{page}: glues {key!r} twice; use two names" for key in sorted({k for k in keys if keys.count(k) > 1})
+        ]
+        faults += [
+            f"{page}: glues {key!r}, which no page uses; use it or drop it"
+            for key in dict.fromkeys(keys)
+            if (page, key) not in used
+        ]
+    return faults
+
+
+def image_faults(html: str, name: str) -> list[str]:
+    """Images that a screen reader cannot name: no alt text, an empty one, or the file's own name."""
+    from bs4 import BeautifulSoup
+
+    faults = []
+    for image in BeautifulSoup(html, "html.parser").find_all("img"):
+        alt, source = str(image.get("alt") or "").strip(), str(image.get("src") or "")
+        if not alt or alt.startswith("_images/") or alt == Path(source).name:
+            faults.append(
+                f"{name}: {source[:80]} has no alt text; give the cell the metadata mystnb.image.alt, "
+                "or the figure the option :alt:"
+            )
+    return faults
+
+
+REMOTE = re.compile(r"^\s*(?:https?:)?//")
+REMOTE_CSS = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])((?:https?:)?//[^"')\s]+)""")
+REMOTE_SCRIPT = re.compile(
+    r"""(?:\.src\s*=\s*|\bfrom\s*|\bimport\s*\(?\s*|\bfetch\s*\(\s*|importScripts\s*\(\s*)["'`]((?:https?:)?//[^"'`]+)"""
+)
+LOADED_LINKS = {"stylesheet", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload", "icon", "manifest"}
+LOADED_ATTRIBUTES = {
+    "script": ("src",),
+    "img": ("src", "srcset"),
+    "iframe": ("src",),
+    "source": ("src", "srcset"),
+    "video": ("src", "poster"),
+    "audio": ("src",),
+    "embed": ("src",),
+    "object": ("data",),
+    "image": ("href", "xlink:href"),
+    "use": ("href", "xlink:href"),
+}
+
+
+def request_faults(html: str, name: str) -> list[str]:
+    """What the page would fetch from elsewhere while it loads: scripts, styles, fonts, images, frames.
+
+    Links that a reader may click are not requests.
+    """
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(html, "html.parser")
+    remote = []
+    for tag, attributes in LOADED_ATTRIBUTES.items():
+        for element in page.find_all(tag):
+            values = [str(element.get(attribute) or "") for attribute in attributes]
+            remote += [url for value in values for url in value.split(", ") if REMOTE.match(url)]
+    for link in page.find_all("link"):
+        if LOADED_LINKS & {str(word) for word in link.get("rel") or []} and REMOTE.match(str(link.get("href") or "")):
+            remote.append(str(link["href"]))
+    for element in page.find_all("script"):
+        remote += REMOTE_SCRIPT.findall(element.string or "")
+    for style in [element.string or "" for element in page.find_all("style")]:
+        remote += REMOTE_CSS.findall(style)
+    for element in page.find_all(style=True):
+        remote += REMOTE_CSS.findall(str(element["style"]))
+    return [
+        f"{name}: loads {url.strip()} from the network; ship it under book/_static" for url in dict.fromkeys(remote)
+    ]
+
+
+def html_faults(folder: Path) -> list[str]:
+    """`image_faults` and `request_faults` of every rendered page, and remote requests of its style sheets."""
+    faults = []
+    for page in sorted(folder.rglob("*.html")):
+        name = page.relative_to(folder).as_posix()
+        if name.startswith("_static/"):
+            continue  # templates of the theme, not pages
+        html = page.read_text(encoding="utf-8")
+        faults += image_faults(html, name) + request_faults(html, name)
+    for sheet in sorted(folder.rglob("*.css")):
+        name = sheet.relative_to(folder).as_posix()
+        faults += [
+            f"{name}: loads {url} from the network; ship it under book/_static"
+            for url in REMOTE_CSS.findall(sheet.read_text(encoding="utf-8"))
+        ]
+    return faults
+
+
+def demand(faults: Sequence[str]) -> None:
+    """Raise every finding at once.
+
+    Raises:
+        BookError: if there is any.
+    """
+    if faults:
+        raise BookError("\n".join(faults))
