@@ -19,12 +19,12 @@ from embedlens.lenses import EmbedLens
 from embedlens.measures.dead import (
     GROUPS,
     by_group,
+    checked,
     chosen_by_half,
     common,
     entropy,
     group_means,
     halves,
-    has_dead,
     is_word,
     masks,
     pairwise_cosine,
@@ -185,23 +185,23 @@ def test_common_is_the_mean_of_all_tokens_whatever_the_batches(tiny, pictures, r
 
 def test_a_group_without_tokens_has_no_rows_and_nothing_is_nan_that_is_there(tiny, pictures, reference, rows):
     assert "ViT sink" not in set(rows.group) and "dead" in set(rows.group)
-    own = rows[rows.part == "picture"]
+    own = rows[(rows.part == "picture") & (rows.group != "random directions")]
     assert own[["tokens", "share", "in_bars", "no_words", "entropy"]].notna().all(axis=None)
     parts = own[own.group.isin(["dead", "remaining"])].groupby("id").share.sum()
     assert parts.to_numpy() == pytest.approx(1)
     none = replace(reference, dead_id=None)
     wordless = common(tiny, pictures[:2], none)
     found = el.run(partial(by_group, reference=none, shared=wordless), tiny, pictures[2:], batch_size=3)
-    assert set(found.group) == {"alive", "remaining"}  # no stand-in
+    assert set(found.group) == {"alive", "remaining", "random directions"}  # no stand-in
 
 
-def test_dead_tokens_are_there_only_if_both_halves_of_the_pictures_have_some(tiny, pictures, reference):
-    assert not has_dead(tiny, pictures, replace(reference, dead_id=None))
-    assert has_dead(tiny, [pictures[3]], reference)
+def test_a_dead_word_stands_only_if_both_halves_of_the_pictures_have_tokens_near_it(tiny, pictures, reference):
+    assert checked(tiny, [pictures[3]], reference) is reference
     lens, tokens = EmbedLens.from_model(tiny), tiny.visual_features([picture.image for picture in pictures])
     seen = set(lens.topk(tokens, 3)[1].flatten().tolist())
     absent = next(index for index in range(len(tiny.tokens)) if index not in seen)
-    assert not has_dead(tiny, pictures, replace(reference, dead_id=absent))
+    assert checked(tiny, pictures, replace(reference, dead_id=absent)).dead_id is None
+    assert checked(tiny, pictures, replace(reference, dead_id=None)).dead_id is None
 
 
 def test_halves_are_disjoint_and_both_are_selected_on():

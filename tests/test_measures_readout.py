@@ -17,6 +17,7 @@ from embedlens.lenses import EmbedLens
 from embedlens.measures.readout import (
     COLOURS,
     QUESTIONS,
+    READERS,
     linear_readout,
     patch_colours,
     patch_objects,
@@ -198,14 +199,16 @@ def test_the_token_table_holds_as_many_of_each_kind_as_asked_for_whatever_stands
 
 def test_everything_is_asked_of_dead_and_alive_tokens_by_all_projectors(tiny, marked):
     read = readouts(tiny, *marked, projectors=1)
-    assert set(read.projector) == {"own", "random"} and set(read.question) <= set(QUESTIONS)
+    assert set(read.reader) == set(READERS) and set(read.question) <= set(QUESTIONS)
     table = token_table(tiny, *marked)
     alive, of = table.groups["alive"], QUESTIONS[0]
     alone = linear_readout(
         [projected(tiny.projector, table.before)[alive]], table.answers[of][alive], table.picture[alive]
     )
-    own = read[(read.question == of) & (read.group == "alive") & (read.projector == "own")]
-    assert own.hits.tolist() == alone.hits.tolist()
+    own = read[(read.question == of) & (read.group == "alive") & (read.reader == READERS[0])]
+    assert own.hits.tolist() == alone.hits.tolist() and own.asked.tolist() == alone.asked.tolist()
+    guess = read[(read.question == of) & (read.group == "alive") & (read.reader == READERS[2])]
+    assert guess.hits.tolist() == alone.majority.tolist()
     without = readouts(tiny, marked[0], replace(marked[1], dead_id=None), projectors=1)
     assert set(without.group) == {"alive"}  # no word, no dead tokens, no rows
     assert readouts(tiny, marked[0][:3], marked[1], projectors=1).empty

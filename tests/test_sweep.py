@@ -380,13 +380,13 @@ def test_the_sink_arms_do_what_their_names_say():
     assert torch.equal(swapped["-LLM sinks"][0].mask, groups.dead)
 
 
-def test_the_dead_arms_have_both_sizes_a_block_and_five_seeds():
+def test_the_dead_arms_have_both_sizes_a_block_things_background_and_five_seeds():
     names = [arm.name for arm in dead_arms()]
     assert names[:3] == ["baseline", "-dead", "-dead and sinks"]
     controls = {name: [arm.seed for arm in dead_arms() if arm.name == name] for name in names[3:]}
-    assert len(controls) == 3 and all(seeds == [0, 1, 2, 3, 4] for seeds in controls.values())
+    assert len(controls) == 5 and all(seeds == [0, 1, 2, 3, 4] for seeds in controls.values())
     grid = square_grid()
-    groups = random_groups(2, len(grid))
+    groups = replace(random_groups(2, len(grid)), on_things=torch.arange(len(grid)) % 2 == 0)
     rng = np.random.default_rng(0)
     sizes = {arm.name: int(arm.act(groups, grid, rng)[0].mask.sum()) for arm in dead_arms()[1:]}
     assert sizes["-random, as many as dead"] == sizes["-block, as many as dead"] == sizes["-dead"]
@@ -397,7 +397,7 @@ def test_a_sweep_goes_straight_into_paired_comparison(tiny):
     items = [item for family in ("ocr", "grounding") for item in tasks.family_questions(family, 3)]
     table = run_arms(tiny, items, dead_arms(seeds=2), ranked, max_new_tokens=2)
     found = paired.comparisons(table, of=["accuracy", "ocr", "grounding"], resamples=50)
-    assert len(found) == 5 * 3
+    assert len(found) == 7 * 3
     assert set(found.seeds) == {1, 2}
     assert {"-dead"} < set(found.arm)
 

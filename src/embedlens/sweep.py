@@ -66,6 +66,14 @@ def members(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, name
     return torch.stack([groups.named[name] for name in names]).any(0)
 
 
+def some_left(
+    groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names: Sequence[str]
+) -> Bool[Tensor, " n"]:
+    """The tokens of some groups; none where these are all tokens of the picture, which cannot be pruned."""
+    chosen = members(groups, grid, rng, names)
+    return chosen & ~chosen.all()
+
+
 def others(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names: Sequence[str]) -> Bool[Tensor, " n"]:
     """The tokens of all other groups."""
     return ~members(groups, grid, rng, names)
@@ -238,16 +246,18 @@ def dead_arms(seeds: int = SEEDS) -> list[Arm]:
 
     The paper says that as many remaining tokens are removed as there are dead ones; the released code removes as many
     as dead tokens and sinks together, and its released script prunes these. Both sizes are here, from the alive
-    tokens, and a connected block of the smaller size.
+    tokens; and, of the smaller size, a connected block, alive tokens on things, and alive tokens on the background.
     """
     dead, more = ("dead",), ("dead", "ViT sink", "LLM sink")
     return [
         BASELINE,
-        pruning("-dead", partial(members, names=dead)),
-        pruning("-dead and sinks", partial(members, names=more)),
+        pruning("-dead", partial(some_left, names=dead)),
+        pruning("-dead and sinks", partial(some_left, names=more)),
         *repeated("-random, as many as dead", partial(random_alive, matched=dead), seeds),
         *repeated("-random, as many as dead and sinks", partial(random_alive, matched=more), seeds),
         *repeated("-block, as many as dead", partial(block_alive, matched=dead), seeds),
+        *repeated("-things, as many as dead", partial(random_alive, matched=dead, among="things"), seeds),
+        *repeated("-background, as many as dead", partial(random_alive, matched=dead, among="background"), seeds),
     ]
 
 

@@ -9,7 +9,7 @@ other pictures than those they are held against.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,7 @@ from embedlens.sweep import generator, random_tokens
 from embedlens.tracing import traces
 from embedlens.vlm import Prompt, VisionLanguageModel
 
+DIRECTIONS = 100  # random ones a picture, whose nearest entries no_words is held against
 #: Beside the four groups: all that are not dead; and as many tokens as are dead, drawn at random.
 GROUPS = ("alive", "dead", "ViT sink", "LLM sink", "remaining", "random")
 
@@ -43,13 +44,14 @@ def is_word(entry: str) -> bool:
     return entry.isalpha() and len(entry) > 1
 
 
-def has_dead(model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference) -> bool:
-    """Whether a word marks dead tokens in both halves of these pictures, each at least one token in a thousand."""
+def checked(model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference) -> Reference:
+    """The reference; without its dead word, unless in both halves of these pictures one token in a thousand is near."""
     lens = EmbedLens.from_model(model)
     tokens = model.visual_features_of([sample.image for sample in samples])
     near = [near_word(rows, lens, reference.dead_id).float() for rows in tokens]
     parts = [part for part in (near[: len(near) // 2], near[len(near) // 2 :]) if len(part)]
-    return all(float(torch.cat(part).mean()) >= RARE for part in parts)
+    there = all(float(torch.cat(part).mean()) >= RARE for part in parts)
+    return reference if there else replace(reference, dead_id=None)
 
 
 def pairwise_cosine(
@@ -158,7 +160,8 @@ def by_group(
     Returns:
         per sample, rows of part, group and layer, means over the group's tokens. Of part "picture", layer 0: tokens,
         share (of the visual tokens), in_bars, no_words (nearest entry at layer 0 is no word by `is_word`) and entropy
-        (nats, of the LogitLens distribution at the last layer). Of part "stream": inside (cosine of pairs, of at least
+        (nats, of the LogitLens distribution at the last layer); beside them no_words of the group "random directions".
+        Of part "stream": inside (cosine of pairs, of at least
         two tokens), aligned (cosine to the group's direction in other pictures), both also `_removed`, with the mean
         of other pictures' visual tokens taken out; and, of the block after the layer, kept (cosine of a token to
         itself behind the block) and the attention of the text after the picture: attention (share of all keys),
@@ -175,8 +178,9 @@ def by_group(
         for prompt, groups in zip(prompts, named, strict=True)
     ]
     rows: list[list[dict[str, Any]]] = []
-    seen = zip(prompts, named, model.tower_states_of(prompts), traces(model, prompts, masks, len(prompts)), strict=True)
-    for prompt, groups, tower, trace in seen:
+    towers, streams = model.tower_states_of(prompts), traces(model, prompts, masks, len(prompts))
+    seen = zip(samples, prompts, named, towers, streams, strict=True)
+    for sample, prompt, groups, tower, trace in seen:
         members = torch.stack([groups[name] for name in GROUPS])
         states = trace.stream[:, prompt.visual].float()
         asking = torch.arange(len(prompt)) > int(prompt.visual.nonzero()[-1])
@@ -206,8 +210,12 @@ def by_group(
             "norm_l1": group_means(tower.float().abs().sum(-1), members).T,
             **_likeness("tower", tower.float(), members, shared),
         }
+        anywhere = generator(sample.id, "random directions", seed).standard_normal((DIRECTIONS, model.width))
+        entries = lens.topk(torch.from_numpy(anywhere).float().to(states.device), 1)[1].cpu()
+        chance = {"part": "picture", "group": "random directions", "layer": 0}
         rows.append(
-            _rows("picture", {name: value[:, None] for name, value in picture.items()}, sizes)
+            [chance | {"no_words": float((~words[entries]).float().mean())}]
+            + _rows("picture", {name: value[:, None] for name, value in picture.items()}, sizes)
             + _rows("stream", stream, sizes)
             + _rows("tower", of_tower, sizes)
         )

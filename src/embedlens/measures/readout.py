@@ -44,6 +44,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 #: What is asked of a token: the mean colour of its patch, the object in whose box its centre lies, and, of tokens in no
 #: box, the object whose box is nearest.
 QUESTIONS = ("colour of the patch", "object it lies in", "nearest object beside it")
+#: A probe behind the model's own projector, probes behind random ones, and always saying the same.
+READERS = ("own projector", "random projectors", "most frequent answer")
 NONE = -1  # no answer: the token is left out
 LEAST_TOKENS = 10  # to train on, of a class
 LEAST_PICTURES = 10  # to be asked about: fewer have no interval to speak of
@@ -238,20 +240,20 @@ def readouts(
     projectors: int = 3,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Every question to dead and to alive tokens, after the model's own projector and after random ones.
+    """Every question to dead and to alive tokens, after the model's own projector, after random ones, and unseen.
 
     Args:
         projectors: how many with new weights; their hits are averaged.
 
     Returns:
-        the rows of `linear_readout` with question (one of QUESTIONS), group ("dead", "alive") and projector ("own",
-        "random"); none where too few tokens qualify.
+        per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS): id, hits
+        and asked; none where too few tokens qualify.
     """
     table = token_table(model, samples, reference, seed=seed)
     anew = [random_projector(model.projector, seed + number) for number in range(projectors)]
     forms = {
-        "own": [projected(model.projector, table.before)],
-        "random": [projected(projector, table.before) for projector in anew],
+        READERS[0]: [projected(model.projector, table.before)],
+        READERS[1]: [projected(projector, table.before) for projector in anew],
     }
     found = []
     for question, answers in table.answers.items():
@@ -259,6 +261,8 @@ def readouts(
             for name, vectors in forms.items():
                 rows = linear_readout([form[mask] for form in vectors], answers[mask], table.picture[mask], seed=seed)
                 if rows is not None:
-                    found.append(rows.assign(question=question, group=group, projector=name))
-    columns = ["id", "hits", "majority", "asked", "classes", "question", "group", "projector"]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+                    found.append(rows.assign(question=question, group=group, reader=name))
+                    if name == READERS[0]:
+                        found.append(found[-1].assign(hits=rows["majority"], reader=READERS[2]))
+    columns = ["id", "question", "group", "reader", "hits", "asked"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
