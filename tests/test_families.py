@@ -33,10 +33,10 @@ from embedlens import (
     intervene,
 )
 from embedlens.groups import discover, token_groups_of
+from embedlens.measures.readout import random_projector
 from embedlens.patches import PREPROCESSINGS
 from embedlens.pictures import squared
 from embedlens.probe import probe_picture
-from embedlens.readout import random_projector
 from embedlens.samples import load as load_samples
 from embedlens.trajectories import canvas_of
 

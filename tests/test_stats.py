@@ -114,3 +114,14 @@ def test_a_share_that_no_picture_shows_gets_the_exact_bound_and_others_stay():
     assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(stats.share(0, 20).high)
     some = Estimate(0.5, 0.4, 0.6, 20)
     assert stats.at_least_seen(some) is some
+
+
+def test_a_groups_difference_is_of_pictures_that_have_both_and_of_no_picture_it_is_unknown():
+    rows = pd.DataFrame(
+        {"id": [0, 0, 1, 1, 2], "group": ["a", "b", "a", "b", "a"], "layer": 0, "norm": [3.0, 2.0, 9.0, 3.0, 100.0]}
+    )
+    found = stats.estimate(stats.of_group(rows, "norm", "a", minus="b")[0])
+    assert (found.value, found.n) == (3.5, 3)  # the third picture is drawn, and says nothing
+    assert stats.of_group(rows, "norm", "a", over="b")[0][0] == pytest.approx((1.5 + 3) / 2)
+    assert stats.known(stats.of_group(rows, "norm", "c", minus="a")) == [None]
+    assert stats.known(stats.of_group(rows, "norm", "a", minus="b")) == [found]

@@ -283,6 +283,31 @@ def test_controls_are_of_the_matched_size_and_alive(seed, control, matched):
     assert not (mask & ~groups.alive).any()
 
 
+def test_alive_tokens_on_things_and_on_the_background_are_told_by_every_objects_box(tiny):
+    items = [item for item in few(6) if item.sample.annotations][:2]
+    crowd = replace(items[1].sample, annotations=tuple(e | {"iscrowd": 1} for e in items[1].sample.annotations))
+    seen = {}
+
+    def control(groups, grid, rng, among):
+        seen[grid, among] = sweep.random_alive(groups, grid, rng, ("dead",), among)
+        return seen[grid, among]
+
+    kinds = ("things", "background")
+    arms = [pruning(among, partial(control, among=among)) for among in kinds]
+    run_arms(tiny, [items[0], tasks.Item(crowd, items[1].question)], arms, partial(ranked, n_dead=6), max_new_tokens=1)
+    assert len(seen) == 4 and any(mask.any() for mask in seen.values())
+    for sample in (items[0].sample, crowd):
+        grid = tiny.prompt(sample.image, "?").grid
+        boxes = [entry["bbox"] for entry in sample.annotations if not entry["iscrowd"]]
+        for index in range(len(grid)):
+            x0, y0, x1, y1 = grid.box(index)
+            shows = any(min(x1, x + w) > max(x0, x) and min(y1, y + h) > max(y0, y) for x, y, w, h in boxes)
+            assert not seen[grid, "background" if shows else "things"][index]
+    groups = random_groups(0, 64)
+    with pytest.raises(EmbedLensError, match="where boxes are known"):
+        sweep.random_alive(groups, square_grid(), sweep.generator(0, "a", 0), ("dead",), "things")
+
+
 @pytest.mark.parametrize("control", ["random_alive", "block_alive"])
 def test_a_control_takes_all_alive_tokens_where_there_are_too_few(control):
     grid = square_grid()
@@ -355,13 +380,13 @@ def test_the_sink_arms_do_what_their_names_say():
     assert torch.equal(swapped["-LLM sinks"][0].mask, groups.dead)
 
 
-def test_the_dead_arms_have_both_sizes_a_block_and_five_seeds():
+def test_the_dead_arms_have_both_sizes_a_block_things_background_and_five_seeds():
     names = [arm.name for arm in dead_arms()]
     assert names[:3] == ["baseline", "-dead", "-dead and sinks"]
     controls = {name: [arm.seed for arm in dead_arms() if arm.name == name] for name in names[3:]}
-    assert len(controls) == 3 and all(seeds == [0, 1, 2, 3, 4] for seeds in controls.values())
+    assert len(controls) == 5 and all(seeds == [0, 1, 2, 3, 4] for seeds in controls.values())
     grid = square_grid()
-    groups = random_groups(2, len(grid))
+    groups = replace(random_groups(2, len(grid)), on_things=torch.arange(len(grid)) % 2 == 0)
     rng = np.random.default_rng(0)
     sizes = {arm.name: int(arm.act(groups, grid, rng)[0].mask.sum()) for arm in dead_arms()[1:]}
     assert sizes["-random, as many as dead"] == sizes["-block, as many as dead"] == sizes["-dead"]
@@ -372,7 +397,7 @@ def test_a_sweep_goes_straight_into_paired_comparison(tiny):
     items = [item for family in ("ocr", "grounding") for item in tasks.family_questions(family, 3)]
     table = run_arms(tiny, items, dead_arms(seeds=2), ranked, max_new_tokens=2)
     found = paired.comparisons(table, of=["accuracy", "ocr", "grounding"], resamples=50)
-    assert len(found) == 5 * 3
+    assert len(found) == 7 * 3
     assert set(found.seeds) == {1, 2}
     assert {"-dead"} < set(found.arm)
 

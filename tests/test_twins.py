@@ -15,7 +15,7 @@ from twins import TWINS, save_twin
 
 import embedlens as el
 from embedlens import EmbedLensError
-from embedlens.consistency import is_word
+from embedlens.measures.dead import is_word
 from embedlens.redundancy import ARTICLES, Protocol, _Reader
 from embedlens.samples import load as load_samples
 from embedlens.words import textless_ids

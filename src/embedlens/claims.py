@@ -162,7 +162,8 @@ class Chapter:
             what = "was judged before on this page" if claim in self.findings else "is not in claims.csv"
             raise EmbedLensError(f"claim {claim} {what}: judge each claim once, in the chapter that owns it")
         verdict = rules.conclude(rule, parts, partly, needs)
-        card = Card(claim, verdict, "" if shown is None else f"{shown:{unit}}", of, shown, rule)
+        number, of = ("", "") if shown is None else (f"{shown:{unit}}", of)
+        card = Card(claim, verdict, number, of, shown, rule)
         value, low, high = (None, None, None) if shown is None else (shown.value, shown.low, shown.high)
         n = self.n_images if shown is None else shown.n
         note = note or card.sentence

@@ -271,6 +271,31 @@ def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palet
         axes.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.18, linewidth=0)
 
 
+def points(
+    axes: Axes, found: pd.DataFrame, y: str, hue: str | None = None, palette: Sequence[str] = ORDER, apart: float = 0.3
+) -> None:
+    """Estimates as markers with their intervals, one row to each, the first at the top.
+
+    Args:
+        found: from `embedlens.stats.curve`: value, low, high and what varies.
+        y: the column that names the rows.
+        hue: the column that tells several markers of a row apart; default: each row has its own colour.
+        palette: one colour a row, or a value of `hue`, in order of appearance.
+        apart: distance between the markers of a row.
+    """
+    rows, names = (list(dict.fromkeys(found[column])) for column in (y, hue or y))
+    for number, (name, colour) in enumerate(zip(names, palette, strict=False)):
+        part = found[found[hue or y] == name]
+        shift = apart * (number - (len(names) - 1) / 2) if hue else 0
+        style: dict[str, Any] = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
+        ends = [part["value"] - part["low"], part["high"] - part["value"]]
+        at = [rows.index(row) + shift for row in part[y]]
+        axes.errorbar(part["value"], at, xerr=ends, capsize=3, label=str(name), **style)
+    axes.set_yticks(range(len(rows)), [str(row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
 def chance_curve(
     axes: Axes,
     value: Float[np.ndarray, " layers"],

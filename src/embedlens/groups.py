@@ -104,6 +104,8 @@ class TokenGroups:
     alive: Bool[Tensor, " n"]
     met: Mapping[str, Bool[Tensor, " n"]] = field(repr=False)
     """Group → tokens that meet its definition, before precedence decides; these may overlap."""
+    on_things: Bool[Tensor, " n"] | None = field(default=None, repr=False)
+    """Tokens whose patch shows some of an object's box, where the boxes are known: `sweep.run_arms` adds them."""
 
     def __post_init__(self) -> None:
         if not bool((torch.stack(list(self.named.values())).sum(0) == 1).all()):

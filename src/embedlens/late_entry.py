@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from embedlens.errors import EmbedLensError
-from embedlens.readout import projector_of
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -78,7 +77,7 @@ def adapters(model: VisionLanguageModel) -> tuple[Adapter, ...]:
             ) from error
         found.append(adapter)
     if found:
-        own = fingerprint(projector_of(model))
+        own = fingerprint(model.projector)
         foreign = [adapter.path.name for adapter in found if adapter.base != own]
         if foreign:
             raise EmbedLensError(
@@ -99,7 +98,7 @@ def adapted(model: VisionLanguageModel, adapter: Adapter) -> Iterator[None]:
 
     tensors = load_file(adapter.path)
     own: dict[str, torch.Tensor] = {}
-    targets = {"projector": projector_of(model), "language": model.decoder}
+    targets = {"projector": model.projector, "language": model.decoder}
     weights = {f"{part}.{name}": value for part, module in targets.items() for name, value in module.named_parameters()}
     changed: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():

@@ -215,6 +215,12 @@ class PatchGrid:
         x, y = self.centres.unbind(-1)
         return (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
 
+    def touching(self, box: Sequence[float]) -> Bool[Tensor, " n"]:
+        """Patches that show some of a box: x0, y0, x1, y1 in px of the original picture."""
+        x0, y0, x1, y1 = box
+        left, top, right, bottom = self.boxes.T
+        return (left < x1) & (right > x0) & (top < y1) & (bottom > y0)
+
     def patch_at(self, x: float, y: float) -> int:
         """Index of the patch that shows the point (x, y); a point in the bars has its patch too.
 

@@ -225,6 +225,43 @@ def curve(resampled: pd.DataFrame, n: int | None = None, level: float = LEVEL) -
     return pd.concat([cells, pd.DataFrame(parts, columns=["value", "low", "high", "n"])], axis=1)
 
 
+def of_group(
+    table: pd.DataFrame,
+    value: str,
+    group: str,
+    minus: str | None = None,
+    over: str | None = None,
+    by: str = "layer",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`drawn` of one group's value in each cell, or of its difference from or ratio to another group's, by picture.
+
+    A picture that lacks one of the two is left out; where no picture has both, all is nan, of which `known` gives None.
+
+    Args:
+        table: rows of id, group, `by` and value, one to a cell.
+        minus, over: the other group; at most one of them.
+
+    >>> rows = pd.DataFrame({"id": [0, 0, 1], "group": ["a", "b", "a"], "layer": 0, "norm": [3.0, 2.0, 9.0]})
+    >>> float(of_group(rows, "norm", "a", minus="b")[0][0]), known(of_group(rows, "norm", "c")[0])
+    (1.0, None)
+    """
+    wide = table.dropna(subset=value).pivot(index=["id", by], columns="group", values=value)
+    wide = wide.reindex(columns=dict.fromkeys([*wide, group, *(name for name in (minus, over) if name)]))
+    found = wide[group]
+    found = found - wide[minus] if minus else found / wide[over] if over else found
+    if found.isna().all():
+        return pd.DataFrame(math.nan, range(2), wide.index.unique(by))
+    return drawn(found.rename(value).reset_index(), value, by=by, seed=seed)
+
+
+def known(resampled: pd.Series | pd.DataFrame, n: int | None = None) -> Any:
+    """`estimate`, or None where nothing was measured; of a frame a list with one for each of its columns."""
+    if isinstance(resampled, pd.DataFrame):
+        return [known(resampled[column], n) for column in resampled]
+    return None if resampled.isna().all() else estimate(resampled, n)
+
+
 def share(hits: int, asked: int, of: str = "pictures", level: float = LEVEL) -> Estimate:
     """A share with its exact (Clopper-Pearson) interval, also where none or all were hit.
 

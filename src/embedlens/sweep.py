@@ -66,16 +66,35 @@ def members(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, name
     return torch.stack([groups.named[name] for name in names]).any(0)
 
 
+def some_left(
+    groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names: Sequence[str]
+) -> Bool[Tensor, " n"]:
+    """The tokens of some groups; none where these are all tokens of the picture, which cannot be pruned."""
+    chosen = members(groups, grid, rng, names)
+    return chosen & ~chosen.all()
+
+
 def others(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names: Sequence[str]) -> Bool[Tensor, " n"]:
     """The tokens of all other groups."""
     return ~members(groups, grid, rng, names)
 
 
 def random_alive(
-    groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str]
+    groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str], among: str = "all"
 ) -> Bool[Tensor, " n"]:
-    """Alive tokens at random, as many as some groups have together, or all of them where they are fewer."""
-    return random_tokens(groups.alive, int(members(groups, grid, rng, matched).sum()), rng)
+    """Alive tokens at random, as many as some groups have together, or all of them where they are fewer.
+
+    Args:
+        among: "all" alive tokens; those on "things", whose patch shows some of an object's box; or on the "background".
+    """
+    pool = groups.alive
+    if among != "all":
+        if groups.on_things is None or among not in ("things", "background"):
+            raise EmbedLensError(
+                f"alive tokens among {among!r}: use 'all', or 'things' or 'background' where boxes are known"
+            )
+        pool = pool & (groups.on_things if among == "things" else ~groups.on_things)
+    return random_tokens(pool, int(members(groups, grid, rng, matched).sum()), rng)
 
 
 def block_alive(
@@ -227,16 +246,18 @@ def dead_arms(seeds: int = SEEDS) -> list[Arm]:
 
     The paper says that as many remaining tokens are removed as there are dead ones; the released code removes as many
     as dead tokens and sinks together, and its released script prunes these. Both sizes are here, from the alive
-    tokens, and a connected block of the smaller size.
+    tokens; and, of the smaller size, a connected block, alive tokens on things, and alive tokens on the background.
     """
     dead, more = ("dead",), ("dead", "ViT sink", "LLM sink")
     return [
         BASELINE,
-        pruning("-dead", partial(members, names=dead)),
-        pruning("-dead and sinks", partial(members, names=more)),
+        pruning("-dead", partial(some_left, names=dead)),
+        pruning("-dead and sinks", partial(some_left, names=more)),
         *repeated("-random, as many as dead", partial(random_alive, matched=dead), seeds),
         *repeated("-random, as many as dead and sinks", partial(random_alive, matched=more), seeds),
         *repeated("-block, as many as dead", partial(block_alive, matched=dead), seeds),
+        *repeated("-things, as many as dead", partial(random_alive, matched=dead, among="things"), seeds),
+        *repeated("-background, as many as dead", partial(random_alive, matched=dead, among="background"), seeds),
     ]
 
 
@@ -371,7 +392,10 @@ def _rows_of(
     found = list(groups(model, [prompts[first[picture]] for picture in pictures]))
     if len(found) != len(pictures):
         raise EmbedLensError(f"groups gave {len(found)} results for {len(pictures)} prompts: return one for each")
-    of_picture = dict(zip(pictures, found, strict=True))
+    of_picture = {
+        picture: replace(own, on_things=_on_things(items[first[picture]].sample, prompts[first[picture]].grid))
+        for picture, own in zip(pictures, found, strict=True)
+    }
     plans = {
         (arm.name, arm.seed, picture): _plan(arm, picture, of_picture[picture], prompts[first[picture]].grid)
         for arm in arms
@@ -420,6 +444,15 @@ def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int
         texts = [items[place].question.text for place in places]
         prompts |= dict(zip(places, asked_of(model, prompts[leader], texts), strict=True))
     return prompts
+
+
+def _on_things(sample: Sample, grid: PatchGrid) -> Bool[Tensor, " n"]:
+    """Patches that show some of an object's box; a crowd is no object."""
+    found = torch.zeros(len(grid), dtype=torch.bool)
+    for entry in sample.annotations:
+        x, y, w, h = entry["bbox"]
+        found |= grid.touching((x, y, x + w, y + h)) & (not entry.get("iscrowd"))
+    return found
 
 
 def _picture(sample: Sample) -> Any:

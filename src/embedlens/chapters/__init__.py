@@ -1,11 +1,6 @@
-"""What the book's chapters measure, draw and judge: one or two modules per chapter, on top of the package.
+"""What single pages of the book measure, draw and judge; on its way into `measures/` and the notebooks.
 
 Nothing below imports from here. `page`, `scenes` and `card` serve all chapters and the model card; the others are
-named by their subject:
-
-    01  recurrence, census          05  lengths, grounding
-                                    06  one_patch, colour_sources
-                                    07  decoupling, decoupling_figures
-    04  emptiness, controls         08  orderings, shootout
-    09  other_models                03, 04, 07  questionnaires (one question of each family about a picture)
+those of chapters 01 (recurrence, census), 06 (one_patch, colour_sources), 07 (decoupling), 08 (orderings, shootout) and
+09 (other_models); `questionnaires` asks one question of each family about a picture.
 """

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from embedlens import claims, figures
 from embedlens.claims import Finding
 from embedlens.clusters import ClusterStudy, text_centroid
-from embedlens.consistency import is_word
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.intervals import Interval, beyond_seen, mean_interval
 from embedlens.labels import QUESTION, named_patches
 from embedlens.lenses import EmbedLens
+from embedlens.measures.dead import is_word
 from embedlens.measures.hubs import random_directions
 from embedlens.samples import Sample
 
@@ -174,7 +174,7 @@ def census(
 
 
 def word_entries(model: VisionLanguageModel) -> Bool[np.ndarray, " V"]:
-    """Which vocabulary entries start a word and have letters only (`consistency.is_word`)."""
+    """Which vocabulary entries start a word and have letters only (`measures.dead.is_word`)."""
     return np.array([is_word(entry) for entry in model.tokens])
 
 

@@ -9,25 +9,22 @@ weights (what the vision tower alone gives) and beside the most frequent answer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.groups import QUESTION, Reference, token_groups_of
-from embedlens.intervals import Interval, ratio_interval
 from embedlens.patches import PatchGrid
 from embedlens.samples import Sample, readable
-
-if TYPE_CHECKING:
-    from embedlens.vlm import VisionLanguageModel
+from embedlens.vlm import VisionLanguageModel
 
 #: sRGB of plain colour names, the eleven basic ones of English and cyan.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -47,6 +44,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 #: What is asked of a token: the mean colour of its patch, the object in whose box its centre lies, and, of tokens in no
 #: box, the object whose box is nearest.
 QUESTIONS = ("colour of the patch", "object it lies in", "nearest object beside it")
+#: A probe behind the model's own projector, probes behind random ones, and always saying the same.
+READERS = ("own projector", "random projectors", "most frequent answer")
 NONE = -1  # no answer: the token is left out
 LEAST_TOKENS = 10  # to train on, of a class
 LEAST_PICTURES = 10  # to be asked about: fewer have no interval to speak of
@@ -135,70 +134,42 @@ class TokenTable:
     before: Float[Tensor, "tokens v"]
     """Vision-tower states that the projector reads."""
     picture: Int[np.ndarray, " tokens"]
-    """Number of the picture."""
-    dead: Bool[np.ndarray, " tokens"]
-    alive: Bool[np.ndarray, " tokens"]
+    """Id of the picture."""
+    groups: Mapping[str, Bool[np.ndarray, " tokens"]]
+    """"dead" and "alive"."""
     answers: Mapping[str, Int[np.ndarray, " tokens"]]
     """One of QUESTIONS → class, -1 if there is none."""
-
-    @property
-    def n_pictures(self) -> int:
-        return int(self.picture.max()) + 1
 
 
 def token_table(
     model: VisionLanguageModel,
     samples: Iterable[Sample],
     reference: Reference,
-    membership: str = "top3",
     per_picture: int = 48,
     seed: int = 0,
     batch_size: int = 16,
 ) -> TokenTable:
-    """Tokens to probe: of each picture at most `per_picture` dead and as many alive ones, drawn at random.
+    """Tokens to probe: of each picture at most `per_picture` dead and as many alive ones, drawn by its id and the seed.
 
     Raises:
         EmbedLensError: no samples.
     """
-    rows: list[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]] = []
-    for number, (sample, grid, groups, before) in enumerate(
-        _pictures(model, samples, reference, membership, batch_size)
-    ):
-        rng = np.random.default_rng((seed, number))
-        dead, alive = groups
-        chosen = np.concatenate(
-            [rng.permutation(np.flatnonzero(mask))[:per_picture] for mask in (dead & ~alive, alive & ~dead)]
-        )
-        chosen.sort()
-        answers = [patch_colours(sample.image, grid), *patch_objects(sample, grid)]
-        at = torch.from_numpy(chosen).to(before.device)
-        rows.append(
-            (
-                before[at].float().cpu(),
-                np.full(len(chosen), number),
-                dead[chosen],
-                alive[chosen],
-                [of[chosen] for of in answers],
-            )
-        )
-    if not rows:
-        raise EmbedLensError("no samples: pass at least one picture")
-    states, numbers, are_dead, are_alive, found = zip(*rows, strict=True)
-    answers_of = {name: np.concatenate([of[i] for of in found]) for i, name in enumerate(QUESTIONS)}
-    picture, dead, alive = (np.concatenate(part) for part in (numbers, are_dead, are_alive))
-    return TokenTable(torch.cat(states), picture, dead, alive, answers_of)
-
-
-def _pictures(
-    model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, membership: str, batch_size: int
-) -> Iterator[tuple[Sample, PatchGrid, tuple[np.ndarray, np.ndarray], Float[Tensor, "n v"]]]:
-    stream = readable(samples)
+    states, parts, stream = [], [], readable(samples)
     while batch := list(islice(stream, batch_size)):
         prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
-        found = token_groups_of(model, prompts, reference, membership, batch_size=batch_size)
-        read = [states[model.feature_layer] for states in model.tower_states_of(prompts)]
-        for sample, prompt, groups, before in zip(batch, prompts, found, read, strict=True):
-            yield sample, prompt.grid, (groups.dead.numpy(), groups.alive.numpy()), before
+        found = token_groups_of(model, prompts, reference, batch_size=batch_size)
+        for sample, prompt, groups, tower in zip(batch, prompts, found, model.tower_states_of(prompts), strict=True):
+            rng = np.random.default_rng((seed, sample.id))
+            masks = [groups.dead.numpy(), groups.alive.numpy()]
+            chosen = np.sort(np.concatenate([rng.permutation(np.flatnonzero(mask))[:per_picture] for mask in masks]))
+            known = [patch_colours(sample.image, prompt.grid), *patch_objects(sample, prompt.grid)]
+            states.append(tower[model.feature_layer][torch.from_numpy(chosen).to(tower.device)].float().cpu())
+            parts.append([np.full(len(chosen), sample.id), *(column[chosen] for column in (*masks, *known))])
+    if not parts:
+        raise EmbedLensError("no samples: pass at least one picture")
+    picture, dead, alive, *answers = (np.concatenate(column) for column in zip(*parts, strict=True))
+    groups_of = {"dead": dead, "alive": alive}
+    return TokenTable(torch.cat(states), picture, groups_of, dict(zip(QUESTIONS, answers, strict=True)))
 
 
 @torch.no_grad()
@@ -209,45 +180,6 @@ def projected(projector: nn.Module, before: Float[Tensor, "tokens v"]) -> Float[
     return torch.cat(parts).numpy()
 
 
-def projector_of(model: VisionLanguageModel) -> nn.Module:
-    """The model's own projector, taking the tower's states of a token as `model.tower_states_of` gives them."""
-    return model.projector
-
-
-@dataclass(frozen=True, eq=False)
-class Readout:
-    """How often a probe is right about the tokens of pictures it was not trained on."""
-
-    classes: tuple[int, ...]
-    n_train: int
-    """Tokens that the probe was trained on."""
-    hits: Float[np.ndarray, " pictures"]
-    """Right answers in each test picture; mean over repeats."""
-    majority: Float[np.ndarray, " pictures"]
-    """Right answers of always the most frequent class of the training tokens."""
-    asked: Int[np.ndarray, " pictures"]
-    """Tokens asked in each test picture."""
-
-    def accuracy(self, seed: int = 0) -> Interval:
-        """Share of right answers over all test tokens, bootstrap over pictures."""
-        return ratio_interval(self.hits, self.asked, seed=seed)
-
-    def baseline(self, seed: int = 0) -> Interval:
-        """The same for the most frequent class."""
-        return ratio_interval(self.majority, self.asked, seed=seed)
-
-    def gain(self, over: Readout | None = None, seed: int = 0) -> Interval:
-        """Accuracy less that of the most frequent class, or less that of another probe on the same tokens; paired.
-
-        Raises:
-            EmbedLensError: the other probe was asked about other tokens.
-        """
-        if over is not None and not np.array_equal(self.asked, over.asked):
-            raise EmbedLensError("the two probes were asked about different tokens: compare those of one group")
-        other = self.majority if over is None else over.hits
-        return ratio_interval(self.hits - other, self.asked, seed=seed)
-
-
 def linear_readout(
     vectors: Sequence[Float[np.ndarray, "tokens d"]],
     answers: Int[np.ndarray, " tokens"],
@@ -255,7 +187,7 @@ def linear_readout(
     most_tokens: int = 1500,
     most_classes: int = 10,
     seed: int = 0,
-) -> Readout | None:
+) -> pd.DataFrame | None:
     """Train a probe on the tokens of two thirds of the pictures, ask it about those of the rest.
 
     Every dimension is standardised by the training tokens, so a direction that all tokens share plays no part. Only
@@ -264,13 +196,14 @@ def linear_readout(
     Args:
         vectors: the same tokens in one or several forms (several random projectors); their hits are averaged.
         answers: class of each token; -1 leaves it out.
-        picture: number of each token's picture; no picture is on both sides.
+        picture: id of each token's picture; no picture is on both sides.
         most_tokens: training tokens at most, drawn at random.
         most_classes: classes at most.
 
     Returns:
-        None if there are not two classes with LEAST_TOKENS training tokens each, or fewer than LEAST_PICTURES pictures
-        with tokens to ask about.
+        a row per test picture: id, hits (right answers, mean over forms), majority (right answers of always the most
+        frequent class of the training tokens), asked (tokens), classes (how many). None if there are not two classes
+        with LEAST_TOKENS training tokens each, or fewer than LEAST_PICTURES pictures with tokens to ask about.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -288,57 +221,48 @@ def linear_readout(
     if len(names) < 2 or len(np.unique(picture[test])) < LEAST_PICTURES:
         return None
     train = np.sort(rng.permutation(train)[:most_tokens])
-    usual = _most_frequent(answers[train])
+    seen, often = np.unique(answers[train], return_counts=True)
     right = np.zeros(len(test))
     for form in vectors:
         scaler = StandardScaler().fit(form[train])
         probe = LogisticRegression(C=0.1, max_iter=300)
         probe.fit(scaler.transform(form[train]), answers[train])
         right += (probe.predict(scaler.transform(form[test])) == answers[test]) / len(vectors)
-    asked = np.unique(picture[test])
-    place = np.searchsorted(asked, picture[test])
-    return Readout(
-        classes=tuple(int(name) for name in names),
-        n_train=len(train),
-        hits=np.bincount(place, right, len(asked)),
-        majority=np.bincount(place, answers[test] == usual, len(asked)).astype(np.float64),
-        asked=np.bincount(place, minlength=len(asked)),
-    )
+    right_of = {"hits": right, "majority": answers[test] == seen[often.argmax()], "asked": np.ones(len(test))}
+    found = pd.DataFrame({"id": picture[test], **right_of}).groupby("id", as_index=False).sum()
+    return found.assign(classes=len(names))
 
 
 def readouts(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
     reference: Reference,
-    membership: str = "top3",
     projectors: int = 3,
     seed: int = 0,
-) -> dict[tuple[str, str, str], Readout | None]:
-    """Every question to dead and to alive tokens, after the model's own projector and after random ones.
+) -> pd.DataFrame:
+    """Every question to dead and to alive tokens, after the model's own projector, after random ones, and unseen.
 
     Args:
         projectors: how many with new weights; their hits are averaged.
 
     Returns:
-        (one of QUESTIONS, "dead" or "alive", "own projector" or "random projectors") → readout, None where too few
-        tokens qualify.
+        per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS): id, hits
+        and asked; none where too few tokens qualify.
     """
-    table = token_table(model, samples, reference, membership, seed=seed)
-    own = projector_of(model)
+    table = token_table(model, samples, reference, seed=seed)
+    anew = [random_projector(model.projector, seed + number) for number in range(projectors)]
     forms = {
-        "own projector": [projected(own, table.before)],
-        "random projectors": [projected(random_projector(own, seed + i), table.before) for i in range(projectors)],
+        READERS[0]: [projected(model.projector, table.before)],
+        READERS[1]: [projected(projector, table.before) for projector in anew],
     }
-    return {
-        (asked, name, form): linear_readout(
-            [vector[mask] for vector in vectors], table.answers[asked][mask], table.picture[mask], seed=seed
-        )
-        for asked in QUESTIONS
-        for name, mask in (("dead", table.dead), ("alive", table.alive))
-        for form, vectors in forms.items()
-    }
-
-
-def _most_frequent(answers: Shaped[np.ndarray, " n"]) -> int:
-    names, counts = np.unique(answers, return_counts=True)
-    return int(names[counts.argmax()])
+    found = []
+    for question, answers in table.answers.items():
+        for group, mask in table.groups.items():
+            for name, vectors in forms.items():
+                rows = linear_readout([form[mask] for form in vectors], answers[mask], table.picture[mask], seed=seed)
+                if rows is not None:
+                    found.append(rows.assign(question=question, group=group, reader=name))
+                    if name == READERS[0]:
+                        found.append(found[-1].assign(hits=rows["majority"], reader=READERS[2]))
+    columns = ["id", "question", "group", "reader", "hits", "asked"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)

@@ -1,0 +1,327 @@
+"""How alike the tokens of a group are, how they move, what reads them, and what they would say (Section 5.2).
+
+"Similarity within a cluster" can be read in two ways, and both are here: the mean cosine of pairs of tokens of one
+picture at a layer, and the cosine of a token to itself one layer later. A high cosine can be a direction that *all*
+tokens share, so every cosine is also taken with the mean of all visual tokens removed; means and directions come from
+other pictures than those they are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from embedlens.errors import EmbedLensError
+from embedlens.groups import QUESTION, RARE, Reference, TokenGroups, near_word, token_groups_of
+from embedlens.lenses import EmbedLens, LogitLens
+from embedlens.samples import Sample, readable
+from embedlens.sweep import generator, random_tokens
+from embedlens.tracing import traces
+from embedlens.vlm import Prompt, VisionLanguageModel
+
+DIRECTIONS = 100  # random ones a picture, whose nearest entries no_words is held against
+#: Beside the four groups: all that are not dead; and as many tokens as are dead, drawn at random.
+GROUPS = ("alive", "dead", "ViT sink", "LLM sink", "remaining", "random")
+
+
+def is_word(entry: str) -> bool:
+    """Whether a readable vocabulary entry starts a word and has letters only, at least two.
+
+    The rule for "fragmented or non-semantic pieces", for which the paper has no metric. A piece that starts a longer
+    word passes, so the share of pieces that it finds is a lower bound.
+
+    >>> [is_word(entry) for entry in ("dog", "·og", ",", "a", "<s>", "bott")]
+    [True, False, False, False, False, True]
+    """
+    return entry.isalpha() and len(entry) > 1
+
+
+def checked(model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference) -> Reference:
+    """The reference; without its dead word, unless in both halves of these pictures one token in a thousand is near."""
+    lens = EmbedLens.from_model(model)
+    tokens = model.visual_features_of([sample.image for sample in samples])
+    near = [near_word(rows, lens, reference.dead_id).float() for rows in tokens]
+    parts = [part for part in (near[: len(near) // 2], near[len(near) // 2 :]) if len(part)]
+    there = all(float(torch.cat(part).mean()) >= RARE for part in parts)
+    return reference if there else replace(reference, dead_id=None)
+
+
+def pairwise_cosine(
+    tokens: Float[Tensor, "*layers n d"], masks: Bool[Tensor, "groups n"]
+) -> Float[Tensor, "*layers groups"]:
+    """Mean cosine of all pairs of different tokens of each group, without holding the pairs.
+
+    Args:
+        tokens: any length; a zero vector has cosine 0 to everything.
+        masks: the tokens of each group.
+
+    Returns:
+        nan for a group of fewer than two tokens.
+
+    >>> pairwise_cosine(torch.tensor([[1.0, 0], [2, 0], [0, 1]]), torch.ones(1, 3, dtype=torch.bool)).tolist()
+    [0.3333333432674408]
+    """
+    units = normalize(tokens.float(), dim=-1)
+    members = masks.to(units.device).float()
+    sums = (members @ units).pow(2).sum(-1)  # [*layers, groups]: pairs, and each token with itself
+    own = units.pow(2).sum(-1) @ members.T
+    n = members.sum(-1)
+    pairs = torch.where(n > 1, n * (n - 1), torch.full_like(n, torch.nan))
+    return (sums - own) / pairs
+
+
+def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
+    """Shannon entropy of the softmax, in nats; log(V) if all entries are equally likely.
+
+    >>> round(float(entropy(torch.zeros(4))), 4), round(float(entropy(torch.tensor([100.0, 0, 0, 0]))), 4)
+    (1.3863, 0.0)
+    """
+    logs = logits.float().log_softmax(-1)
+    return -(logs.exp() * logs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
+
+
+def group_means(values: Float[Tensor, "*layers n"], masks: Bool[Tensor, "groups n"]) -> Float[Tensor, "*layers groups"]:
+    """Mean of a value over the tokens of each group; nan for a group without tokens.
+
+    >>> group_means(torch.tensor([1.0, 3.0]), torch.tensor([[True, True], [False, False]])).tolist()
+    [2.0, nan]
+    """
+    members = masks.to(values.device).float()
+    return (values.float() @ members.T) / members.sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Common:
+    """What the visual tokens of some pictures share at every layer, to hold other pictures against.
+
+    Keys say where: "stream" is the language model, layer 0 what enters it; "tower" the vision tower.
+    """
+
+    n_pictures: int
+    center: Mapping[str, Float[Tensor, "layers d"]]
+    """Where → mean of all normalised visual tokens."""
+    direction: Mapping[str, Mapping[str, Float[Tensor, "layers d"]]] = field(repr=False)
+    """Where → group → mean of its normalised tokens. A group without a token is left out."""
+
+
+def common(
+    model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, seed: int = 0, batch_size: int = 8
+) -> Common:
+    """Means of all visual tokens and of each group, layer by layer; memory does not grow with the pictures.
+
+    Args:
+        samples: other pictures than those that will be held against it.
+
+    Raises:
+        EmbedLensError: no samples.
+    """
+    sums: dict[str, dict[str, Tensor]] = {"stream": {}, "tower": {}}
+    counts: dict[str, int] = {}
+    pictures, stream = 0, readable(samples)
+    while batch := list(islice(stream, batch_size)):
+        prompts, named = _named(model, batch, reference, seed)
+        towers, streams = model.tower_states_of(prompts), model.hidden_states_of(prompts, len(prompts))
+        for prompt, groups, tower, states in zip(prompts, named, towers, streams, strict=True):
+            masks = groups | {"all": torch.ones_like(groups["dead"])}
+            for where, tokens in (("stream", states[:, prompt.visual]), ("tower", tower)):
+                members = torch.stack(list(masks.values())).to(tokens.device).float()
+                added = (members @ normalize(tokens.float(), dim=-1)).double()  # [layers, groups, d]
+                for column, name in enumerate(masks):
+                    sums[where][name] = sums[where].get(name, 0) + added[:, column]
+            for name, mask in masks.items():
+                counts[name] = counts.get(name, 0) + int(mask.sum())
+        pictures += len(prompts)
+    if not pictures:
+        raise EmbedLensError("no samples: pass at least one picture to take means of")
+    means = {
+        where: {name: (total / counts[name]).float() for name, total in of.items() if counts[name]}
+        for where, of in sums.items()
+    }
+    return Common(pictures, {where: of.pop("all") for where, of in means.items()}, means)
+
+
+def by_group(
+    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, shared: Common, seed: int = 0
+) -> list[list[dict[str, Any]]]:
+    """Every group of GROUPS in every picture at every layer; a group without a token has no rows.
+
+    Args:
+        shared: from `common`, on other pictures.
+        seed: of the random tokens, together with the picture's id.
+
+    Returns:
+        per sample, rows of part, group and layer, means over the group's tokens. Of part "picture", layer 0: tokens,
+        share (of the visual tokens), in_bars, no_words (nearest entry at layer 0 is no word by `is_word`) and entropy
+        (nats, of the LogitLens distribution at the last layer); beside them no_words of the group "random directions".
+        Of part "stream": inside (cosine of pairs, of at least
+        two tokens), aligned (cosine to the group's direction in other pictures), both also `_removed`, with the mean
+        of other pictures' visual tokens taken out; and, of the block after the layer, kept (cosine of a token to
+        itself behind the block) and the attention of the text after the picture: attention (share of all keys),
+        of_visual (share of visual keys) and per_token. Of part "tower": norm, norm_l1, aligned, aligned_removed.
+
+    Raises:
+        EmbedLensError: a model that puts no text after the picture.
+    """
+    lens, reader = EmbedLens.from_model(model), LogitLens.from_model(model)
+    words = torch.tensor([is_word(entry) for entry in model.tokens])
+    prompts, named = _named(model, samples, reference, seed)
+    masks = [
+        {name: prompt.spread(mask) for name, mask in groups.items()} | {"all": prompt.visual}
+        for prompt, groups in zip(prompts, named, strict=True)
+    ]
+    rows: list[list[dict[str, Any]]] = []
+    towers, streams = model.tower_states_of(prompts), traces(model, prompts, masks, len(prompts))
+    seen = zip(samples, prompts, named, towers, streams, strict=True)
+    for sample, prompt, groups, tower, trace in seen:
+        members = torch.stack([groups[name] for name in GROUPS])
+        states = trace.stream[:, prompt.visual].float()
+        asking = torch.arange(len(prompt)) > int(prompt.visual.nonzero()[-1])
+        if not bool(asking.any()):
+            raise EmbedLensError("no text stands after the picture, so nothing reads it: use a chat format that asks")
+        mass = {name: share[:, asking.to(share.device)].mean(-1).cpu() for name, share in trace.attention.items()}
+        attention = torch.stack([mass[name] for name in GROUPS])
+        sizes = members.sum(-1)
+        nearest = lens.topk(states[0], 1)[1][:, 0].cpu()
+        units = normalize(states, dim=-1)
+        picture = {
+            "tokens": sizes.float(),
+            "share": sizes / members.shape[1],
+            "in_bars": group_means(prompt.grid.padded.float(), members),
+            "no_words": group_means((~words[nearest]).float(), members),
+            "entropy": group_means(entropy(reader.scores(states[-1])), members),
+        }
+        stream = {
+            **_likeness("stream", states, members, shared, pairs=True),
+            "kept": group_means((units[:-1] * units[1:]).sum(-1), members).T,
+            "attention": attention,
+            "of_visual": attention / mass["all"],
+            "per_token": attention / sizes[:, None],
+        }
+        of_tower = {
+            "norm": group_means(tower.float().norm(dim=-1), members).T,
+            "norm_l1": group_means(tower.float().abs().sum(-1), members).T,
+            **_likeness("tower", tower.float(), members, shared),
+        }
+        anywhere = generator(sample.id, "random directions", seed).standard_normal((DIRECTIONS, model.width))
+        entries = lens.topk(torch.from_numpy(anywhere).float().to(states.device), 1)[1].cpu()
+        chance = {"part": "picture", "group": "random directions", "layer": 0}
+        rows.append(
+            [chance | {"no_words": float((~words[entries]).float().mean())}]
+            + _rows("picture", {name: value[:, None] for name, value in picture.items()}, sizes)
+            + _rows("stream", stream, sizes)
+            + _rows("tower", of_tower, sizes)
+        )
+    return rows
+
+
+def _named(
+    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, seed: int
+) -> tuple[list[Prompt], list[dict[str, Bool[Tensor, " n"]]]]:
+    """Prompts, and the masks of GROUPS for each."""
+    prompts = model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+    found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
+    return prompts, [masks(groups, sample.id, seed) for groups, sample in zip(found, samples, strict=True)]
+
+
+def masks(groups: TokenGroups, picture: int, seed: int = 0) -> dict[str, Bool[Tensor, " n"]]:
+    """The masks of GROUPS for one picture; its id and the seed decide which tokens are the random ones."""
+    rng = generator(picture, "random", seed)
+    drawn = random_tokens(torch.ones_like(groups.dead), int(groups.dead.sum()), rng)
+    return {**groups.named, "remaining": ~groups.dead, "random": drawn}
+
+
+def _likeness(
+    where: str,
+    states: Float[Tensor, "layers n d"],
+    members: Bool[Tensor, "groups n"],
+    shared: Common,
+    pairs: bool = False,
+) -> dict[str, Float[Tensor, "groups layers"]]:
+    """Cosine to the group's direction elsewhere and, on wish, of pairs; raw and with the common mean removed."""
+    found = {}
+    units = normalize(states, dim=-1)
+    center = shared.center[where].to(units.device)
+    for removed, tokens in (("", units), ("_removed", normalize(units - center[:, None], dim=-1))):
+        if pairs:
+            found[f"inside{removed}"] = pairwise_cosine(tokens, members).T
+        aligned = torch.full((len(GROUPS), len(states)), torch.nan)
+        for row, name in enumerate(GROUPS):
+            if name in shared.direction[where]:
+                direction = shared.direction[where][name].to(units.device) - (center if removed else 0)
+                cosines = (tokens @ normalize(direction, dim=-1)[..., None])[..., 0]
+                aligned[row] = group_means(cosines, members[row][None])[:, 0].cpu()
+        found[f"aligned{removed}"] = aligned
+    return found
+
+
+def _rows(
+    where: str, values: Mapping[str, Float[Tensor, "groups layers"]], sizes: Int[Tensor, " groups"]
+) -> list[dict[str, Any]]:
+    """One row per group that has tokens and per layer; what is not defined there is left out."""
+    lists = {name: value.cpu().tolist() for name, value in values.items()}
+    return [
+        {"part": where, "group": name, "layer": layer}
+        | {key: of[at][layer] for key, of in lists.items() if layer < len(of[at]) and of[at][layer] == of[at][layer]}
+        for at, name in enumerate(GROUPS)
+        if sizes[at]
+        for layer in range(max(len(of[at]) for of in lists.values()))
+    ]
+
+
+def halves(d: int, splits: int = 3, seed: int = 0) -> list[tuple[Int[Tensor, " a"], Int[Tensor, " b"]]]:
+    """Random halves of the coordinates, each once as the half to select on and once as the other.
+
+    >>> [(a.tolist(), b.tolist()) for a, b in halves(2, splits=1)]
+    [([0], [1]), ([1], [0])]
+    """
+    found = []
+    for split in range(splits):
+        order = torch.from_numpy(np.random.default_rng((seed, split)).permutation(d))
+        one, other = order[: d // 2].sort().values, order[d // 2 :].sort().values
+        found += [(one, other), (other, one)]
+    return sorted(found, key=lambda pair: pair[0].tolist())
+
+
+def chosen_by_half(
+    model: VisionLanguageModel,
+    samples: Sequence[Sample],
+    reference: Reference,
+    shared: Common,
+    splits: int = 3,
+    seed: int = 0,
+) -> list[list[dict[str, Any]]]:
+    """Is a dead token's likeness to the others a result of how it was chosen? Choose on half, measure on the rest.
+
+    Dead tokens are chosen at layer 0 by their direction, so that they are alike there by construction. Here they are
+    chosen by a random half of the coordinates, and their pairwise cosine is taken on the *other* half.
+
+    Returns:
+        per sample, a row of means over splits, or none where no split chooses two tokens: selected_on, other_half and,
+        of any two tokens of the picture, any_tokens, the last two also `_mean_removed`.
+    """
+    embedding = model.input_embeddings
+    columns = [(a.to(embedding.device), b.to(embedding.device)) for a, b in halves(model.width, splits, seed)]
+    lenses = [EmbedLens(embedding[:, chosen], model.tokens) for chosen, _ in columns]
+    center = shared.center["stream"][0].to(embedding.device)
+    names = ("selected_on", "other_half", "other_half_mean_removed", "any_tokens", "any_tokens_mean_removed")
+    found: list[list[dict[str, Any]]] = []
+    for tokens in map(torch.Tensor.float, model.visual_features_of([s.image for s in samples], len(samples))):
+        apart, each = normalize(tokens, dim=-1) - center, []
+        for (chosen, rest), lens in zip(columns, lenses, strict=True):
+            dead = near_word(tokens[:, chosen], lens, reference.dead_id)
+            pools = torch.stack([dead, torch.ones_like(dead)])
+            own = pairwise_cosine(tokens[:, chosen], pools)
+            other, removed = (pairwise_cosine(part[:, rest], pools) for part in (tokens, apart))
+            each.append([float(own[0]), *map(float, (other[0], removed[0], other[1], removed[1]))])
+        values = np.array(each)
+        there = ~np.isnan(values).any(1)
+        found.append([dict(zip(names, values[there].mean(0).tolist(), strict=True))] if there.any() else [])
+    return found
