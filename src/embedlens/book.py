@@ -7,6 +7,7 @@ building the book never changes the working tree; `refresh` is what renews them.
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import re
@@ -32,7 +33,7 @@ from embedlens.book_rules import (  # noqa: F401 - tests and other modules know 
     write,
 )
 from embedlens.book_runs import digest, environment, installed, merged, owned, run_all
-from embedlens.parameters import assigned, typed
+from embedlens.errors import EmbedLensError
 
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
 
@@ -201,6 +202,43 @@ def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ())
             raise BookError(f"-p {assignment}: write NAME=VALUE, for example -p n_images=500")
         values[name] = typed(name, text, types.get(name, "str"))
     return values
+
+
+def assigned(source: str) -> dict[str, str]:
+    """Name → annotation, or nothing, of what a cell assigns.
+
+    >>> assigned("n_images: int = 4  # pictures")
+    {'n_images': 'int'}
+    """
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    found: dict[str, str] = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id: "" for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def typed(name: str, text: str, annotation: str) -> str | int | float | bool:
+    """What is written on a command line as the type that a notebook declares; a text stays as it is written.
+
+    Raises:
+        EmbedLensError: it is not written as that type is.
+
+    >>> typed("out", "2024-01-01", "str"), typed("n_images", "010", "int")
+    ('2024-01-01', 10)
+    """
+    try:
+        if annotation == "bool":
+            return {"true": True, "false": False}[text.strip().lower()]
+        return {"int": int, "float": float}.get(annotation, str)(text)
+    except (KeyError, ValueError):
+        what = {"int": "a whole number", "float": "a number", "bool": "true or false"}[annotation]
+        raise EmbedLensError(f"{name} is {text!r}: pass {what}") from None
 
 
 def parameters_for(paths: Sequence[Path], parameters: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:

@@ -10,12 +10,12 @@ embedlens.errors.EmbedLensError: n_images is 0: pass a whole number of at least 
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedlens.book import assigned
 from embedlens.errors import EmbedLensError
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill puts behind the parameters
@@ -71,43 +71,6 @@ def _declared(history: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if number and source.startswith(INJECTED):
             return assigned(history[number - 1]), list(assigned(source))
     return {}, []
-
-
-def assigned(source: str) -> dict[str, str]:
-    """Name → annotation, or nothing, of what a cell assigns.
-
-    >>> assigned("n_images: int = 4  # pictures")
-    {'n_images': 'int'}
-    """
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:
-        return {}
-    found: dict[str, str] = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = ast.unparse(node.annotation)
-        elif isinstance(node, ast.Assign):
-            found |= {target.id: "" for target in node.targets if isinstance(target, ast.Name)}
-    return found
-
-
-def typed(name: str, text: str, annotation: str) -> str | int | float | bool:
-    """What is written on a command line as the type that a notebook declares; a text stays as it is written.
-
-    Raises:
-        EmbedLensError: it is not written as that type is.
-
-    >>> typed("out", "2024-01-01", "str"), typed("n_images", "010", "int")
-    ('2024-01-01', 10)
-    """
-    try:
-        if annotation == "bool":
-            return {"true": True, "false": False}[text.strip().lower()]
-        return {"int": int, "float": float}.get(annotation, str)(text)
-    except (KeyError, ValueError):
-        what = {"int": "a whole number", "float": "a number", "bool": "true or false"}[annotation]
-        raise EmbedLensError(f"{name} is {text!r}: pass {what}") from None
 
 
 # --- what each parameter may be --------------------------------------------------------------------------------------
