@@ -4,7 +4,6 @@ Nothing below imports from here. `page`, `scenes` and `card` serve all chapters 
 named by their subject:
 
     01  recurrence, census          05  lengths, grounding
-                                    06  one_patch, colour_sources
     03  sinkhood, sink_removal      07  decoupling, decoupling_figures
     04  emptiness, controls         08  orderings, shootout
     09  other_models                03, 04, 07  questionnaires (one question of each family about a picture)
