@@ -33,12 +33,12 @@ from embedlens import (
     intervene,
 )
 from embedlens.groups import discover, token_groups_of
+from embedlens.measures.patch_reading import canvas_of
 from embedlens.measures.readout import random_projector
 from embedlens.patches import PREPROCESSINGS
 from embedlens.pictures import squared
 from embedlens.probe import probe_picture
 from embedlens.samples import load as load_samples
-from embedlens.trajectories import canvas_of
 
 QUESTION = "what is in the picture ?"
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}  # same sums in another order, in activations of size one to ten

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import binomtest
 
 from embedlens.errors import EmbedLensError
 
@@ -270,6 +269,8 @@ def share(hits: int, asked: int, of: str = "pictures", level: float = LEVEL) -> 
     """
     if not 0 <= hits <= asked or asked < 1:
         raise EmbedLensError(f"{hits} of {asked} is no share: pass 0 <= hits <= asked and asked of at least 1")
+    from scipy.stats import binomtest  # takes a second to import
+
     found = binomtest(int(hits), int(asked)).proportion_ci(level, method="exact")
     return Estimate(hits / asked, float(found.low), float(found.high), int(asked), of)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embedlens import EmbedLens, EmbedLensError
-from embedlens import trajectories as tr
+from embedlens.measures import patch_reading as tr
 from embedlens.samples import patchbench
 from embedlens.samples.miniworld.sprites import COLOURS
 from embedlens.samples.patchbench import AXES, GROUND, INK, OBJECT, SURROUND
@@ -64,12 +64,59 @@ def test_content_that_is_no_single_patch_is_refused(tiny):
         tr.content_states(tiny, patchbench.pictures(1, side=56, patch=28))
 
 
-def test_an_empty_share_says_nothing_and_a_full_one_reaches_one():
-    assert [float(x) for x in tr.share(np.ones(30, bool))[::2]] == [1, 1]
-    for n in (1, 2, 9, 30):
-        for right in {0, 1, n // 2, n - 1, n}:
-            value, low, high = tr.share(np.arange(n) < right)
-            assert 0 <= low <= value <= high <= 1
+def test_recolouring_asks_the_same_texts_with_one_part_changed(tiny, drawn):
+    cases = [picture for picture in drawn if picture.group == "OCR" and picture.surround != "white"]
+    rows = tr.recolour_rows(tiny, cases)
+    assert len(rows) == 3 * len(cases) > 0
+    for row in rows.itertuples():
+        case = next(picture for picture in cases if picture.id == row.id)
+        changed = patchbench.probes(case)[row.part]
+        before, after = (
+            tiny.answer(tiny.prompt(p.image, case.asked["colour"].text), tr.ANSWER_TOKENS) for p in (case, changed)
+        )
+        assert (row.said, row.after) == (before, after)
+        assert row.stays == (patchbench.canonical(before) == patchbench.canonical(after))
+        assert row.turns == (patchbench.canonical(after) == patchbench.probes(case)[INK].ink)
+
+
+def test_twins_stand_side_by_side(tiny, drawn):
+    said, other = tr.ask(tiny, drawn), tr.ask(tiny, drawn, swap=True)
+    rows, pairs = tr.twin_rows(drawn, said, other), patchbench.twins(drawn)
+    assert len(rows) == len(pairs) == 4
+    said, other = (table[table.axis == "colour"].set_index("id") for table in (said, other))
+    for row, (a, b) in zip(rows.itertuples(), pairs, strict=True):
+        assert (row.white, row.colour, row.habit) == (said.correct[a.id], said.correct[b.id], other.correct[a.id])
+        assert row.follows == said.follows[b.id] and row.covered == b.covered.mean() and 0 < row.by_chance < 0.2
+        assert row.white_surround == (a.surround == "white") == (b.surround == "white")
+
+
+def test_both_halves_of_the_strings_are_asked_about_the_same_pictures(miniature):
+    side, patch = tr.canvas_of(miniature)
+    texts = [p for p in patchbench.pictures(14, side=side, patch=patch) if p.group == "OCR"]
+    rows = tr.piece_rows(miniature, texts, seed=1)
+    assert rows.groupby("half").id.apply(list).to_dict() == {half: [0, 1, 2, 3] for half in set(rows.half)}
+    assert set(rows.half) == {"one piece", "several pieces"} and rows[["own", "other"]].isin([0, 1]).all(None)
+
+
+def test_the_top_of_the_ladder_is_the_pictures_as_they_are(tiny, drawn):
+    objects = [picture for picture in drawn if picture.group == OBJECT][:3]
+    rungs = tr.ladder(tiny, objects)
+    assert list(rungs)[-1] == "tinted, one to four" and {len(rung) for rung in rungs.values()} == {3}
+    assert rungs["tinted, one to four"].tolist() == tr.ask(tiny, objects, AXES[:1]).correct.tolist()
+
+
+def test_colour_rows_are_those_of_each_part_and_layer(miniature):
+    side, patch = tr.canvas_of(miniature)
+    drawn = [p for p in patchbench.pictures(12, side=side, patch=patch) if p.group != OBJECT]
+    lens = EmbedLens.from_model(miniature)
+    rows = tr.colour_rows(miniature, drawn, {"EmbedLens": lens}, k=200)
+    states = tr.content_states(miniature, drawn)
+    held = tr.by_part(drawn, tr.colours_held(lens, miniature.tokenizer, states, k=200))
+    nearest = tr.by_part(drawn, tr.nearest_colour(lens, miniature.tokenizer, states))
+    assert len(rows) == 3 * len(drawn) * (miniature.n_layers + 1) and rows.held.any() and rows.nearest.any()
+    for (part, id, layer), own in rows.groupby(["part", "id", "layer"]):
+        at = [p.id for p in drawn].index(id)
+        assert own.held.tolist() == [held[part][at, layer]] and own.nearest.tolist() == [nearest[part][at, layer]]
 
 
 class Words:

@@ -5,24 +5,36 @@ The pictures are those of `embedlens.samples.patchbench`; Section 7.1 and Append
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.intervals import Interval
 from embedlens.labels import QUESTION, label_ids
 from embedlens.samples.miniworld.sprites import COLOURS
-from embedlens.samples.patchbench import GROUND, INK, SURROUND, OnePatch, correct, follows
+from embedlens.samples.patchbench import (
+    AXES,
+    GROUND,
+    INK,
+    SURROUND,
+    OnePatch,
+    canonical,
+    correct,
+    expected_by_chance,
+    follows,
+    probes,
+    strings,
+    twins,
+)
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from embedlens.lenses import Lens
     from embedlens.vlm import VisionLanguageModel
 
@@ -58,8 +70,6 @@ def ask(
     Raises:
         EmbedLensError: no pictures, none that answers these axes, or a swap in a group of one.
     """
-    import pandas as pd
-
     shown = _shifted(pictures) if swap else list(pictures)
     rows, seen = [], []
     for picture, other in zip(pictures, shown, strict=True):
@@ -105,22 +115,99 @@ def _shifted(pictures: Sequence[OnePatch]) -> list[OnePatch]:
     return shown
 
 
-def share(found: Shaped[np.ndarray, " n"], level: float = 0.95) -> Interval:
-    """A share with Wilson's interval; of nothing it is 0, and anything from 0 to 1.
+def recolour_rows(model: VisionLanguageModel, cases: Sequence[OnePatch], batch_size: int = 32) -> pd.DataFrame:
+    """What becomes of the answer about a text's colour when the text, its patch or the surround is recoloured.
 
-    >>> [round(float(part), 2) for part in share(np.array([True, False, True, True]))]
-    [0.75, 0.3, 0.95]
-    >>> [float(part) for part in share(np.zeros(0, bool))]
-    [0.0, 0.0, 1.0]
+    Returns:
+        one row per case and part that is recoloured: id, part, follows (what the answer follows before), said before
+        and after, stays (the answer is as before) and turns (it is the new colour).
     """
-    from scipy.stats import binomtest
+    before = ask(model, cases, ["colour"], batch_size=batch_size)
+    found = []
+    for part in (INK, GROUND, SURROUND):
+        changed = [probes(case)[part] for case in cases]
+        after = ask(model, changed, ["colour"], batch_size=batch_size)
+        new = [str(probes(case)[INK].ink) for case in cases]
+        own = before[["id", "follows", "said"]].assign(part=part, after=after.said)
+        own["stays"] = own.after.map(canonical) == own.said.map(canonical)
+        found.append(own.assign(turns=own.after.map(canonical) == new))
+    return pd.concat(found, ignore_index=True)
 
-    n, right = len(found), int(np.asarray(found, dtype=bool).sum())
-    if not n:
-        return Interval(np.asarray(0.0), np.asarray(0.0), np.asarray(1.0))
-    bounds = binomtest(right, n).proportion_ci(level, "wilson")
-    low, high = min(bounds.low, right / n), max(bounds.high, right / n)  # rounding must not cut the share off
-    return Interval(np.asarray(right / n), np.asarray(low), np.asarray(high))
+
+def colour_rows(
+    model: VisionLanguageModel, pictures: Sequence[OnePatch], lenses: Mapping[str, Lens], k: int = 5
+) -> pd.DataFrame:
+    """Whether the patch with content is near the colours of the picture, layer by layer.
+
+    Returns:
+        one row per picture, lens, part (INK, GROUND, SURROUND) and layer: held (the k best words have the part's
+        colour) and nearest (of all names of colours it is the best).
+    """
+    states, found = content_states(model, pictures), []
+    for name, lens in lenses.items():
+        held = by_part(pictures, colours_held(lens, model.tokenizer, states, k))
+        nearest = by_part(pictures, nearest_colour(lens, model.tokenizer, states))
+        for part in held:
+            n, layers = held[part].shape
+            where = {"id": np.repeat([p.id for p in pictures], layers), "layer": np.tile(np.arange(layers), n)}
+            values = {"held": held[part].reshape(-1), "nearest": nearest[part].reshape(-1)}
+            found.append(pd.DataFrame({"lens": name, "part": part, **where, **values}))
+    return pd.concat(found, ignore_index=True)
+
+
+def twin_rows(pictures: Sequence[OnePatch], answers: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
+    """Answers about the colour of a text on a white patch beside those about its twin on a coloured one.
+
+    Args:
+        answers, control: what `ask` gives of these pictures, and of others (`swap`).
+
+    Returns:
+        one row per pair: white, colour and habit (1 where the colour is right on the white patch, on the coloured one,
+        and on the white one about another picture), follows (on the coloured patch), by_chance (how often a wrong
+        answer there names the patch, and so the surround), says_white (on the white patch), white_surround, covered.
+    """
+    own, other = (table[table.axis == "colour"].set_index("id") for table in (answers, control))
+    return pd.DataFrame(
+        {
+            "pair": pair,
+            "white": float(own.correct[a.id]),
+            "colour": float(own.correct[b.id]),
+            "habit": float(other.correct[a.id]),
+            "follows": own.follows[b.id],
+            "by_chance": expected_by_chance(b)[GROUND],
+            "says_white": canonical(str(own.said[a.id])) == "white",
+            "white_surround": a.surround == "white",
+            "covered": float(b.covered.mean()),
+        }
+        for pair, (a, b) in enumerate(twins(pictures))
+    )
+
+
+def piece_rows(model: VisionLanguageModel, pictures: Sequence[OnePatch], seed: int = 0) -> pd.DataFrame:
+    """Whether two capitals are read that are one vocabulary entry, and whether two that are several, in the same texts.
+
+    Returns:
+        one row per picture and half ("one piece", "several pieces"; one that has no string is left out): own and other
+        (1 where the string is read, about its own picture and about another of its half).
+    """
+    draw, found = np.random.default_rng(seed), []
+    halves = {half: some for half, some in strings(model.tokenizer, length=2).items() if some}
+    drawn = {half: [replace(p, text=str(draw.choice(some))) for p in pictures] for half, some in halves.items()}
+    for half, texts in drawn.items():
+        own, other = (ask(model, texts, AXES[:1], swap=swap).correct.astype(float) for swap in (False, True))
+        found.append(pd.DataFrame({"id": range(len(texts)), "half": half, "own": own, "other": other}))
+    return pd.concat(found, ignore_index=True)
+
+
+def ladder(model: VisionLanguageModel, objects: Sequence[OnePatch]) -> dict[str, pd.Series]:
+    """Whether objects are named, with the difficulties of the drawing taken away one by one, in the same places."""
+    rungs = {
+        "own colours, one": [replace(picture, ink=None, copies=1) for picture in objects],
+        "own colours, one to four": [replace(picture, ink=None) for picture in objects],
+        "tinted, one": [replace(picture, copies=1) for picture in objects],
+        "tinted, one to four": list(objects),
+    }
+    return {name: ask(model, some, AXES[:1]).correct for name, some in rungs.items()}
 
 
 def content_states(
