@@ -3,7 +3,7 @@
 Nothing below imports from here. `page`, `scenes` and `card` serve all chapters and the model card; the others are
 named by their subject:
 
-    01  recurrence, census          05  lengths, grounding
+                                    05  lengths, grounding
                                     06  one_patch, colour_sources
     03  sinkhood, sink_removal      07  decoupling, decoupling_figures
     04  emptiness, controls         08  orderings, shootout
