@@ -8,7 +8,7 @@ from typing import Any
 
 import embedlens as el
 from benchmarks.measure import MEGABYTE, compared, in_fresh_process, peak_extra_bytes, timed
-from embedlens.clusters import cluster_study
+from embedlens.measures.clusters import cluster_study
 from embedlens.samples import Sample, miniworld
 
 

@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from embedlens import samples
 from embedlens.clusters import (
     anchor_clusters,
     centroids,
-    cluster_study,
     cross_image_similarity,
     jaccard,
     matched_null,
     picture_pairs,
-    text_centroid,
 )
 from embedlens.errors import EmbedLensError
-from embedlens.lenses import EmbedLens
 
 
 def cosine(a, b):
@@ -204,71 +200,3 @@ def test_pairs_are_of_different_pictures_and_every_picture_comes_first_equally_o
 def test_comparing_pictures_needs_two(n):
     with pytest.raises(EmbedLensError, match="at least two"):
         picture_pairs(n)
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    return samples.load("miniworld", n=5)
-
-
-def test_a_study_is_what_its_parts_give_picture_by_picture(tiny, pictures):
-    rules = {"thresholds": (0.9, 0.5), "orders": ("greedy", "raster")}
-    studies = cluster_study(tiny, iter(pictures), **rules, batch_size=2)
-    assert set(studies) == {(t, order) for t in (0.9, 0.5) for order in ("greedy", "raster")}
-    text, lens = text_centroid(tiny), EmbedLens.from_model(tiny)
-    unit = torch.nn.functional.normalize(tiny.input_embeddings.float(), dim=-1).mean(0)
-    assert torch.allclose(text, unit / unit.norm(), atol=1e-6)
-    pairs = picture_pairs(len(pictures))
-    for (threshold, order), study in studies.items():
-        whole = []
-        for i, sample in enumerate(pictures):
-            prompt = tiny.prompt(sample.image, "What?")
-            tokens = prompt.embeds[prompt.visual]
-            labels = anchor_clusters(tokens, threshold, order)
-            found = centroids(tokens, labels, most=6)
-            whole.append((tokens, labels, found))
-            counts = labels.bincount()[:6].tolist()
-            assert study.sizes[i].tolist() == counts + [0] * (6 - len(counts))
-            assert np.array_equal(study.largest[i], (labels == 0).numpy())
-            assert study.nearest[i, : len(found)].tolist() == lens.topk(found, 1)[1][:, 0].tolist()
-            assert study.to_text[i, : len(found)] == pytest.approx((found @ text).numpy(), abs=1e-5)
-            assert study.in_bars[i, 0] == pytest.approx(float(prompt.grid.padded[labels == 0].float().mean()))
-            assert study.bars[i] == pytest.approx(float(prompt.grid.padded.float().mean()))
-            assert study.singletons[i] == (labels.bincount() == 1).sum()
-            assert np.isnan(study.to_text[i, len(found) :]).all() and (study.nearest[i, len(found) :] == -1).all()
-        raw, removed = study.similarity(pairs), study.similarity(pairs, mean_removed=True)
-        for row, (i, j) in enumerate(pairs):
-            expected = cross_image_similarity(whole[i][2], whole[j][2]).numpy()
-            assert raw[row, : len(expected)] == pytest.approx(expected, abs=1e-5)
-            assert np.isnan(raw[row, len(expected) :]).all()
-            a, b = (centroids(t, labels, 6, center=study.center) for t, labels, _ in (whole[i], whole[j]))
-            assert removed[row, : len(a)] == pytest.approx(cross_image_similarity(a, b).numpy(), abs=1e-4)
-        null = study.similarity(pairs, null=True)
-        assert np.array_equal(np.isnan(null), np.isnan(raw))
-        assert not np.allclose(null, raw, equal_nan=True) or (study.sizes[:, 0] == study.tokens).all()
-        shares = study.dominance
-        assert shares[:, 0] == pytest.approx(study.sizes[:, 0] / study.tokens)
-        assert shares[:, 1] == pytest.approx(study.sizes[:, 0] / study.sizes[:, :5].sum(1))
-        several = [counts[counts > 1] for counts in (t[1].bincount() for t in whole)]
-        assert shares[:, 2] == pytest.approx([int(counts[0]) / int(counts.sum()) for counts in several])
-
-
-def test_single_tokens_are_no_cluster_of_two_or_more(tiny, pictures):
-    study = cluster_study(tiny, pictures[:2], thresholds=(1.0,))[1.0, "greedy"]
-    assert (study.singletons == study.tokens).all() and (study.dominance[:, 2] == 0).all()
-    assert study.dominance[:, 0] == pytest.approx(1 / study.tokens)
-
-
-def test_batches_do_not_matter_and_the_null_is_seeded(tiny, pictures):
-    one = cluster_study(tiny, pictures, batch_size=1)[0.9, "greedy"]
-    many = cluster_study(tiny, pictures, batch_size=5)[0.9, "greedy"]
-    other = cluster_study(tiny, pictures, batch_size=5, seed=1)[0.9, "greedy"]
-    assert np.array_equal(one.sizes, many.sizes)
-    assert torch.allclose(one.null_means, many.null_means, atol=1e-5)
-    assert not torch.allclose(other.null_means, many.null_means, atol=1e-5)
-    assert torch.equal(other.means, many.means)
-
-
-def test_no_pictures_are_refused(tiny):
-    with pytest.raises(EmbedLensError, match="at least one picture"):
-        cluster_study(tiny, [])

@@ -7,8 +7,9 @@ import torch
 from embedlens import EmbedLensError, claims, samples
 from embedlens.chapters import other_models
 from embedlens.chapters.other_models import GROUPS, PAPER, RANKS, anatomy, findings, numbers, study_of
-from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE
-from embedlens.clusters import QUESTION, anchor_clusters, unit_vectors
+from embedlens.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE
+from embedlens.clusters import anchor_clusters, unit_vectors
+from embedlens.vlm import QUESTION
 
 SEVEN, THIRTEEN, *OTHERS = (named.repository for named in PAPER)
 
@@ -84,12 +85,18 @@ def test_nearly_identical_means_within_five_points_interval_included(share, dead
 
 
 def test_absent_means_small_or_no_more_alike_than_chance_in_all_three():
-    none, chance, there = (0.05, 0.1), (0.3, 0.0), (0.3, 0.1)
+    none, chance, there = (0.05, 0.1), (0.3, -0.02), (0.3, 0.1)
     assert judged(*(record(name, *none[:1], lead=none[1]) for name in OTHERS))["E11"] == HOLDS
     assert judged(*(record(name, chance[0], lead=chance[1]) for name in OTHERS))["E11"] == HOLDS
     assert judged(*(record(name, there[0], lead=there[1]) for name in OTHERS))["E11"] == FAILS
     some = findings({OTHERS[0]: record(OTHERS[0], 0.05)})["E11"]
     assert some.verdict == PARTLY and "not run: InternVL3-8B, Qwen3-VL-8B" in some.note
+
+
+def test_few_pictures_are_no_sign_that_a_cluster_is_absent():
+    """Share and lead as eight pictures of one model gave them: the lead straddles chance."""
+    few = (record(name, 0.3, lead=0.18, width=0.2) for name in OTHERS)
+    assert judged(*few)["E11"] == UNDECIDED
 
 
 def test_every_model_has_its_row_and_what_was_not_run_its_command():

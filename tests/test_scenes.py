@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib
 import pytest
 
@@ -25,6 +27,12 @@ def test_a_full_scene_is_the_first_that_a_plain_search_finds(pictures):
     assert scenes.full_scene(pictures, kinds=99) is next(s for s in pictures if s.labels)
     with pytest.raises(EmbedLensError, match="at least one"):
         scenes.full_scene([])
+
+
+def test_a_crowd_fills_nothing(pictures):
+    crowd = {**pictures[0].annotations[0], "bbox": [0, 0, 999, 999], "iscrowd": 1}
+    crowded = replace(pictures[0], annotations=(*pictures[0].annotations, crowd))
+    assert scenes.boxed(crowded) == scenes.boxed(pictures[0])
 
 
 def test_a_written_scene_has_writing(pictures):

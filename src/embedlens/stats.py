@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from embedlens.errors import EmbedLensError
 
@@ -175,6 +175,36 @@ def drawn(
     found = pd.DataFrame(values, columns=names)
     found.attrs |= {"n": len(ids), "of": "pictures" if picture == "id" else f"{picture}s"}
     return found
+
+
+def drawn_pairs(
+    values: pd.DataFrame, pairs: Int[np.ndarray, "pairs 2"], resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """As `drawn`, of what pairs of pictures give; drawn are *pictures*, since pairs that share one are not independent.
+
+    A picture drawn twice counts twice in each of its pairs, on either side. A nan is left out of its column.
+
+    Args:
+        values: one row per pair, one column per cell.
+        pairs: indices of the two pictures of each, as `embedlens.clusters.picture_pairs` gives them.
+
+    >>> alike = pd.DataFrame({0: [1.0, 2.0, 3.0]})
+    >>> float(drawn_pairs(alike, np.array([[0, 1], [1, 2], [2, 0]]), resamples=9)[0][0])
+    2.0
+    """
+    cells = values.to_numpy(dtype=np.float64)
+    there = ~np.isnan(cells)
+    if not len(cells) or not there.any(0).all():
+        raise EmbedLensError("no pair has a value to average: take more pictures, or leave out the empty columns")
+    n = int(pairs.max()) + 1
+    filled, counted, found = np.where(there, cells, 0), there.astype(np.float64), []
+    for times in np.array_split(np.vstack([np.ones((1, n)), draws(n, resamples, seed)]), max(1, resamples // 50)):
+        weights = times[:, pairs[:, 0]] * times[:, pairs[:, 1]]
+        asked = weights @ counted
+        found.append(np.where(asked > 0, weights @ filled, np.nan) / np.maximum(asked, 1))
+    resampled = pd.DataFrame(np.concatenate(found), columns=values.columns)
+    resampled.attrs |= {"n": n, "of": "pictures"}
+    return resampled
 
 
 def draws(n: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[np.ndarray, "resamples n"]:

@@ -1,6 +1,6 @@
 """What single pages of the book measure, draw and judge; on its way into `measures/` and the notebooks.
 
 Nothing below imports from here. `page`, `scenes` and `card` serve all chapters and the model card; the others are
-those of chapters 01 (recurrence, census), 07 (decoupling), 08 (orderings, shootout) and
-09 (other_models); `questionnaires` asks one question of each family about a picture.
+those of chapters 07 (decoupling), 08 (orderings, shootout) and 09 (other_models); `questionnaires` asks one question of
+each family about a picture.
 """

@@ -19,11 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from embedlens import claims, figures, samples
-from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE, Finding, Record
-from embedlens.clusters import QUESTION, anchor_clusters, centroids, cross_image_similarity, matched_null
+from embedlens.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE, Finding, Record
+from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, matched_null
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, discover, reference_of, token_groups_of
 from embedlens.intervals import Interval, mean_interval
+from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -229,8 +230,9 @@ def findings(found: Mapping[str, Record]) -> dict[str, Finding]:
     E10: the shares of the largest cluster and of dead tokens of the 13B model lie within 5 points of those of the 7B
     model, interval of the difference included: holds; the difference exceeds 5 points for sure in either: does not
     hold; else partly. E11: the largest cluster of a model is absent if its share lies below a tenth, interval
-    included, or if it is not more alike across pictures than random token sets. Absent in all three models: holds; in
-    none of those measured: does not hold; else partly. Only records on pictures of one kind are compared.
+    included, or if it is not more alike across pictures than random token sets, likewise. Absent in all three
+    models: holds; in some: partly; there in one: does not hold; else undecided. Only records on pictures of one
+    kind are compared.
     """
     return {"E10": _same_clusters(found), "E11": _no_cluster(found)}
 
@@ -271,9 +273,15 @@ def _difference(a: Interval, b: Interval) -> tuple[float, float, float]:
     return value, value - float(down), value + float(up)
 
 
-def absent(record: Record) -> bool:
-    """Whether a model shows no cluster of the kind: too small, or no more alike across pictures than chance."""
-    return bool(interval(record, "share_0").high < ABSENT or interval(record, "lead").low <= 0)
+def absent(record: Record) -> bool | None:
+    """Whether a model shows no cluster of the kind: too small, or no more alike across pictures than chance.
+
+    None: the intervals do not say; few pictures are no sign of absence.
+    """
+    share, lead = interval(record, "share_0"), interval(record, "lead")
+    if share.high < ABSENT or lead.high <= 0:
+        return True
+    return False if share.low >= ABSENT and lead.low > 0 else None
 
 
 def _no_cluster(found: Mapping[str, Record]) -> Finding:
@@ -281,8 +289,10 @@ def _no_cluster(found: Mapping[str, Record]) -> Finding:
     run = _of(found, "E11")
     if not run:
         return Finding(None, None, None, 0, UNTESTABLE, f"Needs {', '.join(wanted)}, none of which was run.")
-    without = [name for name, record in run.items() if absent(record)]
-    verdict = HOLDS if len(without) == len(wanted) else PARTLY if without else FAILS
+    said = {name: absent(record) for name, record in run.items()}
+    without = [name for name, gone in said.items() if gone]
+    present = False in said.values()
+    verdict = HOLDS if len(without) == len(wanted) else PARTLY if without else FAILS if present else UNDECIDED
     largest = max(run.values(), key=lambda record: float(interval(record, "share_0").value))
     value, low, high = map(float, interval(largest, "share_0"))
     missing = [name for name in wanted if name not in run]

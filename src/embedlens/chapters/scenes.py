@@ -36,8 +36,8 @@ def full_scene(samples: Sequence[Sample], kinds: int = KINDS, filled: float = FI
 
 
 def boxed(sample: Sample) -> float:
-    """Area of the objects' boxes over the area of the picture; where boxes overlap, both count."""
-    boxes = [entry["bbox"] for entry in sample.annotations]
+    """Area of the objects' boxes over the area of the picture; where boxes overlap, both count, and crowds do not."""
+    boxes = [entry["bbox"] for entry in sample.annotations if not entry.get("iscrowd")]
     return sum(w * h for _, _, w, h in boxes) / (sample.width * sample.height)
 
 
