@@ -27,9 +27,9 @@ from embedlens.chapters.controls import (
     ask,
     costs,
 )
-from embedlens.chapters.questionnaires import questionnaires
 from embedlens.groups import reference_of
 from embedlens.paired import AVG, compare, compare_answers
+from embedlens.tasks import questionnaires
 
 matplotlib.use("Agg")
 GRID = PatchGrid(6, 6, Frame.stretch(6, 6))

@@ -16,7 +16,6 @@ from sink_references import none_found
 
 from embedlens import claims, printed, samples
 from embedlens.chapters import sink_removal
-from embedlens.chapters.questionnaires import questionnaires
 from embedlens.chapters.sink_removal import BEFORE, CONTROL, MOVES, PRUNED, REGIONS, SKIPPED, Moved
 from embedlens.errors import EmbedLensError
 from embedlens.groups import QUESTION
@@ -24,6 +23,7 @@ from embedlens.interventions import Prune, intervene
 from embedlens.paired import AVG, BASELINE
 from embedlens.sinks import queries_of, sink_groups
 from embedlens.sweep import generator, sink_arms
+from embedlens.tasks import questionnaires
 from embedlens.tracing import trace
 
 matplotlib.use("Agg")

@@ -5,7 +5,6 @@ named by their subject:
 
     01  recurrence, census          05  lengths, grounding
     02  retrieval, hub_words        06  one_patch, colour_sources
-    03  sinkhood, sink_removal      07  decoupling, decoupling_figures
-    04  emptiness, controls         08  orderings, shootout
-    09  other_models                03, 04, 07  questionnaires (one question of each family about a picture)
+    03  sinkhood, sink_removal      08  orderings, shootout
+    04  emptiness, controls         09  other_models
 """

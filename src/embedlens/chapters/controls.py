@@ -23,7 +23,6 @@ from torch import Tensor
 
 from embedlens import claims, figures, printed, sweep
 from embedlens.chapters.emptiness import OF_STAND_IN
-from embedlens.chapters.questionnaires import questionnaires
 from embedlens.claims import FAILS, HOLDS, PARTLY, Finding
 from embedlens.errors import EmbedLensError
 from embedlens.figures import Look
@@ -33,7 +32,7 @@ from embedlens.paired import AVG, LEVEL, MARGIN, Comparison, compare
 from embedlens.patches import PatchGrid
 from embedlens.samples.miniworld.scene import LONG_SIDE
 from embedlens.sweep import SEEDS, Arm, Select
-from embedlens.tasks import FAMILIES, Item, family_scores
+from embedlens.tasks import FAMILIES, Item, family_scores, questionnaires
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,7 +20,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from embedlens import claims, figures, printed
-from embedlens.chapters.questionnaires import questionnaires
 from embedlens.chapters.sinkhood import BOS, at_best, said
 from embedlens.claims import Finding
 from embedlens.errors import EmbedLensError
@@ -33,7 +32,7 @@ from embedlens.patches import PatchGrid
 from embedlens.samples import Sample
 from embedlens.sinks import KINDS, curve, found_kinds, labels_of, queries_of, sink_groups
 from embedlens.sweep import SEEDS, Arm, members, random_tokens, repeated, run_arms, sink_arms
-from embedlens.tasks import FAMILIES
+from embedlens.tasks import FAMILIES, questionnaires
 from embedlens.tracing import traces
 
 if TYPE_CHECKING:
