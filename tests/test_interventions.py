@@ -22,6 +22,7 @@ from embedlens import (
     Silence,
     SkipSublayers,
     intervene,
+    prefix,
 )
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # same sums in another order, or by another kernel
@@ -635,3 +636,28 @@ def test_a_prompt_without_some_tokens_takes_no_mask(tiny, prompt):
     assert int(prompt.without(mask).visual.sum()) == int((~mask).sum())
     with pytest.raises(EmbedLensError, match="spread the mask on the whole prompt"):
         prompt.without(mask).spread(mask)
+
+
+@pytest.mark.parametrize("sublayer", ["attention", "mlp"])
+def test_silenced_text_but_its_last_position_gets_no_update_and_everything_else_does(tiny, sublayer):
+    prompt = tiny.prompt(picture(), "What is in the picture?")
+    still = prompt.text.clone()
+    still[-1] = False
+    with intervene(tiny, Silence(sublayer, rows="text")):
+        seen = el.trace(tiny, prompt)
+    before, after = (seen.resid_pre, seen.resid_mid) if sublayer == "attention" else (seen.resid_mid, seen.resid_post)
+    assert torch.equal(before[:, still], after[:, still])
+    assert (before != after).any(-1)[:, ~still].all()
+
+
+def test_silenced_text_answers_in_a_sweep_as_alone(tiny):
+    long = "What is in the picture, and where in the picture is it, and what is beside it?"
+    prompts = [tiny.prompt(picture(), "What?"), tiny.prompt(picture(), long)]
+    plan = (Silence("mlp", rows="text"),)
+    cases = [prefix.Case(prompt, own, "any") for own in ((), plan) for prompt in prompts]
+    found = prefix.answers(tiny, cases, 4)
+    with intervene(tiny, *plan):
+        alone = [tiny.answer(prompt, 4) for prompt in prompts]
+    assert found == [*(tiny.answer(prompt, 4) for prompt in prompts), *alone]
+    assert found[:2] != alone
+

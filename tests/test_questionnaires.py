@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from embedlens import EmbedLensError, tasks
-from embedlens.chapters.questionnaires import questionnaires
+from embedlens.tasks import questionnaires
 
 
 @pytest.fixture(scope="module")

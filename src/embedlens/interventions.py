@@ -101,15 +101,20 @@ class Silence:
     """Zero what one kind of sublayer adds to all visual positions (the paper's -vMHA and -vFFN, Section 7.2).
 
     Visual positions still serve keys and values, so text keeps reading them. The released code does something else at
-    the attention of layer 0; `ReleasedLayer0` adds that.
+    the attention of layer 0; `ReleasedLayer0` adds that. `rows="text"` is the control that the paper lacks: the same
+    for all text of the prompt but its last position, which has to answer.
     """
 
     sublayer: str
     """Either "attention" or "mlp"."""
     layers: Sequence[int] | None = None
     """0-based; None: all."""
+    rows: str = "visual"
+    """Either "visual" or "text"."""
 
     def __post_init__(self) -> None:
+        if self.rows not in ("visual", "text"):
+            raise EmbedLensError(f"there are no rows {self.rows!r}: pass 'visual' or 'text'")
         if self.sublayer not in ("attention", "mlp"):
             raise EmbedLensError(f"there is no sublayer {self.sublayer!r}: pass 'attention' or 'mlp'")
         if self.layers is not None:
@@ -338,6 +343,8 @@ class Run:
             if isinstance(value, (SkipSublayers, LeaveAt)):
                 whole = [prompt.spread(mask) for prompt, mask in zip(prompts, masks[index], strict=True)]
                 frozen[index] = laid_out([mask[kept] for mask, kept in zip(whole, rows, strict=True)])
+            elif isinstance(value, Silence) and value.rows == "text":
+                frozen[index] = laid_out([nn.functional.pad(prompt.text[:-1], (0, 1)) for prompt in entered])
             elif isinstance(value, (Silence, EnterAt)):
                 frozen[index] = visual
         return _Batch(

@@ -31,6 +31,7 @@ from embedlens.interventions import (
     LeaveAt,
     Prune,
     ReleasedLayer0,
+    Silence,
     intervene,
     side_by_side,
     sublayers_of,
@@ -80,11 +81,18 @@ def answers(
         return []
     for case in cases:
         model.check_length(case.prompt, max_new_tokens)
-    sharing = model.intervention is None and all(_plain(case.prompt) for case in cases)
+    found: dict[int, str] = {}
+    alone = [any(isinstance(value, Silence) and value.rows == "text" for value in case.plan) for case in cases]
+    if any(alone) and not all(alone):  # silenced text runs as a whole: its question is part of what is silenced
+        for kind in (True, False):
+            places = [place for place, one in enumerate(alone) if one is kind]
+            said = answers(model, [cases[place] for place in places], max_new_tokens, batch_size)
+            found |= dict(zip(places, said, strict=True))
+        return [found[place] for place in range(len(cases))]
+    sharing = not any(alone) and model.intervention is None and all(_plain(case.prompt) for case in cases)
     shape = _shape_of(model, cases[0].prompt) if sharing else None
     if shape is None:
         return _unshared(model, cases, max_new_tokens, batch_size)
-    found: dict[int, str] = {}
     space = _Space(shape)
     before: dict[bytes, Memory] = {}
     for case in cases:

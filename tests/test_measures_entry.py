@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.utils import parametrize
 
 import embedlens as el
-from embedlens import late_entry
+from embedlens import stats, tasks
 from embedlens.errors import EmbedLensError
+from embedlens.measures import entry as late_entry
 from training import entry
 from training.data import Batch
 from training.recipe import LATE_ENTRY, LateEntry, Stage
@@ -168,3 +174,102 @@ def test_seeds_see_other_pictures(tmp_path):
         return next(entry.batches(recipe, "tuning", recipe.tuning, encoder)(0)).pixels
 
     assert not torch.equal(first(0), first(1))
+
+
+# --- arms and grounding ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def items():
+    return tasks.family_questions("general", 5)[:2] + tasks.family_questions("grounding", 2)
+
+
+@pytest.fixture
+def worn(monkeypatch):
+    """Adapters that shift the projector's weights; the fixture is the log of what was put on."""
+    log = []
+
+    @contextmanager
+    def adapted(model, adapter):
+        log.append((adapter.layer, adapter.seed))
+        own = [parameter.detach().clone() for parameter in model.projector.parameters()]
+        with torch.no_grad():
+            for parameter in model.projector.parameters():
+                parameter.add_(0.1 * (1 + adapter.layer + 10 * adapter.seed))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(model.projector.parameters(), own, strict=True):
+                    parameter.copy_(value)
+
+    monkeypatch.setattr(late_entry, "adapted", adapted)
+    return log
+
+
+def runs_of(*layers: int, seeds: int = 1) -> list[late_entry.Adapter]:
+    return [late_entry.Adapter(layer, seed, 1, Path("none"), "") for seed in range(seeds) for layer in layers]
+
+
+def test_frozen_rows_stand_still_below_their_layer_and_are_read_all_the_way(tiny, items):
+    prompt = tiny.prompt(items[0].sample.image, "What is in the picture?")
+    plain, until = tiny.hidden_states(prompt), 1
+    (groups,) = late_entry._ungrouped(tiny, [prompt])
+    with el.intervene(tiny, *late_entry.frozen_until(until).act(groups, prompt.grid, np.random.default_rng(0))):
+        held = tiny.hidden_states(prompt)
+    visual = prompt.visual
+    assert all(torch.equal(held[layer, visual], held[0, visual]) for layer in range(until + 1))
+    assert not torch.equal(held[until + 1, visual], held[0, visual])
+    with el.intervene(tiny, el.EnterAt(until)):
+        late = tiny.hidden_states(prompt)
+    assert torch.equal(held[0], plain[0])
+    assert not torch.allclose(held[until, ~visual], late[until, ~visual], atol=1e-4)  # text has read them, below
+
+
+def test_another_picture_is_asked_the_same_and_pairs_with_the_own_one(tiny, items):
+    found = late_entry.about_another(tiny, items)
+    assert found["id"].tolist() == [item.sample.id for item in items]
+    assert found["question"].tolist() == [item.question.text for item in items]
+    shown = [items[(place + 2) % 4].sample for place in range(4)]
+    said = [tiny.answer(tiny.prompt(s.image, i.question.text), 12) for s, i in zip(shown, items, strict=True)]
+    assert found["prediction"].tolist() == said
+    with pytest.raises(EmbedLensError, match="at least two"):
+        late_entry.about_another(tiny, items[:1])
+
+
+def test_every_run_is_asked_with_its_own_weights_and_entry(tiny, items, worn):
+    found = late_entry.trained_runs(tiny, items, runs_of(0, 1, seeds=2))
+    assert worn == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    named = [(late_entry.entering(layer, trained=True), seed) for layer in (0, 1) for seed in (0, 1)]
+    wanted = dict.fromkeys([("baseline", 0), *named], len(items))
+    assert found.groupby(["arm", "seed"]).size().to_dict() == wanted
+    with late_entry.adapted(tiny, runs_of(1)[0]), el.intervene(tiny, el.EnterAt(1)):
+        said = [tiny.answer(tiny.prompt(item.sample.image, item.question.text), 12) for item in items]
+    rows = found[(found["arm"] == named[2][0]) & (found["seed"] == 0)]
+    assert rows["prediction"].tolist() == said
+
+
+def test_what_is_grounded_at_entry_is_layer_zero_of_what_is_grounded_by_layer(tiny, worn):
+    samples = el.samples.load("miniworld", n=6, seed=3)
+    runs = runs_of(0, 2, seeds=2)
+    at_entry = el.run(partial(late_entry.at_entry, runs=runs), tiny, samples, batch_size=4)
+    layers = late_entry.by_layer(tiny, samples, runs)
+    keys = ["entry", "run"]
+    wanted = layers[layers.layer == 0].groupby(keys)[["object_tokens", "grounded"]].sum()
+    found = at_entry.groupby(keys)[["object_tokens", "grounded"]].sum()
+    pd.testing.assert_frame_equal(found, wanted, check_dtype=False)
+    assert len(wanted) == 5
+    of_late = layers[layers.entry == late_entry.entering(2, trained=True)].pivot_table("grounded", "id", "layer", "sum")
+    assert of_late[0].tolist() == of_late[2].tolist()  # they wait below their entry
+
+
+def test_a_later_entry_that_rises_longer_takes_more_blocks():
+    def share(grounded):
+        rows = [
+            {"id": i, "layer": layer, "grounded": g, "of": 10} for layer, g in enumerate(grounded) for i in range(9)
+        ]
+        return stats.drawn(pd.DataFrame(rows), "grounded", over="of", by="layer", resamples=20)
+
+    flat, rising = share([5] * 9), share([1, 1, *range(1, 8)])
+    more = stats.estimate(late_entry.refinement(rising, 2) - late_entry.refinement(flat, 0), n=9)
+    assert (more.value, more.low, more.high) == (6, 6, 6)
