@@ -196,10 +196,13 @@ class Answerer:
             groups = token_groups_of(self.model, prompts, self._reference)
         else:  # the arm does the same to all tokens
             groups = [_all_alive(len(prompt.grid)) for prompt in prompts]
-        return [
-            tuple(self.arm.act(own, prompt.grid, sweep.generator(key, self.arm.name, self.arm.seed)) or ())
+        plans = [
+            self.arm.act(own, prompt.grid, sweep.generator(key, self.arm.name, self.arm.seed))
             for own, prompt, key in zip(groups, prompts, keys, strict=True)
         ]
+        if any(callable(plan) for plan in plans):
+            raise EmbedLensError(f"arm {self.arm.name!r} asks another prompt: use one that intervenes on the picture's")
+        return [() if plan is None or callable(plan) else tuple(plan) for plan in plans]
 
     def report(self) -> str:
         """How often the arm acted, in one sentence.

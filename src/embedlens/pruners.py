@@ -34,9 +34,10 @@ from torch.nn import functional
 
 from embedlens.codebook import Codebook, checked_budget, keep_lowest
 from embedlens.errors import EmbedLensError
-from embedlens.groups import TokenGroups
-from embedlens.interventions import LeaveAt, intervene
+from embedlens.groups import Reference, TokenGroups, token_groups_of
+from embedlens.interventions import LeaveAt, Prune, intervene
 from embedlens.patches import PatchGrid
+from embedlens.sweep import SEEDS, Arm, Plan
 from embedlens.vlm import attending
 
 if TYPE_CHECKING:
@@ -774,3 +775,132 @@ def usable(features: Features, context: Context, names: Sequence[str] | None = N
         raise EmbedLensError(f"unknown pruner {unknown[0]!r}: use one of {', '.join(PRUNERS)}")
     there = features.has | context.has | {"chance"}
     return [PRUNERS[name] for name in names or PRUNERS if set(PRUNERS[name].needs) <= there]
+
+
+# --- as arms of a sweep: the same questions at the same budgets ------------------------------------------------------
+
+SHARES = (1 / 3, 1 / 6, 1 / 9, 0.05)  # of the tokens: LLaVA-1.5's 192, 96, 64 and 29 of 576
+LEFT, AVERAGE = "R left", "mean R"  # the two budgets of a pruner inside the language model
+
+
+def budget_of(n: int, share: float) -> int:
+    """Tokens that a picture of n keeps of a share, at least one.
+
+    >>> budget_of(576, 1 / 6), budget_of(3, 0.05)
+    (96, 1)
+    """
+    if n < 1 or not 0 < share <= 1:
+        raise EmbedLensError(f"a share of {share} of {n} tokens: pass shares above 0 up to 1")
+    return max(1, round(n * share))
+
+
+def shares_of(counts: Sequence[int], shares: Sequence[float] = SHARES) -> list[float]:
+    """Shares, largest first, without those that leave every picture what a larger one does.
+
+    >>> [budget_of(64, share) for share in shares_of([64])], [budget_of(3, share) for share in shares_of([3])]
+    ([21, 11, 7, 3], [1])
+    """
+    if not counts or not shares:
+        raise EmbedLensError(f"{len(counts)} pictures, {len(shares)} shares: pass at least one of each")
+    found: dict[tuple[int, ...], float] = {}
+    for share in sorted(shares, reverse=True):
+        found.setdefault(tuple(budget_of(n, share) for n in counts), share)
+    return list(found.values())
+
+
+def budget_name(counts: Sequence[int], share: float) -> str:
+    """A budget as readers see it: tokens, or per cent where pictures have different numbers of them.
+
+    >>> budget_name([64, 64], 1 / 9), budget_name([96, 144], 1 / 9)
+    ('7', '11%')
+    """
+    return str(budget_of(counts[0], share)) if len(set(counts)) == 1 else f"{share:.0%}"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What pruners know of one picture and the first question about it."""
+
+    prompt: Prompt
+    features: Features
+    context: Context
+    inside: Mapping[str, tuple[LeaveAt, ...] | None]
+    """Arm of a rule of INSIDE → what leaves where; None: the layers with all tokens have more than the budget."""
+
+
+def seen(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    reference: Reference | None = None,
+    share: float | None = None,
+    batch_size: int = 64,
+) -> list[Seen]:
+    """What the arms of `pruner_arms` choose by; pass it to `sweep.run_arms` as `groups`, with a share bound.
+
+    FastV, SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture.
+
+    Args:
+        reference: of the token groups; default: the model's own.
+        share: of its tokens that a picture keeps, for the rules of INSIDE; None: these are not read.
+    """
+    features = [one for _, batch in model.batches(prompts, batch_size) for one in features_of(model, batch)]
+    weights = attended(model, prompts)
+    groups = token_groups_of(model, prompts, reference=reference)
+    inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]
+    for rule in INSIDE.values() if share is not None and model.n_layers > 1 else ():
+        sizes = [(n := len(prompt.grid), model.n_layers, budget_of(n, share)) for prompt in prompts]  # type: ignore[arg-type]
+        for kind, schedule in ((LEFT, rule.left), (AVERAGE, rule.averaging)):
+            stages = [schedule(*size) for size in sizes]
+            there = [i for i, own in enumerate(stages) if own is not None]
+            asked, given = [prompts[i] for i in there], [stages[i] for i in there]
+            plans = plans_inside(model, asked, rule, given, [weights[i][0] for i in there], batch_size) if there else []  # type: ignore[arg-type]
+            found = dict(zip(there, plans, strict=True))
+            for i, own in enumerate(inside):
+                own[f"{rule.name} inside, {kind}"] = found.get(i)
+    return [
+        Seen(prompt, own, Context(weights[i][0], weights[i][1], group), inside[i])
+        for i, (prompt, own, group) in enumerate(zip(prompts, features, groups, strict=True))
+    ]
+
+
+def pruner_arms(
+    look: Seen,
+    share: float,
+    codebooks: Mapping[str, Codebook],
+    names: Sequence[str] | None = None,
+    seeds: int = SEEDS,
+) -> list[Arm]:
+    """Every pruner that a model can run, at one budget, as arms for `sweep.run_arms` with `seen` as its groups.
+
+    Args:
+        look: from `seen` of one picture of the model, with this share.
+        share: of a picture's own tokens that it keeps, from `shares_of`.
+        codebooks: name → codebook; each is a pruner of that name.
+        names: of PRUNERS; default: all.
+        seeds: of pruners that draw.
+    """
+    book = next(iter(codebooks.values()), None)
+    given: list[tuple[Pruner, Codebook | None]] = []
+    for pruner in usable(look.features, replace(look.context, codebook=book), names):
+        named = codebooks.items() if pruner is CODEBOOK else [(pruner.name, book)]
+        given += [(replace(pruner, name=name), own) for name, own in named]
+    arms = [
+        Arm(pruner.name, partial(_choice, pruner=pruner, share=share, codebook=own), seed)
+        for pruner, own in given
+        for seed in range(seeds if pruner.random else 1)
+    ]
+    return arms + [Arm(name, partial(_leaving, name=name)) for name, plan in look.inside.items() if plan is not None]
+
+
+def _choice(
+    look: Seen, grid: PatchGrid, rng: np.random.Generator, pruner: Pruner, share: float, codebook: Codebook | None
+) -> Plan:
+    context = replace(look.context, codebook=codebook, rng=rng)
+    chosen = prune(pruner, look.features, context, budget_of(len(grid), share))
+    if chosen.merged is not None or look.prompt.positions is not None or bool(chosen.keep.all()):
+        return chosen.prompt
+    return (Prune(~chosen.keep, positions="renumber"),)  # what prompts of a picture share runs once
+
+
+def _leaving(look: Seen, grid: PatchGrid, rng: np.random.Generator, name: str) -> Plan | None:
+    return look.inside[name]

@@ -42,8 +42,11 @@ CHUNK = 8  # batches whose pictures are held at a time, so that questions of a l
 
 Select: TypeAlias = Callable[[TokenGroups, PatchGrid, np.random.Generator], Tensor]
 """Visual tokens of a picture: its groups, its grid, the arm's generator for it → Bool[n]."""
-Act: TypeAlias = Callable[[TokenGroups, PatchGrid, np.random.Generator], Sequence[Intervention] | None]
-"""The interventions for a picture, or None where there is nothing to intervene on: it runs as the baseline then."""
+Plan: TypeAlias = "Sequence[Intervention] | Callable[[Prompt], Prompt]"
+"""Interventions, or a function that gives another prompt to ask instead: rows that are merged are no intervention."""
+Act: TypeAlias = Callable[[Any, PatchGrid, np.random.Generator], "Plan | None"]
+"""The plan for a picture, or None where there is nothing to do: it runs as the baseline then. The first argument is
+what `run_arms` was given as `groups`."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _grown(start: int, part: set[int], size: int, grid: PatchGrid, rng: np.rando
 # --- arms ------------------------------------------------------------------------------------------------------------
 
 
-def _nothing(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator) -> None:
+def _nothing(groups: Any, grid: PatchGrid, rng: np.random.Generator) -> None:
     return None
 
 
@@ -189,7 +192,7 @@ def _skip(
 
 
 def _same(
-    groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, interventions: tuple[Intervention, ...]
+    groups: Any, grid: PatchGrid, rng: np.random.Generator, interventions: tuple[Intervention, ...]
 ) -> tuple[Intervention, ...]:
     return interventions
 
@@ -278,7 +281,7 @@ def run_arms(
     model: VisionLanguageModel,
     items: Sequence[Item],
     arms: Sequence[Arm],
-    groups: Callable[..., Sequence[TokenGroups]] = token_groups_of,
+    groups: Callable[..., Sequence[Any]] = token_groups_of,
     batch_size: int = 32,
     max_new_tokens: int = ANSWER_TOKENS,
     halve: bool = True,
@@ -289,7 +292,8 @@ def run_arms(
         model: from `embedlens.load`.
         items: from `tasks.family_questions`; several questions on one picture share what is computed for it.
         arms: `sink_arms()`, `dead_arms()`, or your own. With `BASELINE` among them, `embedlens.paired` compares.
-        groups: (model, prompts) → the groups of each prompt's picture; bind a reference or membership with `partial`.
+        groups: (model, prompts) → what arms choose by, of each prompt's picture: its groups, bind a reference or
+            membership with `partial`, or `pruners.seen` for the arms of pruners.
         batch_size: pictures that run together, each with up to eight questions.
         max_new_tokens: of an answer.
         halve: run fewer pictures together where they do not fit on the device; False: raise, the caller halves.
@@ -381,7 +385,7 @@ def _rows_of(
     model: VisionLanguageModel,
     items: dict[int, Item],
     arms: Sequence[Arm],
-    groups: Callable[..., Sequence[TokenGroups]],
+    groups: Callable[..., Sequence[Any]],
     max_new_tokens: int,
     batch_size: int,
 ) -> list[dict[str, Any]]:
@@ -403,19 +407,31 @@ def _rows_of(
     }
     # a question is asked once for all arms that do the same to its picture
     cases: dict[Any, Case] = {}
-    asked_as = {}
+    alone: dict[Any, Prompt] = {}
+    asked_as, tokens = {}, {}
     for arm in arms:
         for place, item in items.items():
-            plan = plans[arm.name, arm.seed, item.sample.id]
-            key = asked_as[arm.name, arm.seed, place] = place, identity(plan)
-            cases.setdefault(key, Case(prompts[place], plan, item.question.kind))
+            plan, rewritten = plans[arm.name, arm.seed, item.sample.id], prompts[place]
+            key: tuple[int, Any]
+            if callable(plan):
+                rewritten, plan = plan(rewritten), ()
+                key = place, id(rewritten)
+                alone[key] = rewritten
+            else:
+                key = place, identity(plan)
+                cases.setdefault(key, Case(rewritten, tuple(plan), item.question.kind))
+            asked_as[arm.name, arm.seed, place] = key
+            removed = len(rewritten.grid) - int(rewritten.visual.sum())
+            tokens[arm.name, arm.seed, place] = removed or acted_on(plan, len(rewritten.grid))
     texts = dict(zip(cases, answers(model, list(cases.values()), max_new_tokens, batch_size), strict=True))
+    like = sorted(alone, key=lambda key: (items[key[0]].question.kind, len(alone[key])))  # they end together
+    texts |= dict(zip(like, model.answers([alone[key] for key in like], max_new_tokens, batch_size), strict=True))
     return [
         _row(
             place,
             item,
             arm,
-            acted_on(plans[arm.name, arm.seed, item.sample.id], len(prompts[place].grid)),
+            tokens[arm.name, arm.seed, place],
             texts[asked_as[arm.name, arm.seed, place]],
         )
         for arm in arms
@@ -460,10 +476,10 @@ def _picture(sample: Sample) -> Any:
     return sample.image if "image" in vars(sample) else replace(sample).image
 
 
-def _plan(arm: Arm, picture: int, groups: TokenGroups, grid: PatchGrid) -> tuple[Intervention, ...]:
+def _plan(arm: Arm, picture: int, groups: Any, grid: PatchGrid) -> Plan:
     plan = arm.act(groups, grid, generator(picture, arm.name, arm.seed))
-    if plan is None:
-        return ()
+    if plan is None or callable(plan):
+        return plan or ()
     for value in plan:
         if isinstance(value, MASKED) and not isinstance(value.mask, Tensor):
             raise EmbedLensError(

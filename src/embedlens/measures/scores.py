@@ -1,0 +1,206 @@
+"""Do attention and likeness to CLS order visual tokens by what they say, and by what is lost without them?
+
+Figures 1, 3 and 4 of 2503.20540: every token of some pictures is read alone and left out (`embedlens.redundancy`), and
+two "intermediate states" order the same tokens: the cosine of CLS and patch in the vision tower, and the attention
+from the last text position, summed over the language model's layers.
+
+    found = scored(model, pictures)
+    found.table                        # a row per token: id, patch, what orders it, what it says, what is lost
+    trends(found.table)                # a row per picture, score and value: Spearman's rho
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.groups import Reference, token_groups_of
+from embedlens.labels import named_patches
+from embedlens.pruners import attended, cls_similarity, features_of
+from embedlens.redundancy import Protocol, TokenScores, describing, readings_of, sampled_ranks, token_scores
+from embedlens.samples import Sample
+from embedlens.vlm import Prompt, VisionLanguageModel
+
+SURE, UNSURE = 0.4, 0.1  # the paper's "40 % to 80 %" and "below 10 %" (caption of Figure 1)
+THIRD = 1 / 3  # of a picture's tokens: what counts as low and as high
+SCORES, VALUES = ("similarity", "attention"), ("probability", "divergence")
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scored tokens of some pictures; `scores` is picture by picture, `table` has a row per scored token."""
+
+    protocol: Protocol
+    samples: Sequence[Sample]
+    prompts: Sequence[Prompt]
+    scores: Sequence[TokenScores]
+    table: pd.DataFrame
+    """id, patch; similarity (nan for a tower without CLS) and attention; probability, divergence, word; named: the
+    token alone names the object that its patch lies in, misnamed: the next picture's word at its place does; alive;
+    low, high: in that third of its picture by every score that there is."""
+
+    @property
+    def tokens(self) -> list[Float[Tensor, "_ d"]]:
+        """All visual tokens of each picture."""
+        return [prompt.embeds[prompt.visual] for prompt in self.prompts]
+
+
+def scored(
+    model: VisionLanguageModel,
+    samples: Sequence[Sample],
+    protocol: Protocol | None = None,
+    reference: Reference | None = None,
+    batch_size: int = 64,
+) -> Scored:
+    """Read the tokens of some pictures: all of few, the release's 96 ranks of likeness to CLS of many.
+
+    Args:
+        samples: pictures with boxes, at least two.
+        protocol: default: the release's, with the model's own question and aligned articles.
+        reference: of the token groups; default: the model's own.
+        batch_size: readings that run together.
+    """
+    if len(samples) < 2:
+        raise EmbedLensError(f"{len(samples)} pictures: pass at least two, better 24")
+    protocol = protocol or Protocol(question=describing(model))
+    prompts = model.prompts([sample.image for sample in samples], [protocol.question] * len(samples))
+    features = [one for _, batch in model.batches(prompts, 16) for one in features_of(model, batch)]
+    attention = [part.double().sum(0).cpu() for part, _ in attended(model, prompts)]
+    similarity = [cls_similarity(one).double().cpu() for one in features if "CLS" in one.has]
+    order = similarity if len(similarity) == len(samples) else attention
+    places = [own.argsort(descending=True, stable=True)[sampled_ranks(len(own))].sort().values for own in order]
+    scores = token_scores(model, prompts, places, protocol, batch_size)
+    groups = token_groups_of(model, prompts, reference=reference)
+    tables = []
+    for i, (sample, at, own, group) in enumerate(zip(samples, places, scores, groups, strict=True)):
+        columns: dict[str, Any] = {"id": sample.id, "patch": at.numpy(), "attention": attention[i][at].numpy()}
+        columns["similarity"] = similarity[i][at].numpy() if order is similarity else np.nan
+        columns["probability"] = own.probability.double().cpu().numpy()
+        columns |= {"divergence": own.cascade().double().cpu().numpy(), "word": own.word.cpu().numpy()}
+        for name, words in (("named", own.word), ("misnamed", scores[(i + 1) % len(scores)].word)):
+            ids = torch.full((len(prompts[i].grid), 1), -1)
+            ids[at[: len(words)], 0] = words.cpu()[: len(at)]
+            columns[name] = np.asarray(named_patches(model, sample, prompts[i].grid, ids)[0])[at]
+        tables.append(pd.DataFrame(columns | {"alive": group.alive.cpu()[at].numpy()}))
+    return Scored(protocol, samples, prompts, scores, extremes(pd.concat(tables, ignore_index=True)))
+
+
+def orders_in(table: pd.DataFrame) -> list[str]:
+    """What orders the tokens of a table: of SCORES what the model has."""
+    return [name for name in SCORES if table[name].notna().all()]
+
+
+def extremes(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `low` and `high`: in the lowest (highest) third of its picture by every score that there is."""
+    grouped = table.groupby("id", sort=False)
+    size = grouped["id"].transform("size")
+    found = {"low": True, "high": True}
+    for name in orders_in(table):
+        found["low"] &= grouped[name].rank(method="first") <= np.ceil(THIRD * size)
+        found["high"] &= table[name].mul(-1).groupby(table["id"]).rank(method="first") <= np.ceil(THIRD * size)
+    return table.assign(**found)
+
+
+def trends(table: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's rho of each picture: id, score, value, rho; no row where one of the two is constant."""
+    rows = []
+    for picture, own in table.groupby("id", sort=False):
+        for score in orders_in(table):
+            for value in VALUES:
+                if own[score].nunique() > 1 and own[value].nunique() > 1:
+                    rho = float(spearmanr(own[score], own[value]).statistic)
+                    rows.append({"id": picture, "score": score, "value": value, "rho": rho})
+    return pd.DataFrame(rows, columns=["id", "score", "value", "rho"])
+
+
+def by_rank(table: pd.DataFrame, score: str, cumulative: bool = False) -> pd.DataFrame:
+    """The table with `rank`: from 1, the highest score of its picture, to as many as the smallest picture has.
+
+    Larger pictures are read equally far along.
+
+    Args:
+        cumulative: order picture k by the sum of scores over pictures 1 to k. The released notebook of Figure 4 does
+            not reset the attention between pictures, which comes to this.
+
+    Raises:
+        EmbedLensError: a sum over pictures of different numbers of tokens.
+    """
+    groups = [own for _, own in table.groupby("id", sort=False)]
+    fewest = min(map(len, groups))
+    if cumulative and any(len(own) != fewest for own in groups):
+        raise EmbedLensError("the pictures have different numbers of tokens, whose scores do not sum: leave it out")
+    summed, found = np.zeros(fewest), []
+    for own in groups:
+        values = own[score].to_numpy()
+        if cumulative:
+            values = summed = summed + values
+        along = np.round(np.linspace(0, len(own) - 1, fewest)).astype(int)
+        found.append(own.iloc[np.argsort(-values, kind="stable")[along]].assign(rank=np.arange(1, fewest + 1)))
+    return pd.concat(found, ignore_index=True)
+
+
+def larger_below(table: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of tokens of one picture, one lower in every score: how many (asked), how often it has the larger D (hits).
+
+    One row per picture that has such pairs.
+    """
+    rows = []
+    for picture, own in table.groupby("id", sort=False):
+        scores = [own[name].to_numpy() for name in orders_in(table)]
+        lower = np.logical_and.reduce([part[:, None] < part[None] for part in scores])
+        d = own["divergence"].to_numpy()
+        if lower.any():
+            rows.append({"id": picture, "hits": int((lower & (d[:, None] > d[None])).sum()), "asked": int(lower.sum())})
+    return pd.DataFrame(rows, columns=["id", "hits", "asked"])
+
+
+def raised(model: VisionLanguageModel, found: Scored, chosen: pd.Series) -> pd.DataFrame:
+    """How much chosen tokens raise the logit of their word in their region, and their region in the whole picture.
+
+    Args:
+        chosen: True for rows of `found.table`.
+
+    Returns:
+        One row per picture with chosen tokens, means over them: id, region, picture.
+    """
+    rows = []
+    for sample, prompt in zip(found.samples, found.prompts, strict=True):
+        own = found.table[chosen & (found.table["id"] == sample.id)]
+        if own.empty:
+            continue
+        read = readings_of(model, prompt, torch.tensor(own["patch"].to_numpy()), found.protocol)
+        word = torch.tensor(own["word"].to_numpy())[:, None]
+        pairs = {"region": (read.region, read.region_without), "picture": (read.picture, read.picture_without)}
+        said = {name: float((a - b).cpu().gather(1, word).mean()) for name, (a, b) in pairs.items()}
+        rows.append({"id": sample.id, **said})
+    return pd.DataFrame(rows, columns=["id", "region", "picture"])
+
+
+def milliseconds(act: Callable[[int], Any], n: int) -> float:
+    """Mean time of act(0) to act(n - 1), after one that warms up; what a GPU still works on counts.
+
+    >>> milliseconds(lambda i: None, 3) < 1000
+    True
+    """
+    act(0)
+    _wait()
+    began = time.perf_counter()
+    for i in range(n):
+        act(i)
+    _wait()
+    return 1000 * (time.perf_counter() - began) / n
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
