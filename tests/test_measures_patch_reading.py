@@ -36,6 +36,12 @@ def test_the_answers_are_those_of_each_picture_asked_alone(tiny, drawn):
         assert row.follows == (patchbench.follows(picture, row.said) if axis == "colour" else "")
 
 
+def test_a_picture_goes_through_the_tower_once_for_all_its_questions(tiny, drawn, monkeypatch):
+    seen, features = [], type(tiny)._features
+    monkeypatch.setattr(type(tiny), "_features", lambda model, inputs: seen.extend(inputs) or features(model, inputs))
+    assert len(tr.ask(tiny, drawn[:5])) > len(seen) == 5
+
+
 def test_a_swap_shows_another_picture_of_the_same_group(drawn):
     shown = tr._shifted(drawn)
     assert all(a.group == b.group and a.id != b.id for a, b in zip(drawn, shown, strict=True))

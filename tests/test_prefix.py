@@ -106,7 +106,7 @@ def cases_of(model, rng, n_plans: int = 3) -> list[Case]:
 
 
 @given(seed=st.integers(0, 2**32 - 1), batch_size=st.sampled_from([1, 2, 5, 32]))
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_tokens(tiny, ids, seed, batch_size):
     ids(tiny)
     cases = cases_of(tiny, np.random.default_rng(seed))
@@ -120,7 +120,7 @@ def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_t
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_the_miniature_answers_the_same_under_every_kind_of_intervention(miniature, ids, kernel):
     ids(miniature)
-    prompts = prompts_of(miniature, 2)
+    prompts = prompts_of(miniature, 2, 2)
     n, rng = len(prompts[0].grid), np.random.default_rng(0)
     plans = [
         (),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.labels import QUESTION, label_ids
+from embedlens.prefix import Case, answers, asked_of
 from embedlens.samples.miniworld.sprites import COLOURS
 from embedlens.samples.patchbench import (
     AXES,
@@ -71,20 +72,21 @@ def ask(
         EmbedLensError: no pictures, none that answers these axes, or a swap in a group of one.
     """
     shown = _shifted(pictures) if swap else list(pictures)
-    rows, seen = [], []
-    for picture, other in zip(pictures, shown, strict=True):
-        for axis, question in picture.asked.items():
-            if axes is None or axis in axes:
-                rows.append((picture, axis, question))
-                seen.append(other)
-    if not rows:
+    rows = [
+        [(picture, axis, question) for axis, question in picture.asked.items() if axes is None or axis in axes]
+        for picture in pictures
+    ]
+    asked = [(other.image, own) for other, own in zip(shown, rows, strict=True) if own]
+    if not asked:
         raise EmbedLensError("no question to ask: pass at least one picture that has a question on these axes")
     said: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        images = [picture.image for picture in seen[start : start + batch_size]]
-        prompts = model.prompts(images, [question.text for _, _, question in batch])
-        said += model.answers(prompts, max_new_tokens=ANSWER_TOKENS, batch_size=batch_size)
+    together = max(1, batch_size // 4)  # what is remembered of so many takes the memory of batch_size prompts
+    for start in range(0, len(asked), batch_size):  # a picture runs once for all its questions
+        images, own = zip(*asked[start : start + batch_size], strict=True)
+        texts = [[question.text for _, _, question in row] for row in own]
+        firsts = model.prompts(images, [first for first, *_ in texts])
+        prompts = [p for p, (_, *more) in zip(firsts, texts, strict=True) for p in (p, *asked_of(model, p, more))]
+        said += answers(model, [Case(prompt) for prompt in prompts], ANSWER_TOKENS, together)
     return pd.DataFrame(
         {
             "id": picture.id,
@@ -96,7 +98,7 @@ def ask(
             "correct": correct(question, words),
             "follows": follows(picture, words) if axis == "colour" else "",
         }
-        for (picture, axis, question), words in zip(rows, said, strict=True)
+        for (picture, axis, question), words in zip((row for own in rows for row in own), said, strict=True)
     )
 
 
