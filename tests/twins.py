@@ -196,7 +196,7 @@ LLAVA = Twin(
     rows=62,  # 32064 rows, <pad> is 32001
     template=VICUNA,
     generation=SPECIALS | {"_from_model_config": True},
-    sizes=((56, 56), (112, 70), (60, 150)),
+    sizes=((56, 56), (112, 70), (70, 112)),  # a patch of bar alone beside a whole one would norm up what seeps in
     said={
         "image_token": "<image>",
         "num_additional_image_tokens": 1,
