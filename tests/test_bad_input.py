@@ -204,7 +204,7 @@ def test_a_study_measures_every_readable_picture_and_records_the_others(tiny, fo
         name = names[entry["index"]]
         with pytest.raises(EmbedLensError) as said:
             open_picture(folder / name)
-        assert entry["error"] == " ".join(str(said.value).split())
+        assert " ".join(str(said.value).split()) in entry["error"]
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])

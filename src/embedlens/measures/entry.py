@@ -31,7 +31,6 @@ from embedlens.interventions import EnterAt, Silence, intervene
 from embedlens.labels import label_hits, label_ids
 from embedlens.lenses import EmbedLens
 from embedlens.patches import PatchGrid
-from embedlens.readout import projector_of
 from embedlens.samples import Sample
 from embedlens.sweep import BASELINE, Arm, everywhere, run_arms
 from embedlens.tasks import Item
@@ -98,7 +97,7 @@ def adapters(model: VisionLanguageModel) -> tuple[Adapter, ...]:
             ) from error
         found.append(adapter)
     if found:
-        own = fingerprint(projector_of(model))
+        own = fingerprint(model.projector)
         foreign = [adapter.path.name for adapter in found if adapter.base != own]
         if foreign:
             raise EmbedLensError(
@@ -119,7 +118,7 @@ def adapted(model: VisionLanguageModel, adapter: Adapter) -> Iterator[None]:
 
     tensors = load_file(adapter.path)
     own: dict[str, torch.Tensor] = {}
-    targets = {"projector": projector_of(model), "language": model.decoder}
+    targets = {"projector": model.projector, "language": model.decoder}
     weights = {f"{part}.{name}": value for part, module in targets.items() for name, value in module.named_parameters()}
     changed: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
