@@ -10,7 +10,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from embedlens import book, launch
+from embedlens import book, book_rules, launch
 from embedlens.address import address_of, configured, web_address
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +143,8 @@ def test_a_rendered_page_has_buttons_that_lead_to_its_notebook(tmp_path):
     notebook = chapter()
     launch.begin(notebook, ADDRESS)
     book.write(notebook, tmp_path / "notebooks/01_first.ipynb")
-    page = (book.render(tmp_path, tmp_path / "work") / "notebooks/01_first.html").read_text()
+    page = (book.render(tmp_path, tmp_path / "work", tmp_path / "home") / "notebooks/01_first.html").read_text()
     assert "colab.research.google.com/github/owner/name/blob/main/notebooks/01_first.ipynb" in page
     assert "mybinder.org/v2/gh/owner/name/main" in page
     assert "importlib.util" not in page  # the first cell is not shown
-    assert book.request_faults(page, "01_first") == []
+    assert book_rules.request_faults(page, "01_first") == []

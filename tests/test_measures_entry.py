@@ -171,7 +171,7 @@ def test_seeds_see_other_pictures(tmp_path):
     def first(seed):
         encoder = entry.Encoder(entry.AutoTokenizer.from_pretrained(entry.HOME))
         recipe = SHORT.recipe(seed)
-        return next(entry.batches(recipe, "tuning", recipe.tuning, encoder)(0)).pixels
+        return next(entry.batches(recipe, "tuning", recipe.tuning, encoder)(0, 0.0)).pixels
 
     assert not torch.equal(first(0), first(1))
 

@@ -398,6 +398,8 @@ def _rows_of(
         raise EmbedLensError(f"groups gave {len(found)} results for {len(pictures)} prompts: return one for each")
     of_picture = {
         picture: replace(own, on_things=_on_things(items[first[picture]].sample, prompts[first[picture]].grid))
+        if isinstance(own, TokenGroups)  # other arms may know something else of a picture
+        else own
         for picture, own in zip(pictures, found, strict=True)
     }
     plans = {
