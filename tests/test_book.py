@@ -462,7 +462,14 @@ def test_ctrl_c_ends_the_kernels_and_is_one_sentence(checkout):
         note = f"import os, time\nopen('../../{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
         rewrite(checkout / f"notebooks/{name}.ipynb", lambda n, note=note: n["cells"][-1].update(source=note))
     command = [sys.executable, "-m", "embedlens", "book", "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=checkout, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=checkout,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
+    )
     notes = [checkout / f"_build/{name}.pid" for name in ("01_first", "02_second")]
     try:
         wait_for(lambda: all(note.is_file() and note.read_text() for note in notes))
