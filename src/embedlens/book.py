@@ -289,6 +289,14 @@ def render(source: Path, work: Path, home: Path) -> Path:
     return work / "_build" / "html"
 
 
+def anchor_cards(html: Path) -> None:
+    """Give each claim's card the claim as its anchor, so that the verdict page can lead to it: `#e40`."""
+    for page in (html / "notebooks").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        anchored = re.sub(r"<p>(<strong>([ER]\d\d)</strong> · )", lambda m: f'<p id="{m[2].lower()}">{m[1]}', text)
+        page.write_text(anchored, encoding="utf-8")
+
+
 def build(
     notebooks: Sequence[str] | None = None,
     execute: bool = True,
@@ -342,6 +350,9 @@ def build(
         if not (html / "index.html").is_file() or not told.is_file() or told.read_text() != key:
             say("rendering")
             rendered = render(source, folder / "work", folder / "home")
+            anchor_cards(rendered)
+            if (source / "results").is_dir():
+                shutil.copytree(source / "results", rendered / "results")  # the verdict page links to records
             demand(html_faults(rendered))
             shutil.rmtree(old, ignore_errors=True)
             told.unlink(missing_ok=True)

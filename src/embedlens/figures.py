@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from PIL.Image import Image
 from torch import Tensor
 
-from embedlens.claims import kind_of_result
+from embedlens.model_names import kind_of_result
 from embedlens.intervals import Interval
 from embedlens.patches import PatchGrid
 

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens import claims, memory, samples, study
-from embedlens.chapters import other_models
+from embedlens import memory, records, samples, study
 from embedlens.errors import EmbedLensError, writing
+from embedlens.measures import anatomy
 from embedlens.model_names import MINIATURE, signed
 from embedlens.vlm import VisionLanguageModel, load
 
@@ -43,8 +43,13 @@ class Named:
 
 
 def _anatomy(model: VisionLanguageModel, dataset: str, n: int, seed: int) -> Prepared:
-    measured, calibration, compared = other_models.pictures(dataset, n, seed)
-    return other_models.study_of(model, calibration, compared, seed), measured
+    measured, calibration, compared = anatomy.pictures(dataset, n, seed)
+    return anatomy.study_of(model, calibration, compared, seed), measured
+
+
+def _anatomy_record(folder: Path, model: str, dataset: str, table: pd.DataFrame, seed: int) -> Path:
+    found = anatomy.numbers(table, dataset != "miniworld", seed)
+    return records.write(folder, model, anatomy.CHAPTER, len(table), seed, {}, found, dataset=dataset)
 
 
 def _arms(model: VisionLanguageModel, dataset: str, n: int, seed: int, arms: str) -> Prepared:
@@ -63,7 +68,7 @@ STUDIES: Mapping[str, Named] = {
     "other_models": Named(
         "clusters and token groups of one model; the whole of chapter 09, whose record it writes",
         _anatomy,
-        other_models.write,
+        _anatomy_record,
     ),
     "sinks": Named(
         "the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")
@@ -116,7 +121,7 @@ def run_named(
 
     Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
     go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record goes to
-    `results`, by default the checkout's own, as `claims.results` finds it.
+    `results`, by default the checkout's own, as `records.results` finds it.
 
     Raises:
         EmbedLensError: as `load`, `samples.load` and `embedlens.run`; `device="auto"` with several processes.
@@ -165,7 +170,7 @@ def run_named(
             table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
         if named is not None and named.record is not None:
-            aloud(f"record: {named.record(claims.results(results), measured_as, dataset, table, seed)}")
+            aloud(f"record: {named.record(records.results(results), measured_as, dataset, table, seed)}")
         elif named is not None:
             aloud(f"no record: {name} is {named.about}")
     return table
