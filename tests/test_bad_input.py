@@ -274,7 +274,7 @@ def ended_by(error: BaseException, monkeypatch) -> None:
     def fails() -> None:
         raise error
 
-    monkeypatch.setattr("embedlens.released.size_lines", fails)
+    monkeypatch.setattr("embedlens.released.sizes", fails)
     monkeypatch.setattr(sys, "argv", ["embedlens", "models"])
     __main__.main()
 

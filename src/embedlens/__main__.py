@@ -97,13 +97,17 @@ def probe(
 def models() -> None:
     """List the supported families with sizes, limits and tested versions, and the facts of the shipped miniature."""
     from embedlens.families import FAMILIES, TESTED_WITH
-    from embedlens.released import size_lines
+    from embedlens.released import sizes
 
-    sizes = size_lines()
+    table = sizes()
     for family in FAMILIES:
         typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
         for example in family.EXAMPLES:
-            typer.echo(f"  {example}: {sizes[example]}")
+            size = table.loc[example]
+            typer.echo(
+                f"  {example}: {size['parameters']} parameters; with one picture about {size['bfloat16']} GiB in "
+                f"bfloat16, {size['4 bit']} GiB in 4 bit"
+            )
         for limit in family.LIMITS:
             typer.echo(f"  note: {limit}")
     typer.echo(

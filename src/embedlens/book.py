@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens.address import address_of, configured
 from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
     KERNEL,
     BookError,
@@ -330,8 +329,6 @@ def build(
     values = parameters_for([root / page for page in chosen], parameters or {})
     with owned(root, out, SOURCES) as folder:
         source = stage(root, folder / "src")
-        config = source / "_config.yml"
-        config.write_text(configured(config.read_text(encoding="utf-8"), address_of(root)), encoding="utf-8")
         runs = run_all(source, folder, {page: values[root / page] for page in chosen}, say, jobs)
 
         faults = []

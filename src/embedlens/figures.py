@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from PIL.Image import Image
 from torch import Tensor
 
-from embedlens.model_names import kind_of_result
 from embedlens.intervals import Interval
+from embedlens.model_names import kind_of_result
 from embedlens.patches import PatchGrid
 
 if TYPE_CHECKING:

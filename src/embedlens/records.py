@@ -194,11 +194,11 @@ def write(
         "seed": int(seed),
         "parameters": {name: _pathless(value) for name, value in rounded(dict(sorted(parameters.items()))).items()},
         "machine": machine(),
-        "versions": _versions(),
+        "versions": versions(),
         "claims": {name: rounded(asdict(claims[name])) for name in sorted(claims)},
         "numbers": rounded(dict(sorted(numbers.items()))),
     }
-    main = results(folder) / folder_of(model) / f"{chapter}.json"
+    main = results(folder) / _folder_of(model) / f"{chapter}.json"
     file = _without_replacing(main, _checked(content, f"{model}/{chapter}"))
     whole = file.with_name(f"{file.name}.new")  # a disk that fills up must not leave half a record
     with writing(file):
@@ -260,7 +260,7 @@ def _checked(content: Any, name: str) -> Record:
     return Record(**{**content, "claims": found})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
         try:
@@ -284,10 +284,10 @@ def _pathless(value: Any) -> Any:
     return re.sub(r"[^:]*/(?=[^/])", "", value.rstrip("/")) if isinstance(value, str) else value
 
 
-def folder_of(model: str) -> str:
+def _folder_of(model: str) -> str:
     """One folder name per model: a repository id keeps its owner, a path only its last part.
 
-    >>> [folder_of(name) for name in ("llava-hf/llava-1.5-7b-hf@4bit", "/data/checkpoints/mine")]
+    >>> [_folder_of(name) for name in ("llava-hf/llava-1.5-7b-hf@4bit", "/data/checkpoints/mine")]
     ['llava-hf--llava-1.5-7b-hf@4bit', 'mine']
     """
     parts = [part for part in model.split("/") if part]

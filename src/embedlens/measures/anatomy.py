@@ -133,7 +133,8 @@ def numbers(table: pd.DataFrame, photographs: bool, seed: int = 0) -> dict[str, 
         table: of `anatomy`, one row per picture.
         photographs: whether the pictures were; models are compared on pictures of one kind.
     """
-    columns = table.assign(similarity=table.similarity_0, random=table.random_0, lead=table.similarity_0 - table.random_0)
+    lead = table.similarity_0 - table.random_0
+    columns = table.assign(similarity=table.similarity_0, random=table.random_0, lead=lead)
     found = {"photographs": float(photographs), "tokens": float(table.tokens.mean())}
     for name in (*(f"share_{rank}" for rank in range(RANKS)), "similarity", "random", "lead", *GROUPS):
         mean = stats.estimate(stats.drawn(columns, name, seed=seed))

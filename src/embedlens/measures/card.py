@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -108,7 +109,7 @@ def curves(stages: Mapping[str, Any]) -> pd.DataFrame:
     [['object', 0.5], ['bos', 0.2], ['loss', 3.0]]
     """
     rows = [
-        (stage, entry["samples"] / 1000, name.removeprefix("heldout/"), max(value) if isinstance(value, list) else value)
+        (stage, entry["samples"] / 1000, name.removeprefix("heldout/"), np.max(value))
         for stage, run in stages.items()
         for entry in run["log"]
         for name, value in entry.items()
@@ -132,8 +133,8 @@ def runs(of: Mapping[str, Any], shown: Mapping[str, str] | None = None) -> pd.Da
         shown: quantity of `curves` → format, of those to show; "–" where it was not logged.
 
     >>> run = {"steps": 4, "seconds": 150, "log": [{"samples": s, "heldout/box": s / 64} for s in (16, 64)]}
-    >>> runs({"tuning": run}, {"box": ".2f", "bos": ".2f"}).loc["tuning"].tolist()
-    [4, 64, 2, '0.25 to 1.00', '–']
+    >>> runs({"tuning": run}, {"box": ".2f", "bos": ".2f"}).iloc[0, 3:].tolist()
+    ['0.25 to 1.00', '–']
     """
     rows = {}
     for name, run in of.items():
