@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,9 +11,9 @@ import torch
 
 from embedlens import samples
 from embedlens.errors import EmbedLensError
-from embedlens.groups import discover
 from embedlens.measures import scores
-from embedlens.redundancy import Protocol, token_scores
+from embedlens.readings import Protocol
+from embedlens.redundancy import token_scores
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def found(tiny, pictures):
-    return scores.scored(tiny, pictures, Protocol(question="what is in the picture?"), discover(tiny, pictures))
+    return scores.scored(tiny, pictures, Protocol(question="what is in the picture?"))
 
 
 def made_up(*of_pictures: tuple[list[float], list[float]], **columns: list[float]) -> pd.DataFrame:
@@ -94,15 +96,22 @@ def test_what_a_token_adds_is_its_words_logit_with_it_less_without(tiny, found, 
     assert scores.raised(tiny, found, found.table["patch"] > 99).empty
 
 
-def test_a_time_leaves_the_warm_up_out():
+def test_only_low_tokens_are_read_where_only_these_are_wanted(tiny, found, pictures):
+    few = scores.scored(tiny, pictures, found.protocol, low_only=True)
+    low = found.table[found.table["low"]]
+    assert few.table[["id", "patch"]].values.tolist() == low[["id", "patch"]].values.tolist()
+    assert np.allclose(few.table["probability"], low["probability"], atol=1e-5)
+    assert [sample.id for sample in few.samples] == list(dict.fromkeys(low["id"]))
+
+
+def test_a_time_leaves_the_warm_up_out_and_none_is_always_first():
     calls = []
 
     def slow_at_first(i: int) -> None:
         if not calls:
-            import time
-
             time.sleep(0.3)
         calls.append(i)
 
-    assert scores.milliseconds(slow_at_first, 2) < 100
-    assert calls == [0, 0, 1]
+    found = scores.milliseconds({"slow": slow_at_first, "other": lambda i: calls.append("other")}, 2)
+    assert list(found) == ["slow", "other"] and found["slow"] < 100
+    assert calls == [0, 0, 1, *6 * ["other"], 0, 0, 1]

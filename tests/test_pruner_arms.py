@@ -11,23 +11,22 @@ import torch
 
 from embedlens import samples, sweep
 from embedlens.codebook import Codebook
+from embedlens.cues import features_of
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover
 from embedlens.interventions import intervene
-from embedlens.pruners import (
+from embedlens.pruner_arms import (
     INSIDE,
-    PRUNERS,
     SHARES,
-    Context,
+    at_budgets,
     budget_name,
     budget_of,
-    features_of,
     plans_inside,
-    prune,
     pruner_arms,
     seen,
     shares_of,
 )
+from embedlens.pruners import PRUNERS, Context, prune
 from embedlens.tasks import family_questions
 
 SHARE = 6 / 16
@@ -122,3 +121,13 @@ def test_what_draws_is_seeded_by_picture_pruner_and_seed(tiny, asking):
 
     assert np.array_equal(kept(arms[0], 0), kept(arms[1], 0))
     assert not np.array_equal(kept(arms[0], 0), kept(arms[0], 1))
+
+
+def test_every_budget_is_asked_and_all_tokens_once(tiny, items, reference, asking):
+    table = at_budgets(tiny, items, [6 / 16, 2 / 16], asking[0], reference, ["random", "strided"], 2, inside=False)
+    tokens = table.groupby(["arm", "share"])["tokens"].agg(["size", "max"])
+    assert tokens.loc[("baseline", 1.0)].tolist() == [3, 0]
+    assert {at: row.tolist() for at, row in tokens.drop("baseline").iterrows()} == {
+        ("random", 6 / 16): [6, 10], ("random", 2 / 16): [6, 14],
+        ("strided", 6 / 16): [3, 10], ("strided", 2 / 16): [3, 14],
+    }  # fmt: skip

@@ -14,25 +14,19 @@ from torch.testing import assert_close
 
 import embedlens as el
 from embedlens.codebook import Codebook
+from embedlens.cues import Features, attended, cls_similarity, features_of, raters
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
 from embedlens.patches import Frame, ManyViews, PatchGrid
+from embedlens.pruner_arms import INSIDE, average_tokens, plans_inside
 from embedlens.pruners import (
-    INSIDE,
     PRUNERS,
     Context,
-    Features,
-    attended,
-    average_tokens,
     cells,
-    cls_similarity,
     divprune,
-    features_of,
     hiprune,
     middles,
-    plans_inside,
     prune,
-    raters,
     usable,
     vispruner,
 )
