@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from embedlens import samples
+from embedlens.codebook import AS_SHARES, Recipe
 from embedlens.errors import EmbedLensError
 from embedlens.measures import scores
 from embedlens.readings import Protocol
@@ -104,14 +105,9 @@ def test_only_low_tokens_are_read_where_only_these_are_wanted(tiny, found, pictu
     assert [sample.id for sample in few.samples] == list(dict.fromkeys(low["id"]))
 
 
-def test_a_time_leaves_the_warm_up_out_and_none_is_always_first():
-    calls = []
-
-    def slow_at_first(i: int) -> None:
-        if not calls:
-            time.sleep(0.3)
-        calls.append(i)
-
-    found = scores.milliseconds({"slow": slow_at_first, "other": lambda i: calls.append("other")}, 2)
-    assert list(found) == ["slow", "other"] and found["slow"] < 100
-    assert calls == [0, 0, 1, *6 * ["other"], 0, 0, 1]
+def test_pictures_without_a_prototype_give_no_codebook_and_say_why(tiny, found):
+    with pytest.warns(UserWarning, match="these 3 pictures give no codebook: .*raise it"):
+        assert found.codebook(tiny, replace(AS_SHARES, most_in_picture=0)) is None
+    book, stages = found.codebook(tiny, Recipe(more_pictures=0, most_in_picture=1.0))
+    assert len(book) == stages.codebook and book.model == tiny.name
+    assert set(book.image_ids.tolist()) <= {sample.id for sample in found.samples}

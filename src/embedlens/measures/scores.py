@@ -11,8 +11,8 @@ from the last text position, summed over the language model's layers.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,15 @@ class Scored:
         """All visual tokens of each picture."""
         return [prompt.embeds[prompt.visual] for prompt in self.prompts]
 
-    def codebook(self, model: VisionLanguageModel, recipe: Recipe = AS_SHARES) -> tuple[Codebook, Stages]:
-        """The codebook that these pictures give, with thresholds by quantiles; `build` says when there is none."""
+    def codebook(self, model: VisionLanguageModel, recipe: Recipe = AS_SHARES) -> tuple[Codebook, Stages] | None:
+        """The codebook that these pictures give, with thresholds by quantiles; None where no token is a prototype, and
+        a warning says at which step the last one went."""
         ids, limits = [sample.id for sample in self.samples], quantile_thresholds(self.scores)
-        return build(model, self.tokens, self.scores, ids, limits, recipe, self.protocol)
+        try:
+            return build(model, self.tokens, self.scores, ids, limits, recipe, self.protocol)
+        except EmbedLensError as error:
+            warnings.warn(f"these {len(ids)} pictures give no codebook: {error}", stacklevel=2)
+            return None
 
 
 def scored(
@@ -106,7 +111,10 @@ def scored(
             ids[at[: len(words)], 0] = words.cpu()[: len(at)]
             columns[name] = np.asarray(named_patches(model, sample, prompts[i].grid, ids)[0])[at]
         tables.append(part.assign(**columns))
-    return Scored(protocol, samples, prompts, scores, pd.concat(tables, ignore_index=True) if tables else ordered)
+    if not tables:
+        none: dict[str, Any] = {"probability": 0.0, "divergence": 0.0, "word": 0, "named": False, "misnamed": False}
+        tables = [ordered.assign(**none)]
+    return Scored(protocol, samples, prompts, scores, pd.concat(tables, ignore_index=True))
 
 
 def orders_in(table: pd.DataFrame) -> list[str]:
@@ -198,28 +206,3 @@ def raised(model: VisionLanguageModel, found: Scored, chosen: pd.Series) -> pd.D
         said = {name: float((a - b).cpu().gather(1, word).mean()) for name, (a, b) in pairs.items()}
         rows.append({"id": sample.id, **said})
     return pd.DataFrame(rows, columns=["id", "region", "picture"])
-
-
-def milliseconds(acts: Mapping[str, Callable[[int], Any]], n: int) -> dict[str, float]:
-    """Mean time of act(0) to act(n - 1) of each, after one that warms up; what a GPU still works on counts.
-
-    Each is timed twice, in the order given and backwards, so that none gains by its place.
-
-    >>> {name: time < 1000 for name, time in milliseconds({"nothing": lambda i: None}, 3).items()}
-    {'nothing': True}
-    """
-    found: dict[str, list[float]] = {name: [] for name in acts}
-    for name in (*acts, *reversed(list(acts))):
-        acts[name](0)
-        _wait()
-        began = time.perf_counter()
-        for i in range(n):
-            acts[name](i)
-        _wait()
-        found[name].append(1000 * (time.perf_counter() - began) / n)
-    return {name: sum(times) / len(times) for name, times in found.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
