@@ -78,11 +78,10 @@ def test_every_pruner_keeps_exactly_its_budget_on_every_grid(rows, cols, data):
         assert chosen.merged is None or chosen.merged.shape == (budget, 6)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize("budget", [0, -3, 17])
-def test_a_budget_outside_the_picture_is_refused(name, budget):
+def test_a_budget_outside_the_picture_is_refused(budget):
     with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
-        prune(PRUNERS[name], *made_up(), budget)
+        prune(PRUNERS["random"], *made_up(), budget)
 
 
 @pytest.mark.parametrize("name", [name for name, pruner in PRUNERS.items() if pruner.needs])
