@@ -17,7 +17,7 @@ from twins import TWINS, save_twin
 import embedlens as el
 from embedlens import EmbedLensError
 from embedlens.measures.dead import is_word
-from embedlens.redundancy import ARTICLES, Protocol, _Reader
+from embedlens.readings import ARTICLES, Protocol, Reader
 from embedlens.samples import load as load_samples
 from embedlens.words import textless_ids
 
@@ -49,7 +49,7 @@ def test_entries_that_start_a_word_are_read_as_that_word(model):
 
 def test_articles_that_begin_an_answer_are_skipped(model):
     prompt = model.prompt(load_samples("miniworld", n=1)[0].image, "what is in the picture ?")
-    skipped = model.tokenizer.convert_ids_to_tokens(_Reader(model, prompt, Protocol(), 1).articles.tolist())
+    skipped = model.tokenizer.convert_ids_to_tokens(Reader(model, prompt, Protocol(), 1).articles.tolist())
     assert {piece[1:] for piece in skipped if piece[0] in "▁Ġ"} == set(ARTICLES)
 
 

@@ -1,4 +1,4 @@
-"""The verdict page: claims across models are judged where records meet; every claim is there, with a way to its card."""
+"""The verdict page: claims across models are judged where records meet; each claim is there with a way to its card."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The paper's printed tables of answers (`printed.csv`), and what follows from them. Nothing here was measured.
 
-Tables a, b and c of Appendix A give twelve benchmark scores a row, Tables 1 and 2 of the text four family means and
-Avg, all of LLaVA-1.5-7B. The body of Table 3 is missing from the text that this book has; Table c stands for it. Table a
+Tables a, b and c of Appendix A give twelve benchmark scores a row, Tables 1 and 2 of the text four family means, Avg
+all of LLaVA-1.5-7B. The body of Table 3 is missing from the text that this book has; Table c stands for it. Table a
 prints the row of MLP1/2,ATT2 twice, with two values of Avg.
 """
 
