@@ -10,7 +10,7 @@ import pytest
 from embedlens import samples
 from embedlens.chapters import scenes
 from embedlens.errors import EmbedLensError
-from embedlens.labels import named_patches
+from embedlens.measures.labels import named_patches
 from embedlens.probe import probe_picture
 
 matplotlib.use("Agg")

@@ -24,7 +24,7 @@ from embedlens.claims import FAILS, HOLDS, PARTLY, UNTESTABLE, Finding
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.intervals import Interval, beyond_seen, mean_interval, ratio_interval
-from embedlens.labels import named_patches
+from embedlens.measures.labels import named_patches
 from embedlens.pruners import attended, cls_similarity, features_of
 from embedlens.redundancy import Protocol, Readings, TokenScores, describing, readings_of, sampled_ranks, token_scores
 from embedlens.samples import Sample, load, readable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from embedlens.errors import EmbedLensError
 from embedlens.figures import group_figure, patch_figure, signature
 from embedlens.groups import TokenGroups
-from embedlens.labels import label_ids, named_patches
+from embedlens.measures.labels import label_ids, named_patches
 from embedlens.probe import PictureProbe
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel

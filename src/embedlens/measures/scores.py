@@ -25,7 +25,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
-from embedlens.labels import named_patches
+from embedlens.measures.labels import named_patches
 from embedlens.pruners import attended, cls_similarity, features_of
 from embedlens.redundancy import Protocol, TokenScores, describing, readings_of, sampled_ranks, token_scores
 from embedlens.samples import Sample
