@@ -31,7 +31,9 @@ from embedlens import (
     SkipSublayers,
     families,
     intervene,
+    prompts,
 )
+from embedlens.checks import check
 from embedlens.groups import discover, token_groups_of
 from embedlens.measures.patch_reading import canvas_of
 from embedlens.measures.readout import random_projector
@@ -245,12 +247,11 @@ def test_pixels_that_lie_elsewhere_than_the_grid_says_are_refused(case, monkeypa
         "other colours": lambda image: Image.merge("RGB", image.split()[::-1]),
     }
     for model in case.ways:
-        shown = type(model)._shown
         for name, wrong in wrongs.items():
             told = f"under '{model.preprocessing}' its .* take preprocessor_config.json from"
             with monkeypatch.context() as patch, pytest.raises(EmbedLensError, match=told):
-                patch.setattr(model, "_shown", lambda picture, m=model, s=shown, w=wrong: w(s(m, picture)))
-                model._check()
+                patch.setattr(prompts, "shown", lambda m, picture, s=prompts.shown, w=wrong: w(s(m, picture)))
+                check(model)
                 pytest.fail(name)
 
 
@@ -281,24 +282,20 @@ def test_a_large_picture_is_cut_as_all_its_pixels_would_be(case, monkeypatch):
     for model in case.ways:
         seen = []
         for largest in (10**6, 400):
-            for module in ("vlm", "families.llava", "pictures"):
+            for module in ("prompts", "families.llava", "pictures"):
                 monkeypatch.setattr(f"embedlens.{module}.LARGEST", largest)
             seen.append(model.prompt(large, QUESTION))
         whole, shrunk = seen
         assert torch.equal(whole.ids, shrunk.ids)
         assert_close(shrunk.grid.boxes, whole.grid.boxes, rtol=0, atol=2)  # of 420 px; sides are whole pixels
         assert (whole.pixel_values - shrunk.pixel_values).abs().mean() < 0.1
-        assert model._shown(large).size != (420, 300)
+        assert prompts.shown(model, large).size != (420, 300)
 
 
 def test_visual_features_are_what_the_prompt_carries(case):
     rows = case.model.visual_features_of([prompt.image for prompt in case.prompts])
     for features, prompt in zip(rows, case.prompts, strict=True):
         assert_close(features, prompt.embeds[prompt.visual], **CLOSE)
-    if not case.cuts:
-        return
-    with pytest.raises(EmbedLensError, match="visual tokens, which cannot be stacked: call visual_features_of"):
-        case.model.visual_features([prompt.image for prompt in case.prompts])
 
 
 def test_tower_states_are_in_the_order_of_the_visual_tokens(case):

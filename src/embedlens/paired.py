@@ -219,5 +219,5 @@ def _estimate(found: Float[np.ndarray, " resamples"], rows: pd.DataFrame, level:
     low, high = np.nanquantile(found[1:], [(1 - level) / 2, (1 + level) / 2])
     unseen = norm.ppf((1 + level) / 2) ** 2
     unseen /= len(rows) + unseen
-    bounds = max(-1.0, min(low, value - unseen)), min(1.0, max(high, value + unseen))
-    return Estimate(float(value), *map(float, bounds), rows["id"].nunique())
+    low, high = max(-1.0, min(low, value - unseen)), min(1.0, max(high, value + unseen))
+    return Estimate(float(value), float(low), float(high), rows["id"].nunique())

@@ -115,13 +115,13 @@ def _said(call: Callable[[Any], object], value: Any) -> str:
 
 
 def _model(name: str, value: Any) -> str:
-    from embedlens.vlm import _locate
+    from embedlens.loading import _locate
 
     return _said(_locate, value) if isinstance(value, str) else f"{name} is {value!r}: pass a name or a folder"
 
 
 def _device(name: str, value: Any) -> str:
-    from embedlens.vlm import _device as placed
+    from embedlens.loading import _device as placed
 
     return _said(placed, value)
 
@@ -133,7 +133,7 @@ def _quantize(name: str, value: Any) -> str:
 
 
 def _quantized_on(device: str | None, value: str) -> str:
-    from embedlens.vlm import _quantization
+    from embedlens.loading import _quantization
 
     return _said(lambda quantize: _quantization(quantize, device or "cuda"), value)
 

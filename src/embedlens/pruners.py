@@ -38,7 +38,7 @@ from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.interventions import LeaveAt, Prune, intervene
 from embedlens.patches import PatchGrid
 from embedlens.sweep import SEEDS, Arm, Plan
-from embedlens.vlm import attending
+from embedlens.tracing import attending
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel

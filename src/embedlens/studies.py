@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from embedlens import claims, memory, samples, study
 from embedlens.chapters import other_models
 from embedlens.errors import EmbedLensError, writing
+from embedlens.loading import load
 from embedlens.model_names import MINIATURE, signed
-from embedlens.vlm import VisionLanguageModel, load
+from embedlens.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     import pandas as pd
