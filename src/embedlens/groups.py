@@ -44,7 +44,6 @@ MEMBERSHIPS = ("top3", "centroid", "cluster")
 SINKS = ("measured", "top3")
 RARE = 0.001  # a share of tokens below this is no group
 CALIBRATION = 64  # pictures, where none are given
-SPREAD = 64  # positions of a prompt at which discover looks for excited dimensions
 WORDS = 3  # nearest words that count in the released code's membership
 
 
@@ -185,7 +184,6 @@ def discover(
 
     Args:
         samples: pictures to look at, those that can be read; default: 64 training pictures of the miniature world.
-        threshold: cosine of the anchor clusters.
 
     Raises:
         EmbedLensError: fewer than two pictures.
@@ -205,9 +203,7 @@ def discover(
         for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
             ratio = ratios(states).cpu()
             first = ratio[:, 0].numpy()  # the same for every picture: nothing stands before it
-            at = (
-                np.linspace(0, len(prompt) - 2, SPREAD).round().astype(int)
-            )  # as many in every prompt, so that they stack
+            at = np.linspace(0, len(prompt) - 2, 64).round().astype(int)  # as many in every prompt, so that they stack
             largest.append(ratio[:, 1:].amax(-1).numpy()[:, at])
             distant.append(_distant(prompt.embeds[prompt.visual].float(), lens, words, threshold))
     notes: dict[str, str] = {}
