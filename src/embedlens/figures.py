@@ -79,9 +79,11 @@ INK, HALO, BAR_INK = (15, 15, 15), (255, 255, 255), (110, 110, 110)
 
 
 def set_style() -> None:
-    """Make this the style of every figure drawn from now on: white ground, sizes that a phone shows legibly."""
+    """Make this the style of every figure and table from now on: white ground, sizes that a phone shows legibly."""
     import matplotlib
+    import pandas
 
+    pandas.set_option("display.width", 160, "display.max_colwidth", None, "display.max_columns", 20)
     matplotlib.rcParams.update(
         {
             "figure.figsize": (WIDTH, 4.0),
