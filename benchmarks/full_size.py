@@ -23,8 +23,9 @@ import embedlens as el
 from benchmarks.measure import spread, timed
 from embedlens import memory, records, sweep, tasks
 from embedlens.groups import TokenGroups
+from embedlens.loading import DTYPES
 from embedlens.released import configs
-from embedlens.vlm import DTYPES, QUESTION, VisionLanguageModel
+from embedlens.vlm import QUESTION, VisionLanguageModel
 
 SHARE = 0.33  # of the visual tokens that is pruned: what the paper calls dead
 QUESTIONS = 2  # of each family, in the sweep

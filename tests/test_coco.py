@@ -367,8 +367,8 @@ def test_a_study_goes_on_over_pictures_that_are_missing_resized_or_damaged(folde
 def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
     """What `run` does for studies, for what reads its pictures itself: calibration, lenses, partners."""
     from embedlens.groups import discover
-    from embedlens.labels import label_hits
     from embedlens.measures import anatomy
+    from embedlens.measures.labels import label_hits
 
     files = sorted((folder / "val2017").iterdir())
     whole = sorted(samples.load(f"coco:{folder}", n=6), key=key)

@@ -32,17 +32,17 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.lenses import EmbedLens as EmbedLens
     from embedlens.lenses import Lens as Lens
     from embedlens.lenses import LogitLens as LogitLens
+    from embedlens.loading import load as load
     from embedlens.patches import Frame as Frame
     from embedlens.patches import PatchGrid as PatchGrid
     from embedlens.pictures import open_picture as open_picture
+    from embedlens.prompts import Prompt as Prompt
     from embedlens.study import run as run
     from embedlens.tracing import Trace as Trace
     from embedlens.tracing import trace as trace
     from embedlens.tracing import traces as traces
-    from embedlens.vlm import Prompt as Prompt
     from embedlens.vlm import Unembed as Unembed
     from embedlens.vlm import VisionLanguageModel as VisionLanguageModel
-    from embedlens.vlm import load as load
 
 __version__ = "0.1.0"
 
@@ -51,8 +51,8 @@ _HOME = {
     "Frame": "patches",
     "PatchGrid": "patches",
     "open_picture": "pictures",
-    "load": "vlm",
-    "Prompt": "vlm",
+    "load": "loading",
+    "Prompt": "prompts",
     "Unembed": "vlm",
     "VisionLanguageModel": "vlm",
     "Lens": "lenses",

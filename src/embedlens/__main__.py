@@ -72,9 +72,9 @@ def probe(
 ) -> None:
     """Print the top words of each visual token of PICTURE and write them on it."""
     from embedlens.errors import writing
+    from embedlens.loading import load
     from embedlens.pictures import open_picture
     from embedlens.probe import probe_picture
-    from embedlens.vlm import load
 
     out = out if out is not None else Path(f"{picture.stem}-probed.png")
     _check_out(out, picture)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PatchGrid
-from embedlens.vlm import attending
+from embedlens.tracing import attending
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel

@@ -4,7 +4,7 @@ Nothing is loaded for an estimate, so the answer comes before the wait. What is 
 architecture is built without any storage. The rest is an estimate of what
 a study holds at a time, and whether it fits is known only when it runs.
 
->>> from embedlens.vlm import MINIATURE
+>>> from embedlens.model_names import MINIATURE
 >>> found = needed(config_of(MINIATURE), dtype="float32")
 >>> found.parameters > 1e6, found.total(batch_size=8) > found.weights
 (True, True)
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from embedlens.errors import EmbedLensError
-from embedlens.vlm import DTYPES, _locate
+from embedlens.loading import DTYPES, _locate
 
 T = TypeVar("T")
 GIB = 2**30

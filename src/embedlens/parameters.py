@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens import tasks, vlm
+from embedlens import loading, tasks
 from embedlens.book import assigned
 from embedlens.errors import EmbedLensError
 from embedlens.samples import coco
@@ -52,7 +52,7 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
             faults[name] = f"{name} is {namespace[name]!r}: {fault}" if fault.startswith("pass ") else fault
     if not faults and namespace.get("quantize"):
         device = namespace.get("device") or "cuda"
-        faults["quantize"] = _said(lambda how: vlm._quantization(how, device), namespace["quantize"])
+        faults["quantize"] = _said(lambda how: loading._quantization(how, device), namespace["quantize"])
     if any(faults.values()):
         raise EmbedLensError("; ".join(filter(None, faults.values())))
 
@@ -94,7 +94,7 @@ DATASET = "pass 'miniworld' or a COCO folder such as 'coco:/data/coco/val2017'"
 QUANTIZE = "pass '4bit' or '8bit', or leave it empty"
 OF_EACH_KIND = _whole(KINDS, ", one for each kind of question in a family")
 RULES: Mapping[str, Callable[[Any], str]] = {
-    "model": lambda value: _said(vlm._locate, value, "pass a name or a folder"),
+    "model": lambda value: _said(loading._locate, value, "pass a name or a folder"),
     "dataset": lambda value: _said(_dataset, value, DATASET),
     "n_images": _whole(2, ", so that there is something to average"),
     "n_questions": OF_EACH_KIND,
@@ -102,8 +102,8 @@ RULES: Mapping[str, Callable[[Any], str]] = {
     "n_fewer": OF_EACH_KIND,
     "scale": lambda value: "" if _is_a(value, float) and 0 < value < math.inf else "pass a number above 0",
     "seed": _whole(0),
-    "device": lambda value: _said(vlm._device, value),
-    "quantize": lambda value: _said(lambda how: how and vlm._quantization(how, "cuda"), value, QUANTIZE),
+    "device": lambda value: _said(loading._device, value),
+    "quantize": lambda value: _said(lambda how: how and loading._quantization(how, "cuda"), value, QUANTIZE),
     "out": _folder,
     "results": _folder,
 }

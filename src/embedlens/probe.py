@@ -13,8 +13,8 @@ from torch import Tensor
 from embedlens.errors import EmbedLensError
 from embedlens.figures import group_figure, patch_figure, patch_words, signature
 from embedlens.groups import TokenGroups
-from embedlens.labels import label_ids, named_patches
 from embedlens.lenses import EmbedLens, LogitLens
+from embedlens.measures.labels import label_ids, named_patches
 from embedlens.patches import PatchGrid
 from embedlens.pictures import Picture
 from embedlens.samples import Sample

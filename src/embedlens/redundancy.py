@@ -296,7 +296,7 @@ def words_alone(
 ) -> Int[Tensor, "1 tokens k"]:
     """The k likeliest first words of the answer for each visual token as the only one of the prompt.
 
-    One layer, so that `embedlens.labels.label_hits` takes it beside lenses. A lens reads a vector; here the whole model
+    One layer, so that `measures.labels.label_hits` takes it beside lenses. A lens reads a vector; here the whole model
     works on it.
     """
     reader, _, at = prepared(model, prompt, None, None, batch_size)

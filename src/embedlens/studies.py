@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from embedlens import memory, records, samples, study
 from embedlens.errors import EmbedLensError, writing
+from embedlens.loading import load
 from embedlens.measures import anatomy
 from embedlens.model_names import MINIATURE, signed
-from embedlens.vlm import VisionLanguageModel, load
+from embedlens.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     import pandas as pd

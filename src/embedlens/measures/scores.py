@@ -26,7 +26,7 @@ from torch import Tensor
 from embedlens.codebook import AS_SHARES, Codebook, Recipe, Stages, build, quantile_thresholds
 from embedlens.cues import attended, cls_similarity, features_of
 from embedlens.errors import EmbedLensError
-from embedlens.labels import named_patches
+from embedlens.measures.labels import named_patches
 from embedlens.readings import Protocol, describing
 from embedlens.redundancy import TokenScores, readings_of, sampled_ranks, token_scores
 from embedlens.samples import Sample
