@@ -19,6 +19,7 @@ FLOORS |= {"families": 1, "launch": 1, "vlm": 1.5, "memory": 2, "sizes": 3.1, "p
 FLOORS |= {"lenses": 2, "tracing": 2, "interventions": 2, "prefix": 2.5, "released": 3}
 FLOORS |= {"clusters": 3, "labels": 3, "tasks": 3, "redundancy": 3, "codebook": 3.1, "paired": 3.2}
 FLOORS |= {"groups": 3.5, "sweep": 3.6, "pruners": 3.8, "measures": 3.9, "claims": 4, "study": 4}
+FLOORS |= {"kept": 3, "processes": 0}
 FLOORS |= {"lmms": 4.1, "figures": 5, "lmms_model": 5, "probe": 6, "chapters": 6.2, "studies": 6.5}
 
 

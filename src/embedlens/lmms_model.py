@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from embedlens import lmms as plugin
 from embedlens.errors import EmbedLensError
-from embedlens.study import meet, own_device
+from embedlens.processes import meet, own_device
 from embedlens.vlm import load
 
 try:
