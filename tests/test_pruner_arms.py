@@ -11,9 +11,9 @@ import torch
 
 from embedlens import samples, sweep
 from embedlens.codebook import Codebook
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover
-from embedlens.interventions import intervene
 from embedlens.pruners import (
     INSIDE,
     PRUNERS,

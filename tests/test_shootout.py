@@ -13,9 +13,9 @@ from twins import BY_FAMILY, TWINS, save_twin
 from embedlens import load, samples
 from embedlens.chapters import orderings, shootout
 from embedlens.codebook import Codebook, Recipe, Thresholds
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover
-from embedlens.interventions import intervene
 from embedlens.pruners import INSIDE, PRUNERS, Context, average_tokens, features_of, plans_inside, prune
 from embedlens.redundancy import Protocol
 from embedlens.tasks import family_questions

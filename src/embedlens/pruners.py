@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from embedlens.codebook import Codebook, checked_budget, keep_lowest
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
-from embedlens.interventions import LeaveAt, Prune, intervene
+from embedlens.interventions import LeaveAt, Prune
 from embedlens.patches import PatchGrid
 from embedlens.sweep import SEEDS, Arm, Plan
 from embedlens.vlm import attending
