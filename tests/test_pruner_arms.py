@@ -14,9 +14,9 @@ from twins import BY_FAMILY, TWINS, save_twin
 from embedlens import load, samples, sweep
 from embedlens.codebook import Codebook
 from embedlens.cues import features_of
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover
-from embedlens.interventions import intervene
 from embedlens.pruner_arms import (
     INSIDE,
     SHARES,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.clusters import anchor_clusters as anchor_clusters
     from embedlens.clusters import centroids as centroids
     from embedlens.clusters import cross_image_similarity as cross_image_similarity
+    from embedlens.engine import intervene as intervene
     from embedlens.errors import EmbedLensError as EmbedLensError
     from embedlens.groups import Reference as Reference
     from embedlens.groups import TokenGroups as TokenGroups
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.interventions import Rescale as Rescale
     from embedlens.interventions import Silence as Silence
     from embedlens.interventions import SkipSublayers as SkipSublayers
-    from embedlens.interventions import intervene as intervene
     from embedlens.lenses import EmbedLens as EmbedLens
     from embedlens.lenses import Lens as Lens
     from embedlens.lenses import LogitLens as LogitLens
@@ -68,7 +68,7 @@ _HOME = {
     "TokenGroups": "groups",
     "discover": "groups",
     "token_groups": "groups",
-    "intervene": "interventions",
+    "intervene": "engine",
     "Prune": "interventions",
     "SkipSublayers": "interventions",
     "Silence": "interventions",

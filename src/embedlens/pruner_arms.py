@@ -24,9 +24,10 @@ from torch import Tensor
 
 from embedlens.codebook import Codebook, checked_budget
 from embedlens.cues import Features, attended, attention_of, features_of
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
-from embedlens.interventions import LeaveAt, Prune, intervene
+from embedlens.interventions import LeaveAt, Prune
 from embedlens.patches import PatchGrid
 from embedlens.pruners import CODEBOOK, FASTV_LAYER, Context, Pruner, keep_highest, prune, usable
 from embedlens.sweep import BASELINE, SEEDS, Arm, Plan, run_arms

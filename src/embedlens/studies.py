@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens import memory, records, samples, study
+from embedlens import memory, processes, records, samples, study
 from embedlens.errors import EmbedLensError, writing
 from embedlens.loading import load
 from embedlens.measures import anatomy
@@ -131,7 +131,7 @@ def run_named(
     function = None if named else own_study(name)
     if n < 1:
         raise EmbedLensError(f"n is {n}: pass at least one picture")
-    place = study.own_device()
+    place = processes.own_device()
     if place is not None and device == "auto":
         raise EmbedLensError(
             "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
@@ -140,10 +140,10 @@ def run_named(
     if place is not None and device in (None, "cuda"):
         device = place
     if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
-        say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {study.ALONE}")
-    rank, processes = study.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
+        say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {processes.ALONE}")
+    rank, together = processes.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
     aloud: Callable[[str], object] = say if rank == 0 else (lambda line: None)
-    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {processes} process{'es' * (processes > 1)}")
+    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together} process{'es' * (together > 1)}")
     need = memory.needed(memory.config_of(model), dtype or _dtype_on(device, model), quantize)
     size = batch_size if isinstance(batch_size, int) else 1
     free = memory.available(device or "cuda")
@@ -159,7 +159,7 @@ def run_named(
     if len(measured) >= LONG:
         trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
         seconds = study.rehearse(function, loaded, measured, trial)
-        whole = seconds * len(measured) / processes
+        whole = seconds * len(measured) / together
         aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
     # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
     measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)

@@ -25,9 +25,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
-from embedlens.interventions import EnterAt, Silence, intervene
+from embedlens.interventions import EnterAt, Silence
 from embedlens.lenses import EmbedLens
 from embedlens.measures.labels import label_hits, label_ids
 from embedlens.patches import PatchGrid

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from embedlens.clusters import anchor_clusters, centroids, picture_pairs
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, fence, phi, ratios, reference_of, token_groups_of
-from embedlens.interventions import Intervention, Prune, SkipSublayers, intervene
+from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
 from embedlens.samples import Sample, readable
 from embedlens.stats import Estimate, drawn_pairs, estimates
