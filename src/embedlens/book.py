@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from embedlens.address import address_of, configured
+from embedlens.book_pages import completed, folded, settled
 from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
     KERNEL,
     BookError,
@@ -323,15 +324,17 @@ def build(
     with owned(root, out, SOURCES) as folder:
         source = stage(root, folder / "src")
         config = source / "_config.yml"
-        config.write_text(configured(config.read_text(encoding="utf-8"), address_of(root)), encoding="utf-8")
+        address = address_of(root)
+        config.write_text(settled(configured(config.read_text(encoding="utf-8"), address), address), encoding="utf-8")
         runs = run_all(source, folder, {page: values[root / page] for page in chosen}, say, jobs)
 
         faults = []
         for page in chapters(source):
             notebook = read(source / page)
             notebook = cleaned(merged(notebook, read(runs[page])) if page in runs else notebook)
-            write(notebook, source / page)
+            write(folded(notebook), source / page)
             faults += run_faults(notebook, str(page))
+        completed(source)
         demand(faults + glue_faults(source, pages(source)))
 
         html, old, told = folder / "html", folder / "html.old", folder / "html.digest"
