@@ -1,6 +1,6 @@
 """Headless Chromium over its DevTools protocol: what a page looks like, says and asks for, at a width and in a scheme.
 
-The protocol runs through two pipes, so nothing beyond the standard library is needed. Without a Chromium `chromium()` is
+The protocol runs through two pipes, so nothing beyond the standard library is needed. Without one `chromium()` is
 None, and who asks for a tab skips.
 """
 

@@ -37,11 +37,22 @@ def completed(source: Path) -> None:
             page.write_text(filled, encoding="utf-8")
 
 
+FOLDED = {"hide-output", "hide-cell", "remove-cell", "remove-input", "remove-output"}
+
+
 def folded(notebook: Notebook) -> Notebook:
-    """The notebook with its parameters behind a button; whoever runs it sees them, whoever reads it sees the figure."""
+    """The notebook with parameters, the code of verdicts and the table of them behind buttons.
+
+    A verdict's card prints its rule as it was judged, and the table at the end repeats the cards.
+    """
     for cell in notebook["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        if "parameters" in tags and "hide-input" not in tags:
+        tags, code = cell["metadata"].get("tags", []), cell["source"] if cell.get("cell_type") == "code" else ""
+        if FOLDED & set(tags):
+            continue
+        if "chapter.sign_off(" in code:
+            cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-cell"]
+            cell["metadata"].setdefault("mystnb", {})["code_prompt_show"] = "All verdicts of this page, and its record"
+        elif "hide-input" not in tags and ("parameters" in tags or "chapter.judge(" in code):
             cell["metadata"]["tags"] = [*tags, "hide-input"]
     return notebook
 
