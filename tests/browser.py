@@ -71,23 +71,25 @@ class Tab:
             raise RuntimeError(done["exceptionDetails"])
         return done["result"].get("value")
 
-    def open(self, address: str, width: int = 1400, height: int = 900, dark: bool = False) -> list[dict]:
-        """Load a page and wait until it is laid out.
-
-        Returns:
-            What was heard while it loaded: the protocol's events.
-        """
+    def open(self, address: str, width: int = 1400, dark: bool = False) -> None:
+        """Load a page and wait until it is laid out; `heard` then has the protocol's events since."""
+        self.view(width, dark, settle=False)
         self.heard = []
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call("Page.navigate", url=address)
-        end = time.monotonic() + 60
+        end = time.monotonic() + SECONDS
         while not any(event.get("method") == "Page.loadEventFired" for event in self.heard):
-            assert time.monotonic() < end, f"{address} does not end loading"
+            if time.monotonic() > end:
+                raise TimeoutError(f"{address} does not end loading within {SECONDS} s")
             self.call("Runtime.evaluate", expression="0")
         self.evaluate(SETTLED)
-        return self.heard
+
+    def view(self, width: int, dark: bool = False, settle: bool = True) -> None:
+        """Show what is open at another width, or to a reader who prefers a dark page."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self.call("Emulation.setEmulatedMedia", features=scheme)
+        if settle:
+            self.evaluate(SETTLED)
 
     def picture(self, path: Path, height: int | None = None) -> None:
         """A PNG of the page from its top, `height` pixels of it or all."""
@@ -97,8 +99,13 @@ class Tab:
         path.write_bytes(b64decode(shot["data"]))
 
 
-# Formulas are typeset after the page has loaded, and move what is below them; lazy pictures are asked for at once.
+# Formulas are typeset after the page has loaded and move what is below them; sidebars glide; lazy pictures wait.
 SETTLED = """(async () => {
+  if (!document.getElementById('still')) {
+    const still = Object.assign(document.createElement('style'), {id: 'still'});
+    still.textContent = '* { transition: none !important; animation: none !important; }';
+    document.head.append(still);
+  }
   document.querySelectorAll('img[loading]').forEach(image => image.removeAttribute('loading'));
   await Promise.all([...document.images].map(image => image.decode().catch(() => 0)));
   for (let n = 0; n < 50 && window.MathJax && !(MathJax.startup && MathJax.startup.promise); n++)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from base64 import b64decode
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def completed(source: Path) -> None:
     for page in sorted((source / "book").glob("*.md")):
         text = page.read_text(encoding="utf-8")
         filled = API.sub(lambda mark: "\n\n".join(map(entry, mark[1].split())), text)
-        filled = FIGURE.sub(lambda mark: _figure(source, page, mark[1], mark[2]), filled)
+        filled = FIGURE.sub(partial(_figure, source, page), filled)
         if filled != text:
             page.write_text(filled, encoding="utf-8")
 
@@ -79,7 +80,10 @@ def entry(name: str) -> str:
         raise BookError(f"book/api.md names {name}, which has no docstring: write one")
     first, _, rest = text.partition("\n\n")
     signature = _signature(thing, shown)
-    parts = [f":::{{dropdown}} `{shown}` · {' '.join(first.split())}", f"```python\n{signature}\n```" if signature else ""]
+    parts = [
+        f":::{{dropdown}} `{shown}` · {' '.join(first.split())}",
+        f"```python\n{signature}\n```" if signature else "",
+    ]
     parts += [f"````text\n{rest.strip()}\n````" if rest.strip() else ""]
     return "\n".join([*filter(None, parts), ":::"])
 
@@ -110,7 +114,9 @@ def _signature(thing: Any, shown: str) -> str:
     if isinstance(thing, property) or not callable(thing):
         return ""
     call = re.sub(r"(: |-> )(['\"])(.*?)\2(?=[,)\s]|$)", r"\1\3", str(inspect.signature(thing)))  # written as text
-    call = re.sub(r"\b(?:embedlens|torch|PIL\.Image|collections\.abc|pathlib|numpy|pandas)(?:\.\w+)*\.(?=[A-Z])", "", call)
+    call = re.sub(
+        r"\b(?:embedlens|torch|PIL\.Image|collections\.abc|pathlib|numpy|pandas)(?:\.\w+)*\.(?=[A-Z])", "", call
+    )
     call = re.sub(r"\(self(?:, )?", "(", call, count=1)
     inside, arrow, gives = call[1:].rpartition(") -> ")
     if not arrow:
@@ -143,8 +149,9 @@ def _split(arguments: str) -> list[str]:
 # Figures
 
 
-def _figure(source: Path, page: Path, chapter: str, words: str) -> str:
+def _figure(source: Path, page: Path, mark: re.Match[str]) -> str:
     """A chapter's figure in Markdown, its file beside the pages."""
+    chapter, words = mark.groups()
     path = source / "notebooks" / f"{chapter}.ipynb"
     if not path.is_file():
         raise BookError(f"book/{page.name} wants a figure of {chapter}, which is no chapter: mend the name")
@@ -169,7 +176,7 @@ def _figure(source: Path, page: Path, chapter: str, words: str) -> str:
 
 
 def settled(config: str, address: str) -> str:
-    """The text of `_config.yml` with what `{{ author }}`, `{{ version }}`, `{{ address }}` and `{{ bibtex }}` stand for.
+    """The text of `_config.yml` with what `{{ author }}`, `{{ version }}`, `{{ bibtex }}` and the like stand for.
 
     Args:
         address: of the repository; empty: unknown, and the pages say so.
@@ -189,7 +196,11 @@ def citation(config: dict[str, Any], address: str) -> dict[str, str]:
     'the address of the copy you read'
     """
     year = str(config.get("copyright", ""))
-    facts = {"author": f"{{{config.get('author', '')}}}", "title": f"{{{config.get('title', '')}}}", "year": f"{{{year}}}"}
+    facts = {
+        "author": f"{{{config.get('author', '')}}}",
+        "title": f"{{{config.get('title', '')}}}",
+        "year": f"{{{year}}}",
+    }
     facts |= {"version": f"{{{__version__}}}", "url": f"{{{address}}}" if address else ""}
     lines = ",\n".join(f"  {key:<7} = {value}" for key, value in facts.items() if value)
     return {
