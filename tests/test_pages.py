@@ -210,8 +210,8 @@ def test_the_front_page_says_what_its_numbers_say():
     assert cosine[0] > 0.9 < chance[0]  # a cosine near one proves little
     attention, likeness = glued("08", "rho_attention_probability", "rho_similarity_probability")
     assert attention[1] > 0 > likeness[2]  # the first knows, the second has it backwards
-    work, late = glued("07", "both_change", "e53")
-    assert work[2] < 0 > late[2]
+    work, late, middle = glued("07", "both_change", "e53", "e54")
+    assert work[2] < 0 > late[2] and middle[2] < 0
     assert glued("06", "e48")[0][1] > 0
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from embedlens.address import address_of, configured
-from embedlens.book_pages import completed, folded, settled
+from embedlens.book_pages import completed, folded, forwarded, settled
 from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
     KERNEL,
     BookError,
@@ -346,6 +346,7 @@ def build(
             say("rendering")
             rendered = render(source, folder / "work", folder / "home")
             demand(html_faults(rendered))
+            forwarded(rendered)
             shutil.rmtree(old, ignore_errors=True)
             told.unlink(missing_ok=True)
             if html.is_dir():

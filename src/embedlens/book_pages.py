@@ -58,6 +58,17 @@ def folded(notebook: Notebook) -> Notebook:
     return notebook
 
 
+def forwarded(html: Path) -> None:
+    """Give `index.html`, which only sends on to the front page, its preview: people share that address."""
+    index, front = html / "index.html", html / "book" / "intro.html"
+    if not (index.is_file() and front.is_file()):
+        return
+    shown = re.findall(
+        r'<(?:title>.*?</title|meta (?:property="og:|name="twitter:|name="description")[^>]*)>', front.read_text()
+    )
+    index.write_text("<!DOCTYPE html>\n" + "\n".join(shown).replace('"../', '"') + "\n" + index.read_text())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reference
 
