@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from embedlens.book_pages import completed, folded, forwarded, settled
 from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
     KERNEL,
     BookError,
@@ -329,14 +330,17 @@ def build(
     values = parameters_for([root / page for page in chosen], parameters or {})
     with owned(root, out, SOURCES) as folder:
         source = stage(root, folder / "src")
+        config = source / "_config.yml"
+        config.write_text(settled(config.read_text(encoding="utf-8")), encoding="utf-8")
         runs = run_all(source, folder, {page: values[root / page] for page in chosen}, say, jobs)
 
         faults = []
         for page in chapters(source):
             notebook = read(source / page)
             notebook = cleaned(merged(notebook, read(runs[page])) if page in runs else notebook)
-            write(notebook, source / page)
+            write(folded(notebook), source / page)
             faults += run_faults(notebook, str(page))
+        completed(source)
         demand(faults + glue_faults(source, pages(source)))
 
         html, old, told = folder / "html", folder / "html.old", folder / "html.digest"
@@ -351,6 +355,7 @@ def build(
             if (source / "results").is_dir():
                 shutil.copytree(source / "results", rendered / "results")  # the verdict page links to records
             demand(html_faults(rendered))
+            forwarded(rendered)
             shutil.rmtree(old, ignore_errors=True)
             told.unlink(missing_ok=True)
             if html.is_dir():

@@ -200,7 +200,7 @@ def image_faults(html: str, name: str) -> list[str]:
     faults = []
     for image in BeautifulSoup(html, "html.parser").find_all("img"):
         alt, source = str(image.get("alt") or "").strip(), str(image.get("src") or "")
-        if not alt or alt.startswith("_images/") or alt == Path(source).name:
+        if not alt or Path(alt).name == Path(source).name:
             faults.append(
                 f"{name}: {source[:80]} has no alt text; give the cell the metadata mystnb.image.alt, "
                 "or the figure the option :alt:"

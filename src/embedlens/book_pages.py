@@ -1,0 +1,219 @@
+"""What the pages around the chapters are made from while the book is built: docstrings, figures, one citation.
+
+The sources in `book/` hold marks where these go, so that nothing of it is copied by hand and goes stale:
+
+    <!-- api: load EmbedLens -->                       public names, each with its signature and its docstring
+    <!-- figure: 04_dead_tokens | as many as dead -->  the chapter's figure whose description has these words
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from base64 import b64decode
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from embedlens import __version__
+from embedlens.book_rules import BookError, Notebook, read
+
+NO_ADDRESS = "the address of the copy you read"
+API = re.compile(r"<!-- api: ([\w. ]+?) -->")
+FIGURE = re.compile(r"<!-- figure: (\w+) \| (.+?) -->")
+
+
+def completed(source: Path) -> None:
+    """Fill the marks in the staged pages of `source/book`.
+
+    Raises:
+        BookError: a mark that names nothing that is there.
+    """
+    for page in sorted((source / "book").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        filled = API.sub(lambda mark: "\n\n".join(map(entry, mark[1].split())), text)
+        filled = FIGURE.sub(partial(_figure, source, page), filled)
+        if filled != text:
+            page.write_text(filled, encoding="utf-8")
+
+
+FOLDED = {"hide-output", "hide-cell", "remove-cell", "remove-input", "remove-output"}
+
+
+def folded(notebook: Notebook) -> Notebook:
+    """The notebook with parameters, the code of verdicts and the table of them behind buttons.
+
+    A verdict's card prints its rule as it was judged, and the table at the end repeats the cards.
+    """
+    for cell in notebook["cells"]:
+        tags, code = cell["metadata"].get("tags", []), cell["source"] if cell.get("cell_type") == "code" else ""
+        if FOLDED & set(tags):
+            continue
+        if "chapter.sign_off(" in code:
+            cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-cell"]
+            cell["metadata"].setdefault("mystnb", {})["code_prompt_show"] = "All verdicts of this page, and its record"
+        elif "hide-input" not in tags and ("parameters" in tags or "chapter.judge(" in code):
+            cell["metadata"]["tags"] = [*tags, "hide-input"]
+    return notebook
+
+
+def forwarded(html: Path) -> None:
+    """Give `index.html`, which only sends on to the front page, its preview: people share that address."""
+    index, front = html / "index.html", html / "book" / "intro.html"
+    if not (index.is_file() and front.is_file()):
+        return
+    shown = re.findall(
+        r'<(?:title>.*?</title|meta (?:property="og:|name="twitter:|name="description")[^>]*)>', front.read_text()
+    )
+    index.write_text("<!DOCTYPE html>\n" + "\n".join(shown).replace('"../', '"') + "\n" + index.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def entry(name: str) -> str:
+    """One public name as a fold in MyST: its first sentence on the outside, signature and docstring inside.
+
+    Args:
+        name: as in `el.NAME`, or a path in the package such as clusters.matched_null.
+
+    >>> print(entry("centroids").splitlines()[0])
+    :::{dropdown} `el.centroids` · Mean directions of clusters, unit length.
+
+    Raises:
+        BookError: the package has no such name, or it has no docstring.
+    """
+    thing, shown = _found(name)
+    text = inspect.getdoc(thing)
+    if not text:
+        raise BookError(f"book/api.md names {name}, which has no docstring: write one")
+    first, _, rest = text.partition("\n\n")
+    signature = _signature(thing, shown)
+    parts = [
+        f":::{{dropdown}} `{shown}` · {' '.join(first.split())}",
+        f"```python\n{signature}\n```" if signature else "",
+    ]
+    parts += [f"````text\n{rest.strip()}\n````" if rest.strip() else ""]
+    return "\n".join([*filter(None, parts), ":::"])
+
+
+def _found(name: str) -> tuple[Any, str]:
+    """What a name of the page stands for, and how a reader writes it."""
+    import embedlens
+
+    head, *path = name.split(".")
+    public = head in embedlens.__all__ or head == "samples"
+    try:
+        thing = getattr(embedlens, head) if public else import_module(f"embedlens.{head}")
+        for part in path:
+            thing = _attribute(thing, part)
+    except (AttributeError, ImportError):
+        raise BookError(f"book/api.md names {name}, which the package does not have: mend the name") from None
+    return thing, (f"el.{name}" if public else name).replace("el.VisionLanguageModel.", "model.")
+
+
+def _attribute(thing: Any, part: str) -> Any:
+    if hasattr(thing, part):
+        return getattr(thing, part)
+    return import_module(f"{thing.__name__}.{part}")
+
+
+def _signature(thing: Any, shown: str) -> str:
+    """How it is called, annotations as they are written; empty for a value."""
+    if isinstance(thing, property) or not callable(thing):
+        return ""
+    call = re.sub(r"(: |-> )(['\"])(.*?)\2(?=[,)\s]|$)", r"\1\3", str(inspect.signature(thing)))  # written as text
+    call = re.sub(
+        r"\b(?:embedlens|torch|PIL\.Image|collections\.abc|pathlib|numpy|pandas)(?:\.\w+)*\.(?=[A-Z])", "", call
+    )
+    call = re.sub(r"\(self(?:, )?", "(", call, count=1)
+    inside, arrow, gives = call[1:].rpartition(") -> ")
+    if not arrow:
+        inside, gives = call[1:-1], ""
+    whole = f"{shown}({inside})" + (f" -> {gives}" if gives else "")
+    if len(whole) <= 88:
+        return whole
+    arguments = "".join(f"    {argument},\n" for argument in _split(inside))
+    return f"{shown}(\n{arguments})" + (f" -> {gives}" if gives else "")
+
+
+def _split(arguments: str) -> list[str]:
+    """Arguments at the commas that stand in no bracket and no quotes.
+
+    >>> _split("a: dict[str, int], b: 'x, y' = 1")
+    ['a: dict[str, int]', "b: 'x, y' = 1"]
+    """
+    parts, depth, quote = [""], 0, ""
+    for letter in arguments:
+        depth += (letter in "([{") - (letter in ")]}") if not quote else 0
+        quote = ("" if letter == quote else quote or letter) if letter in "\"'" else quote
+        if letter == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def _figure(source: Path, page: Path, mark: re.Match[str]) -> str:
+    """A chapter's figure in Markdown, its file beside the pages."""
+    chapter, words = mark.groups()
+    path = source / "notebooks" / f"{chapter}.ipynb"
+    if not path.is_file():
+        raise BookError(f"book/{page.name} wants a figure of {chapter}, which is no chapter: mend the name")
+    seen = []
+    for cell in read(path)["cells"]:
+        alt = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+        pictures = [data for data in (o.get("data", {}).get("image/png") for o in cell.get("outputs", [])) if data]
+        if not pictures or not alt:
+            continue
+        seen.append(alt)
+        if words in alt:
+            target = page.parent / "figures" / f"{chapter}_{len(seen)}.png"
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(b64decode(pictures[0]))
+            return f"```{{image}} figures/{target.name}\n:alt: {' '.join(alt.split())}\n```"
+    told = "; ".join(alt[:60] for alt in seen) or "nothing"
+    raise BookError(f"book/{page.name} wants the figure of {chapter} described with {words!r}; there is: {told}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who wrote it, which version, where it is
+
+
+def settled(config: str) -> str:
+    """The text of `_config.yml` with what `{{ author }}`, `{{ version }}`, `{{ bibtex }}` and the like stand for."""
+    import yaml
+
+    content = yaml.safe_load(config)
+    parse = content.setdefault("parse", {})
+    parse["myst_substitutions"] = citation(content, (content.get("repository") or {}).get("url") or "")
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def citation(config: dict[str, Any], address: str) -> dict[str, str]:
+    """What the page on citing says, from `author`, `title` and `copyright` of the configuration and the package.
+
+    >>> citation({"title": "T", "author": "A", "copyright": 2026}, "")["address"]
+    'the address of the copy you read'
+    """
+    year = str(config.get("copyright", ""))
+    facts = {
+        "author": f"{{{config.get('author', '')}}}",
+        "title": f"{{{config.get('title', '')}}}",
+        "year": f"{{{year}}}",
+    }
+    facts |= {"version": f"{{{__version__}}}", "url": f"{{{address}}}" if address else ""}
+    lines = ",\n".join(f"  {key:<7} = {value}" for key, value in facts.items() if value)
+    return {
+        "author": str(config.get("author", "")),
+        "version": __version__,
+        "year": year,
+        "address": address or NO_ADDRESS,
+        "bibtex": f"```bibtex\n@software{{embedlens,\n{lines}\n}}\n```",
+    }
