@@ -13,11 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ below imports them
+    from embedlens.attention_maps import attention as attention
     from embedlens.clusters import anchor_clusters as anchor_clusters
     from embedlens.clusters import centroids as centroids
     from embedlens.clusters import cross_image_similarity as cross_image_similarity
+    from embedlens.context import ContextLens as ContextLens
     from embedlens.engine import intervene as intervene
     from embedlens.errors import EmbedLensError as EmbedLensError
+    from embedlens.explorer import Explorer as Explorer
+    from embedlens.explorer import explore as explore
     from embedlens.groups import Reference as Reference
     from embedlens.groups import TokenGroups as TokenGroups
     from embedlens.groups import discover as discover
@@ -61,9 +65,13 @@ _HOME = {
     "centroids": "clusters",
     "cross_image_similarity": "clusters",
     "LogitLens": "lenses",
+    "ContextLens": "context",
+    "Explorer": "explorer",
+    "explore": "explorer",
     "Trace": "tracing",
     "trace": "tracing",
     "traces": "tracing",
+    "attention": "attention_maps",
     "Reference": "groups",
     "TokenGroups": "groups",
     "discover": "groups",
