@@ -21,7 +21,7 @@ FLOORS |= {"lenses": 2, "tracing": 2, "cues": 2.2, "engine": 2.1, "prefix": 2.5}
 FLOORS |= {"clusters": 3, "tasks": 3, "readings": 2.5, "redundancy": 3, "codebook": 3.1, "paired": 3.2, "kept": 3}
 FLOORS |= {"groups": 3.5, "sweep": 3.6, "pruners": 3.7, "pruner_arms": 3.8, "measures": 3.9, "records": 3.95}
 FLOORS |= {"claims": 4, "study": 4, "lmms": 4.1, "figures": 5, "lmms_model": 5, "probe": 6, "studies": 6.5}
-FLOORS |= {"attention_maps": 2.1, "context": 2.1, "explorer": 6}
+FLOORS |= {"attention_maps": 2.1, "context": 2.1, "explorer": 6, "book_pages": -0.1}
 
 
 def seconds(code: str) -> float:

@@ -122,7 +122,7 @@ def explore(
     from embedlens.errors import EmbedLensError
     from embedlens.explorer import explore as explored
     from embedlens.pictures import open_picture
-    from embedlens.vlm import load
+    from embedlens.loading import load
 
     out = out if out is not None else Path(f"{picture.stem}-explored.html")
     if out.suffix.lower() not in (".html", ".htm") or not out.resolve().parent.is_dir():
