@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens.book_pages import completed, folded, forwarded, settled
+from embedlens.book_pages import completed, explored, folded, forwarded, settled
 from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
     KERNEL,
     BookError,
@@ -340,6 +340,8 @@ def build(
             notebook = cleaned(merged(notebook, read(runs[page])) if page in runs else notebook)
             write(folded(notebook), source / page)
             faults += run_faults(notebook, str(page))
+            if page_to_explore := explored(notebook):
+                (source / "book" / "_static" / "explorer.html").write_text(page_to_explore, encoding="utf-8")
         completed(source)
         demand(faults + glue_faults(source, pages(source)))
 

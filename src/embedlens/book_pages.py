@@ -12,6 +12,7 @@ import inspect
 import re
 from base64 import b64decode
 from functools import partial
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from embedlens.book_rules import BookError, Notebook, read
 
 NO_ADDRESS = "the address of the copy you read"
 API = re.compile(r"<!-- api: ([\w. ]+?) -->")
+EXPLORER = re.compile(r'<iframe srcdoc="([^"]+)"')
 FIGURE = re.compile(r"<!-- figure: (\w+) \| (.+?) -->")
 
 
@@ -56,6 +58,16 @@ def folded(notebook: Notebook) -> Notebook:
         elif "hide-input" not in tags and ("parameters" in tags or "chapter.judge(" in code):
             cell["metadata"]["tags"] = [*tags, "hide-input"]
     return notebook
+
+
+def explored(notebook: Notebook) -> str:
+    """The page that a cell shows by `el.explore`, whole, so that others can link into it; empty: no cell shows one."""
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            found = EXPLORER.match("".join(output.get("data", {}).get("text/html", "")))
+            if found:
+                return unescape(found[1])
+    return ""
 
 
 def forwarded(html: Path) -> None:

@@ -397,6 +397,7 @@ class VisionLanguageModel:
             yield layers
 
     def answer(self, prompt: Prompt, max_new_tokens: int = 16) -> str:
+        """The model's greedy answer."""
         return self.answers([prompt], max_new_tokens)[0]
 
     @torch.no_grad()
