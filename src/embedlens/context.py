@@ -130,7 +130,7 @@ class ContextLens(EmbedLens):
         return f"{self._texts[text][: stop - len(word)]}«{word}»"
 
     def reading(self, model: VisionLanguageModel, prompt: Prompt, k: int) -> Int[Tensor, "layers tokens k"]:
-        """Vocabulary ids of the k nearest words of each visual token at every layer, as `label_hits` takes a reading."""
+        """Vocabulary ids of the k nearest words of each visual token by layer, as `label_hits` takes a reading."""
         return self.vocabulary_ids(model)[self.topk(model.hidden_states(prompt)[:, prompt.visual], k)[1].cpu()]
 
     def vocabulary_ids(self, model: VisionLanguageModel) -> Int[Tensor, " rows"]:
