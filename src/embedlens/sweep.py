@@ -29,7 +29,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention, Prune, SkipSublayers
 from embedlens.patches import PatchGrid
-from embedlens.prefix import Case, answers, asked_of, identity
+from embedlens.prefix import Case, answers, identity
 from embedlens.samples import Sample
 from embedlens.tasks import ANSWER_TOKENS, Item, box_score, score
 
@@ -466,8 +466,7 @@ def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int
         if place not in prompts:
             further.setdefault(first[item.sample.id], []).append(place)
     for leader, places in further.items():
-        texts = [items[place].question.text for place in places]
-        prompts |= dict(zip(places, asked_of(model, prompts[leader], texts), strict=True))
+        prompts |= {place: model.asked(prompts[leader], items[place].question.text) for place in places}
     return prompts
 
 
