@@ -16,9 +16,9 @@ MODULES = ["errors", "pictures", "patches", "families", "vlm", "words", "lenses"
 FLOORS = {"errors": -1, "stats": 0, "rules": 0, "address": -1, "model_names": -1, "pictures": -0.5, "intervals": 0}
 FLOORS |= {"patches": 0, "words": 0, "samples": 0, "book_rules": -0.3, "book_runs": -0.2, "book": 0, "printed": 0}
 FLOORS |= {"families": 1, "launch": 1, "vlm": 1.5, "memory": 2, "sizes": 3.1, "parameters": 3.1}
-FLOORS |= {"lenses": 2, "tracing": 2, "interventions": 1, "engine": 2, "prefix": 2.5, "released": 3}
+FLOORS |= {"lenses": 2, "tracing": 2, "interventions": 1, "engine": 2, "remembered": 2.3, "prefix": 2.5, "released": 3}
 FLOORS |= {"clusters": 3, "labels": 3, "tasks": 3, "redundancy": 3, "codebook": 3.1, "paired": 3.2}
-FLOORS |= {"groups": 3.5, "sweep": 3.6, "pruners": 3.8, "measures": 3.9, "claims": 4, "study": 4}
+FLOORS |= {"groups": 3.5, "arms": 3.55, "sweep": 3.6, "pruners": 3.8, "measures": 3.9, "claims": 4, "study": 4}
 FLOORS |= {"kept": 3, "processes": 0}
 FLOORS |= {"lmms": 4.1, "figures": 5, "lmms_model": 5, "probe": 6, "chapters": 6.2, "studies": 6.5}
 

@@ -13,7 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import embedlens as el
-from embedlens import EmbedLensError, EnterAt, LeaveAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, prefix
+from embedlens import (
+    EmbedLensError,
+    EnterAt,
+    LeaveAt,
+    Prune,
+    ReleasedLayer0,
+    Rescale,
+    Silence,
+    SkipSublayers,
+    prefix,
+    remembered,
+)
 from embedlens.prefix import Case
 
 QUESTIONS = (
@@ -111,7 +122,7 @@ def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_t
     ids(tiny)
     cases = cases_of(tiny, np.random.default_rng(seed))
     found = prefix.answers(tiny, cases, N_TOKENS, batch_size)
-    assert prefix._empty_of(tiny, cases[0].prompt) is not None
+    assert remembered.empty_of(tiny, cases[0].prompt) is not None
     for case, answer in zip(cases, found, strict=True):
         assert answer == alone(tiny, case), case.plan
     assert len(set(found)) > 1 or len(cases) < 4
@@ -151,8 +162,8 @@ def test_rows_that_end_early_leave_the_batch_and_change_no_other(tiny, ids, monk
     vocabulary = tiny.hf.get_output_embeddings().out_features
     monkeypatch.setattr(tiny.hf.generation_config, "eos_token_id", list(range(2, vocabulary, 3)))
     kept = []
-    keep = prefix._Table.keep
-    monkeypatch.setattr(prefix._Table, "keep", lambda table, rows: kept.append(len(rows)) or keep(table, rows))
+    keep = remembered.Table.keep
+    monkeypatch.setattr(remembered.Table, "keep", lambda table, rows: kept.append(len(rows)) or keep(table, rows))
     rng = np.random.default_rng(1)
     prompts = prompts_of(tiny, 6)
     cases = [Case(p, plan) for p in prompts for plan in ((), (Prune(drawn(rng, len(p.grid))),), (EnterAt(1),))]
@@ -186,9 +197,9 @@ def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_shar
 
 def test_what_prompts_have_in_common_runs_once(tiny):
     prompts = [prompt for prompt in prompts_of(tiny, n_pictures=2)]
-    prefix._empty_of(tiny, prompts[0])
+    remembered.empty_of(tiny, prompts[0])
     n = len(prompts[0].grid)
-    first, end = prefix._extent(prompts[0])
+    first, end = remembered.extent(prompts[0])
     late = torch.zeros(n, dtype=torch.bool)
     late[10:] = True
     cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Silence("mlp"),), (Prune(late[:n]),))]
@@ -243,7 +254,7 @@ def test_no_more_pictures_are_remembered_than_two_batches(tiny):
 
 
 def asked_without_sharing(model, monkeypatch) -> list[int]:
-    monkeypatch.setattr(prefix, "_EMPTY", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(remembered, "_EMPTY", weakref.WeakKeyDictionary())
     asked = []
     answers = model.answers
     monkeypatch.setattr(model, "answers", lambda prompts, *rest: asked.append(len(prompts)) or answers(prompts, *rest))
@@ -321,4 +332,4 @@ def test_nothing_is_remembered_afterwards(tiny):
     cases = [Case(prompt) for prompt in prompts_of(tiny, 1)]
     prefix.answers(tiny, cases, 2)
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is prefix.Memory and len(thing)]
+    assert not [thing for thing in gc.get_objects() if type(thing) is remembered.Memory and len(thing)]

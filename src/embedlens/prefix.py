@@ -14,22 +14,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from embedlens.engine import intervene, side_by_side
 from embedlens.errors import EmbedLensError
 from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence, sublayers_of
+from embedlens.remembered import ALL, NONE, Memory, Remembered, Table, empty_of, extent, forward
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
 
-ALL, NONE = -1, -2  # whose a column is, where it is not one question's
 TOGETHER = 8  # questions on a picture that run in one row
 HELD = 2  # remembered pictures, in batches: under how many arms a picture is kept decides how many pictures those are
 
@@ -79,7 +77,7 @@ def answers(
             found |= dict(zip(places, said, strict=True))
         return [found[place] for place in range(len(cases))]
     sharing = not any(alone) and model.intervention is None and all(_plain(case.prompt) for case in cases)
-    empty = _empty_of(model, cases[0].prompt) if sharing else None
+    empty = empty_of(model, cases[0].prompt) if sharing else None
     if empty is None:
         return _unshared(model, cases, max_new_tokens, batch_size)
     before: dict[bytes, Memory] = {b"": empty}  # by the ids of the text
@@ -92,158 +90,6 @@ def answers(
 def _plain(prompt: Prompt) -> bool:
     """Whether the embeddings are all that a prompt brings: no rotary positions or deep features of its own."""
     return getattr(prompt, "positions", None) is None and getattr(prompt, "deep", None) is None
-
-
-# --- what is remembered ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """Keys and values of the first rows of a prompt, layer by layer."""
-
-    layers: tuple[Float[Tensor, "2 heads rows c"], ...]
-
-    def __len__(self) -> int:
-        return self.layers[0].shape[-2]
-
-    def first(self, rows: int) -> Memory:
-        """What is remembered of fewer rows."""
-        return Memory(tuple(layer[..., :rows, :] for layer in self.layers))
-
-
-class _Table:
-    """Keys and values of a batch while it runs: what is remembered, then what is new, with room for answers.
-
-    A row may hold several questions on one picture. `owner` says for every column whose it is: of question 0, 1, ...,
-    of all (ALL), or of none, as padding is (NONE). Questions do not see each other.
-    """
-
-    def __init__(
-        self,
-        memories: Sequence[Memory],
-        owners: Sequence[Int[Tensor, " _"]],
-        side: Literal["left", "right"],
-        room: int = 0,
-    ) -> None:
-        from transformers.cache_utils import Cache
-
-        self.begins = [len(memory) for memory in memories]
-        self.before = max(self.begins)
-        columns = self.before + max(map(len, owners)) + room
-        self.layers: list[Float[Tensor, "2 b heads columns c"]] = []
-        for parts in zip(*(memory.layers for memory in memories), strict=True):
-            heads, width = parts[0].shape[1], parts[0].shape[3]
-            # zeros: a masked key still counts with weight zero, so it has to be finite
-            layer = parts[0].new_zeros(2, len(parts), heads, columns, width)
-            for row, (part, begin) in enumerate(zip(parts, self.begins, strict=True)):
-                layer[:, row, :, self.before - begin : self.before] = part
-            self.layers.append(layer)
-        # counted from NONE, as padding is zeros
-        known = [torch.full((begin,), ALL) for begin in self.begins]
-        whole = [torch.cat(parts) - NONE for parts in zip(known, owners, strict=True)]
-        laid = side_by_side(whole, side, self.begins) + NONE
-        self.owner = nn.functional.pad(laid, (0, room), value=NONE).to(self.layers[0].device)
-        self.several = int(self.owner.max()) > 0
-        self.cache = Cache(layers=[])
-        self._laid(self.before)
-
-    def _laid(self, used: int) -> None:
-        self.cache.layers = [_stored()(*layer, used) for layer in self.layers]
-
-    def keep(self, rows: Int[Tensor, " left"]) -> None:
-        """Go on with some rows of the batch."""
-        used = self.cache.get_seq_length()
-        self.layers = [layer[:, rows.to(layer.device)] for layer in self.layers]
-        self.owner = self.owner[rows.to(self.owner.device)]
-        self._laid(used)
-
-    def mask(self, queries: int) -> Tensor:
-        """What the next so many columns may see: Int[b, k], or Bool[b, 1, q, k] where a row holds several questions."""
-        used = self.cache.get_seq_length()
-        owner, own = self.owner[:, : used + queries], self.owner[:, used : used + queries]
-        if not self.several:
-            return (owner != NONE).long()
-        columns = torch.arange(used + queries, device=owner.device)
-        before = columns <= columns[used:, None]
-        return ((owner == ALL)[:, None] | (owner[:, None] == own[:, :, None]))[:, None] & before
-
-    def memory(self, row: int, length: int) -> Memory:
-        """What a row of a batch that is padded on the right will be remembered by."""
-        begin = self.before - self.begins[row]
-        return Memory(tuple(layer[:, row, :, begin : self.before + length] for layer in self.layers))
-
-
-class _Remembered(Exception):
-    """The last keys and values are there: the rest of a forward would be of no use."""
-
-
-@cache
-def _stored() -> type:
-    """The class of a cache layer that writes into a place kept for it, where a dynamic one copies itself every step."""
-    from transformers.cache_utils import DynamicLayer
-
-    class Stored(DynamicLayer):
-        def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
-            super().__init__()
-            self.place, self.used, self.last = (keys, values), used, False
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            end = self.used + key_states.shape[-2]
-            for place, states in zip(self.place, (key_states, value_states), strict=True):
-                place[:, :, self.used : end] = states
-            self.used = end
-            if self.last:
-                raise _Remembered
-            self.keys, self.values = (place[:, :, :end] for place in self.place)
-            return self.keys, self.values
-
-        def get_seq_length(self) -> int:
-            return self.used
-
-    return Stored
-
-
-_EMPTY: WeakKeyDictionary[VisionLanguageModel, Memory | None] = WeakKeyDictionary()
-
-
-def _empty_of(model: VisionLanguageModel, prompt: Prompt) -> Memory | None:
-    """Memory of no rows; None if rows see later ones or the model's cache is no list of keys and values."""
-    if model not in _EMPTY:
-        with model.lock:
-            _EMPTY[model] = _probed(model, prompt)
-    return _EMPTY[model]
-
-
-@torch.no_grad()
-def _probed(model: VisionLanguageModel, prompt: Prompt) -> Memory | None:
-    """Runs a prompt in four pieces; None if that gives other logits than in one."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    whole = model.logits(prompt)[-1].float()
-    found = DynamicCache()
-    first, end = _extent(prompt)
-    borders = sorted({0, first, (first + end) // 2, end, len(prompt)})
-    hidden = torch.zeros(0)
-    for start, stop in zip(borders, borders[1:], strict=False):
-        positions = torch.arange(start, stop, device=model.device)[None]
-        hidden = model.decoder(
-            inputs_embeds=prompt.embeds[None, start:stop], position_ids=positions, past_key_values=found, use_cache=True
-        ).last_hidden_state
-    head = model.unembed.head
-    logits = head(hidden[0, -1].to(head.weight.device))[: len(whole)].float()
-    alike = torch.allclose(logits, whole.to(logits.device), rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
-    layers = [layer for layer in found.layers if type(layer) is DynamicLayer and layer.keys is not None]
-    same = all(layer.keys.shape == layer.values.shape for layer in layers)
-    if not alike or not same or len(layers) != model.n_layers:
-        return None
-    return Memory(tuple(torch.stack([layer.keys[0, :, :0], layer.values[0, :, :0]]) for layer in layers))
-
-
-def _extent(prompt: Prompt) -> tuple[int, int]:
-    """(the first row of the picture, the row after its last)."""
-    rows = prompt.visual.nonzero()[:, 0]
-    return int(rows[0]), int(rows[-1]) + 1
 
 
 # --- which prompts have what in common -------------------------------------------------------------------------------
@@ -293,7 +139,7 @@ class _Unit:
     @property
     def touched(self) -> int:
         """The first row that the plan may change."""
-        first, _ = _extent(self.prompt)
+        first, _ = extent(self.prompt)
         if not all(isinstance(value, MASKED) for value in self.plan):
             return first
         return min((int(self.prompt.spread(_mask_of(value)).int().argmax()) for value in self.plan), default=first)
@@ -317,7 +163,7 @@ class _Unit:
 
 def _picture_of(prompt: Prompt) -> tuple[int, bytes]:
     """Equal for prompts that begin alike: the same picture, after the same text."""
-    _, end = _extent(prompt)
+    _, end = extent(prompt)
     return id(prompt.pixel_values), prompt.ids[:end].cpu().numpy().tobytes()
 
 
@@ -421,7 +267,7 @@ def _together(model: VisionLanguageModel) -> int:
 
 
 def _asked_rows(cases: dict[int, Case], places: Sequence[int]) -> int:
-    return sum(len(cases[place].prompt) - _extent(cases[place].prompt)[1] for place in places)
+    return sum(len(cases[place].prompt) - extent(cases[place].prompt)[1] for place in places)
 
 
 def _units(cases: dict[int, Case]) -> list[_Unit]:
@@ -429,7 +275,7 @@ def _units(cases: dict[int, Case]) -> list[_Unit]:
     for place, case in cases.items():
         shared.setdefault((_picture_of(case.prompt), identity(case.plan)), []).append(place)
     return [
-        _Unit(_cut(cases[places[0]].prompt, _extent(cases[places[0]].prompt)[1]), cases[places[0]].plan, places)
+        _Unit(_cut(cases[places[0]].prompt, extent(cases[places[0]].prompt)[1]), cases[places[0]].plan, places)
         for places in shared.values()
     ]
 
@@ -479,7 +325,7 @@ def _acts_last(model: VisionLanguageModel, plan: Sequence[Intervention]) -> bool
 
 def _leading(model: VisionLanguageModel, prompt: Prompt, before: dict[bytes, Memory]) -> Memory:
     """What stands before the picture: the same for all pictures."""
-    first, _ = _extent(prompt)
+    first, _ = extent(prompt)
     key = prompt.ids[:first].cpu().numpy().tobytes()
     if key not in before:
         before[key] = _extended(model, [_cut(prompt, first)], [before[b""]])[0]
@@ -496,25 +342,13 @@ def _extended(
     begins = [len(memory) for memory in known]
     with _entering(model, prompts, begins, "right") as entered:
         new = [len(prompt) - begin for prompt, begin in zip(entered, begins, strict=True)]
-        table = _Table(known, [torch.full((length,), ALL) for length in new], "right")
+        table = Table(known, [torch.full((length,), ALL) for length in new], "right")
         table.cache.layers[-1].last = short
         embeds = [prompt.embeds[begin:] for prompt, begin in zip(entered, begins, strict=True)]
         positions = [torch.arange(begin, len(prompt)) for prompt, begin in zip(entered, begins, strict=True)]
-        with suppress(_Remembered):
-            _forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
+        with suppress(Remembered):
+            forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
     return [table.memory(row, length) for row, length in enumerate(new)]
-
-
-def _forward(
-    model: VisionLanguageModel, table: _Table, embeds: Float[Tensor, "b s d"], positions: Int[Tensor, "b s"]
-) -> Float[Tensor, "b s d"]:
-    return model.decoder(
-        inputs_embeds=embeds,
-        attention_mask=table.mask(embeds.shape[1]),
-        position_ids=positions.to(embeds.device),
-        past_key_values=table.cache,
-        use_cache=True,
-    ).last_hidden_state
 
 
 def _decoded(
@@ -529,7 +363,7 @@ def _decoded(
         embeds, positions, owners = [], [], []
         questions: list[_Question] = []
         for row, (prompts, gap) in enumerate(zip(asked, gaps, strict=True)):
-            ends = [_extent(prompt)[1] for prompt in prompts]
+            ends = [extent(prompt)[1] for prompt in prompts]
             new = [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
             embeds.append(torch.cat([prompt.embeds[end:] for prompt, end in zip(prompts, ends, strict=True)]))
             positions.append(
@@ -540,8 +374,8 @@ def _decoded(
                 # the last of its rows, counted from the end, as padding stands before
                 questions.append(_Question(row, number, -1 - sum(new[number + 1 :]), len(prompt) - gap))
         room = (max_new_tokens - 1) * max(map(len, asked))
-        table = _Table(memories, owners, "left", room)
-        hidden = _forward(model, table, side_by_side(embeds, "left"), side_by_side(positions, "left"))
+        table = Table(memories, owners, "left", room)
+        hidden = forward(model, table, side_by_side(embeds, "left"), side_by_side(positions, "left"))
         ids = _greedy(model, table, hidden, questions, max_new_tokens)
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -559,7 +393,7 @@ class _Question(NamedTuple):
 
 def _greedy(
     model: VisionLanguageModel,
-    table: _Table,
+    table: Table,
     hidden: Float[Tensor, "b s d"],
     questions: Sequence[_Question],
     max_new_tokens: int,
@@ -603,7 +437,7 @@ def _greedy(
             owner[place, column] = questions[index].number
         used = table.cache.get_seq_length()
         table.owner[:, used : used + owner.shape[1]] = owner.to(table.owner.device)
-        hidden = _forward(model, table, embedding(ids.to(model.device)), positions)
+        hidden = forward(model, table, embedding(ids.to(model.device)), positions)
     return written
 
 

@@ -32,13 +32,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from embedlens.arms import SEEDS, Arm, Plan
 from embedlens.codebook import Codebook, checked_budget, keep_lowest
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, token_groups_of
 from embedlens.interventions import LeaveAt, Prune
 from embedlens.patches import PatchGrid
-from embedlens.sweep import SEEDS, Arm, Plan
 from embedlens.vlm import attending
 
 if TYPE_CHECKING:
