@@ -13,9 +13,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import embedlens as el
-from embedlens import EmbedLensError, EnterAt, LeaveAt, Prune, ReleasedLayer0, Rescale, Silence, SkipSublayers, prefix
-from embedlens.prefix import Case, asked_of
-from embedlens.samples import miniworld
+from embedlens import (
+    EmbedLensError,
+    EnterAt,
+    LeaveAt,
+    Prune,
+    ReleasedLayer0,
+    Rescale,
+    Silence,
+    SkipSublayers,
+    prefix,
+    remembered,
+)
+from embedlens.prefix import Case
 
 QUESTIONS = (
     "What is it?",
@@ -45,7 +55,8 @@ def prompts_of(model, n_pictures: int = 3, n_questions: int = 3):
     """Picture by picture, its questions of unequal lengths."""
     pictures = [sample.image for sample in el.samples.load("miniworld", n=n_pictures)]
     first = model.prompts(pictures, [QUESTIONS[0]] * n_pictures)
-    return [prompt for one in first for prompt in (one, *asked_of(model, one, QUESTIONS[1:n_questions]))]
+    more = QUESTIONS[1:n_questions]
+    return [prompt for one in first for prompt in (one, *(model.asked(one, question) for question in more))]
 
 
 def drawn(rng, n: int) -> torch.Tensor:
@@ -111,7 +122,7 @@ def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_t
     ids(tiny)
     cases = cases_of(tiny, np.random.default_rng(seed))
     found = prefix.answers(tiny, cases, N_TOKENS, batch_size)
-    assert prefix._shape_of(tiny, cases[0].prompt) is not None
+    assert remembered.empty_of(tiny, cases[0].prompt) is not None
     for case, answer in zip(cases, found, strict=True):
         assert answer == alone(tiny, case), case.plan
     assert len(set(found)) > 1 or len(cases) < 4
@@ -151,8 +162,8 @@ def test_rows_that_end_early_leave_the_batch_and_change_no_other(tiny, ids, monk
     vocabulary = tiny.hf.get_output_embeddings().out_features
     monkeypatch.setattr(tiny.hf.generation_config, "eos_token_id", list(range(2, vocabulary, 3)))
     kept = []
-    keep = prefix._Table.keep
-    monkeypatch.setattr(prefix._Table, "keep", lambda table, rows: kept.append(len(rows)) or keep(table, rows))
+    keep = remembered.Table.keep
+    monkeypatch.setattr(remembered.Table, "keep", lambda table, rows: kept.append(len(rows)) or keep(table, rows))
     rng = np.random.default_rng(1)
     prompts = prompts_of(tiny, 6)
     cases = [Case(p, plan) for p in prompts for plan in ((), (Prune(drawn(rng, len(p.grid))),), (EnterAt(1),))]
@@ -186,9 +197,9 @@ def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_shar
 
 def test_what_prompts_have_in_common_runs_once(tiny):
     prompts = [prompt for prompt in prompts_of(tiny, n_pictures=2)]
-    prefix._shape_of(tiny, prompts[0])
+    remembered.empty_of(tiny, prompts[0])
     n = len(prompts[0].grid)
-    first, end = prefix._extent(prompts[0])
+    first, end = remembered.extent(prompts[0])
     late = torch.zeros(n, dtype=torch.bool)
     late[10:] = True
     cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Silence("mlp"),), (Prune(late[:n]),))]
@@ -220,9 +231,9 @@ def test_equal_interventions_on_a_picture_run_once(tiny, monkeypatch):
     seen = []
     extended = prefix._extended
 
-    def counted(model, space, own, known, **options):
+    def counted(model, own, known, **options):
         seen.append(len(own))
-        return extended(model, space, own, known, **options)
+        return extended(model, own, known, **options)
 
     monkeypatch.setattr(prefix, "_extended", counted)
     cases = [Case(prompt, (Prune(mask.clone()),)) for prompt in prompts for _ in range(2)]
@@ -239,33 +250,11 @@ def test_no_more_pictures_are_remembered_than_two_batches(tiny):
     assert prefix.answers(tiny, cases, 3, batch_size=1) == whole
 
 
-def test_further_questions_are_those_that_the_processor_writes(tiny, miniature, monkeypatch):
-    for model in (tiny, miniature):
-        prompt = model.prompt(miniworld.sample(3, "heldout").image, QUESTIONS[0])
-        wanted = [model.asked(prompt, question) for question in QUESTIONS]
-        with monkeypatch.context() as patch:
-            patch.setattr(type(model), "asked", None)  # it is not needed
-            found = asked_of(model, prompt, QUESTIONS)
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert ours.question == theirs.question and ours.image is theirs.image
-            for name in ("ids", "embeds", "visual", "pixel_values"):
-                assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    with pytest.raises(EmbedLensError, match="the question is empty"):
-        asked_of(tiny, tiny.prompt(miniworld.sample(3, "heldout").image, "a"), [""])
-
-
-def test_a_chat_format_that_the_texts_alone_do_not_give_is_left_to_the_processor(tiny, monkeypatch):
-    prompt = tiny.prompt(miniworld.sample(3, "heldout").image, QUESTIONS[0])
-    wanted = tiny.asked(prompt, QUESTIONS[1])
-    monkeypatch.setattr(prefix, "_written", lambda model, questions: [[5, int(prompt.ids[prompt.visual][0]), 6]] * 2)
-    assert torch.equal(asked_of(tiny, prompt, QUESTIONS[1:2])[0].ids, wanted.ids)
-
-
 # --- models that cannot share ----------------------------------------------------------------------------------------
 
 
 def asked_without_sharing(model, monkeypatch) -> list[int]:
-    monkeypatch.setattr(prefix, "_SHAPES", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(remembered, "_EMPTY", weakref.WeakKeyDictionary())
     asked = []
     answers = model.answers
     monkeypatch.setattr(model, "answers", lambda prompts, *rest: asked.append(len(prompts)) or answers(prompts, *rest))
@@ -343,4 +332,4 @@ def test_nothing_is_remembered_afterwards(tiny):
     cases = [Case(prompt) for prompt in prompts_of(tiny, 1)]
     prefix.answers(tiny, cases, 2)
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) in (prefix.Memory, prefix._Space)]
+    assert not [thing for thing in gc.get_objects() if type(thing) is remembered.Memory and len(thing)]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 from embedlens import EmbedLensError, tasks
 from embedlens.samples import Question
@@ -136,7 +137,6 @@ def test_a_perfect_padded_answer_is_right_and_can_be_wrong_in_the_original_frame
     assert tasks.box_score(wide, unpadded, "original") == 1
     assert tasks.box_score(wide, unpadded) == 0
     assert tasks.box_score(wide, "dog") == tasks.box_score(wide, "dog", "original") == 0
-    assert tasks.perfect_in_original([square, wide]) == 0.5
 
 
 def test_the_family_score_is_the_mean_of_its_metrics_and_avg_the_mean_of_families():
@@ -155,17 +155,10 @@ def test_the_family_score_is_the_mean_of_its_metrics_and_avg_the_mean_of_familie
         assert found[family] == pytest.approx(part.groupby("kind").correct.mean().mean())
     assert found["general"] != pytest.approx(table[table.family == "general"].correct.mean(), abs=1e-6)
     pope = table[table.family == "hallucination"]
-    said = [prediction.lower().rstrip(".") for prediction in pope.prediction]
-    assert found["hallucination"] == pytest.approx(tasks.f1(list(pope.answer), said))
+    said = [prediction.lower().rstrip(".") == "yes" for prediction in pope.prediction]
+    assert found["hallucination"] == pytest.approx(f1_score(pope.answer == "yes", said))
     assert found["Avg"] == pytest.approx(sum(found[family] for family in tasks.FAMILIES) / 4)
     assert "Avg" not in tasks.family_scores(table[table.family != "ocr"])
-
-
-def test_f1_is_zero_for_always_no_and_two_thirds_for_always_yes():
-    truth = ["yes", "no"] * 5
-    assert tasks.f1(truth, ["no"] * 10) == 0
-    assert tasks.f1(truth, ["yes"] * 10) == pytest.approx(2 / 3)
-    assert tasks.f1(truth, truth) == 1
 
 
 def test_swapping_shows_another_picture_for_the_same_question(miniature):
@@ -189,8 +182,6 @@ def test_bad_requests_say_what_to_do(miniature):
         tasks.box_score(colour, "red")
     with pytest.raises(EmbedLensError, match="unknown frame 'mine'"):
         tasks.box_score(colour, "red", "mine")
-    with pytest.raises(EmbedLensError, match="no question asks for a box"):
-        tasks.perfect_in_original([colour])
     answers = pd.DataFrame(
         {"family": ["ocr"], "kind": ["word"], "answer": ["AB"], "prediction": [""], "correct": [0.0]}
     )

@@ -579,7 +579,6 @@ def test_what_is_longer_than_the_model_has_positions_is_refused_with_the_numbers
         with pytest.raises(EmbedLensError, match=sentence + rf"has {most}: shorten the question or allow fewer"):
             ask(room + 1)
     long = "what ? " * most
-    for write in (lambda: tiny.prompt(picture(), long), lambda: tiny.asked(prompt, long),
-                  lambda: prefix.asked_of(tiny, prompt, [long])):  # fmt: skip
+    for write in (lambda: tiny.prompt(picture(), long), lambda: tiny.asked(prompt, long)):
         with pytest.raises(EmbedLensError, match=rf"16 of them visual, take up to .* has {most}: shorten"):
             write()

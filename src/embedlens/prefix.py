@@ -11,26 +11,23 @@ greedy) is found out by a comparison on the first prompt; it answers prompt by p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from embedlens.engine import intervene, side_by_side
 from embedlens.errors import EmbedLensError
 from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence, sublayers_of
+from embedlens.remembered import ALL, NONE, Memory, Remembered, Table, empty_of, extent, forward
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
 
-ALL, NONE = -1, -2  # whose a column is, where it is not one question's
 TOGETHER = 8  # questions on a picture that run in one row
 HELD = 2  # remembered pictures, in batches: under how many arms a picture is kept decides how many pictures those are
 
@@ -53,7 +50,7 @@ def answers(
     """Greedy answers, the same as those of each prompt alone under its interventions.
 
     Prompts share what the picture of `prompt.image` and equal interventions have in common; build further questions
-    on a picture with `model.asked`, or `asked_of`.
+    on a picture with `model.asked`.
 
     Args:
         model: from `embedlens.load`.
@@ -80,291 +77,19 @@ def answers(
             found |= dict(zip(places, said, strict=True))
         return [found[place] for place in range(len(cases))]
     sharing = not any(alone) and model.intervention is None and all(_plain(case.prompt) for case in cases)
-    shape = _shape_of(model, cases[0].prompt) if sharing else None
-    if shape is None:
+    empty = empty_of(model, cases[0].prompt) if sharing else None
+    if empty is None:
         return _unshared(model, cases, max_new_tokens, batch_size)
-    space = _Space(shape)
-    before: dict[bytes, Memory] = {}
-    for case in cases:
-        _leading(model, space, case.prompt, before)
+    before: dict[bytes, Memory] = {b"": empty}  # by the ids of the text
     for places in _groups(cases, HELD * batch_size):
-        with space.lent():
-            group = {place: cases[place] for place in places}
-            found |= _answered(model, space, group, before, max_new_tokens, batch_size)
+        group = {place: cases[place] for place in places}
+        found |= _answered(model, group, before, max_new_tokens, batch_size)
     return [found[place] for place in range(len(cases))]
-
-
-def asked_of(model: VisionLanguageModel, prompt: Prompt, questions: Sequence[str]) -> list[Prompt]:
-    """Further questions about a prompt's picture, which the processor does not see again if it need not."""
-    texts = _written(model, [prompt.question, *questions]) if _plain(prompt) else None
-    placeholder = int(prompt.ids[prompt.visual][0])
-    if texts is None or any(text.count(placeholder) != 1 for text in texts):
-        return [model.asked(prompt, question) for question in questions]
-    fronts, tails = zip(*(_around(text, placeholder) for text in texts), strict=True)
-    end = len(prompt) - len(tails[0])
-    as_written = prompt.ids[: len(fronts[0])].tolist() == fronts[0] and prompt.ids[end:].tolist() == tails[0]
-    if not as_written or len(set(map(tuple, fronts))) > 1 or _extent(prompt)[1] > end:
-        return [model.asked(prompt, question) for question in questions]
-    found = []
-    for question, tail in zip(questions, tails[1:], strict=True):
-        ids = torch.tensor(tail, device=prompt.ids.device)
-        with torch.no_grad():
-            embeds = model.hf.get_input_embeddings()(ids)
-        found.append(
-            replace(
-                prompt,
-                question=question,
-                ids=torch.cat([prompt.ids[:end], ids]),
-                embeds=torch.cat([prompt.embeds[:end], embeds]),
-                visual=torch.cat([prompt.visual[:end], torch.zeros_like(ids, dtype=torch.bool)]),
-            )
-        )
-        model.check_length(found[-1])
-    return found
-
-
-def _around(ids: list[int], placeholder: int) -> tuple[list[int], list[int]]:
-    place = ids.index(placeholder)
-    return ids[:place], ids[place + 1 :]
 
 
 def _plain(prompt: Prompt) -> bool:
     """Whether the embeddings are all that a prompt brings: no rotary positions or deep features of its own."""
     return getattr(prompt, "positions", None) is None and getattr(prompt, "deep", None) is None
-
-
-def _written(model: VisionLanguageModel, questions: Sequence[str]) -> list[list[int]] | None:
-    """Ids of the chat format with one placeholder for the picture; None if a question is not fit for it."""
-    if any(not isinstance(text, str) or not text.strip() or model.processor.image_token in text for text in questions):
-        return None  # `model.asked` says what is wrong
-    content = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
-    texts = [
-        model.processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
-        for parts in content
-    ]
-    # as the processor does: the template writes the special tokens that there are
-    bos = model.tokenizer.bos_token
-    special = bos is None or not texts[0].startswith(bos)
-    return model.tokenizer(texts, add_special_tokens=special)["input_ids"]
-
-
-# --- what is remembered ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """Keys and values of the first rows of a prompt, of all layers; one tensor per device that holds layers."""
-
-    banks: tuple[Float[Tensor, "layers 2 heads rows c"], ...]
-
-    def __len__(self) -> int:
-        return self.banks[0].shape[-2]
-
-    def first(self, rows: int) -> Memory:
-        """What is remembered of fewer rows."""
-        return Memory(tuple(bank[..., :rows, :] for bank in self.banks))
-
-
-class _Layer(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    width: int
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a model's cache consists of."""
-
-    layers: tuple[_Layer, ...]
-
-    @property
-    def banks(self) -> list[_Layer]:
-        """One per device, in order of first use."""
-        return list(dict.fromkeys(self.layers))
-
-    def empty(self) -> Memory:
-        return Memory(
-            tuple(
-                torch.zeros(self.layers.count(kind), 2, kind.heads, 0, kind.width, device=kind.device, dtype=kind.dtype)
-                for kind in self.banks
-            )
-        )
-
-
-class _Space:
-    """Memory that is taken in turn and given back: the system zeroes what it hands out, which takes as long as to
-    compute on it."""
-
-    def __init__(self, shape: _Shape) -> None:
-        self.shape = shape
-        self.blocks: list[list[Tensor]] = [[] for _ in shape.banks]
-        self.taken = 0
-
-    def take(self, rows: int, columns: int) -> list[Float[Tensor, "layers 2 rows heads columns c"]]:
-        """One bank per device. What lies in them is finite, as a masked key still counts with weight zero."""
-        found = []
-        for kind, blocks in zip(self.shape.banks, self.blocks, strict=True):
-            sides = (self.shape.layers.count(kind), 2, rows, kind.heads, columns, kind.width)
-            size = math.prod(sides)
-            blocks += [torch.empty(0)] * (self.taken + 1 - len(blocks))
-            if len(blocks[self.taken]) < size:
-                blocks[self.taken] = torch.zeros(size, device=kind.device, dtype=kind.dtype)
-            found.append(blocks[self.taken][:size].view(sides))
-        self.taken += 1
-        return found
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """What is taken in the block is free after it."""
-        before = self.taken
-        try:
-            yield
-        finally:
-            self.taken = before
-
-
-class _Table:
-    """Keys and values of a batch while it runs: what is remembered, then what is new, with room for answers.
-
-    A row may hold several questions on one picture. `owner` says for every column whose it is: of question 0, 1, ...,
-    of all (ALL), or of none, as padding is (NONE). Questions do not see each other.
-    """
-
-    def __init__(
-        self,
-        space: _Space,
-        memories: Sequence[Memory],
-        owners: Sequence[Int[Tensor, " _"]],
-        side: Literal["left", "right"],
-        room: int = 0,
-    ) -> None:
-        from transformers.cache_utils import Cache
-
-        shape = space.shape
-        self.begins = [len(memory) for memory in memories]
-        self.before, self.after = max(self.begins), max(map(len, owners))
-        self.kinds = shape.banks
-        self.banks = space.take(len(memories), self.before + self.after + room)
-        for row, (memory, begin) in enumerate(zip(memories, self.begins, strict=True)):
-            for bank, part in zip(self.banks, memory.banks, strict=True):
-                bank[:, :, row, :, : self.before - begin] = 0
-                bank[:, :, row, :, self.before - begin : self.before] = part
-        # counted from NONE, as padding is zeros
-        known = [torch.full((begin,), ALL) for begin in self.begins]
-        whole = [torch.cat(parts) - NONE for parts in zip(known, owners, strict=True)]
-        laid = side_by_side(whole, side, self.begins) + NONE
-        self.owner = nn.functional.pad(laid, (0, room), value=NONE).to(self.kinds[0].device)
-        self.several = int(self.owner.max()) > 0
-        self.of_layer = []
-        seen = dict.fromkeys(self.kinds, 0)
-        for kind in shape.layers:
-            self.of_layer.append((self.kinds.index(kind), seen[kind]))
-            seen[kind] += 1
-        self.cache = Cache(layers=[])
-        self._laid(self.before)
-
-    def _laid(self, used: int) -> None:
-        self.cache.layers = [_stored()(*self.banks[bank][layer], used, last=False) for bank, layer in self.of_layer]
-
-    def keep(self, rows: Int[Tensor, " left"]) -> None:
-        """Go on with some rows of the batch."""
-        used = self.cache.get_seq_length()
-        self.banks = [bank[:, :, rows.to(bank.device)] for bank in self.banks]
-        self.owner = self.owner[rows.to(self.owner.device)]
-        self._laid(used)
-
-    def mask(self, queries: int) -> Tensor:
-        """What the next so many columns may see: Int[b, k], or Bool[b, 1, q, k] where a row holds several questions."""
-        used = self.cache.get_seq_length()
-        owner, own = self.owner[:, : used + queries], self.owner[:, used : used + queries]
-        if not self.several:
-            return (owner != NONE).long()
-        columns = torch.arange(used + queries, device=owner.device)
-        before = columns <= columns[used:, None]
-        return ((owner == ALL)[:, None] | (owner[:, None] == own[:, :, None]))[:, None] & before
-
-    def memory(self, row: int, length: int) -> Memory:
-        """What a row of a batch that is padded on the right will be remembered by."""
-        begin = self.before - self.begins[row]
-        return Memory(tuple(bank[:, :, row, :, begin : self.before + length] for bank in self.banks))
-
-
-class _Remembered(Exception):
-    """The last keys and values are there: the rest of a forward would be of no use."""
-
-
-@cache
-def _stored() -> type:
-    """The class of a cache layer that writes into a place kept for it, where a dynamic one copies itself every step."""
-    from transformers.cache_utils import DynamicLayer
-
-    class Stored(DynamicLayer):
-        def __init__(self, keys: Tensor, values: Tensor, used: int, last: bool) -> None:
-            super().__init__()
-            self.place, self.used, self.last = (keys, values), used, last
-            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            end = self.used + key_states.shape[-2]
-            for place, states in zip(self.place, (key_states, value_states), strict=True):
-                place[:, :, self.used : end] = states
-            self.used = end
-            if self.last:
-                raise _Remembered
-            self.keys, self.values = (place[:, :, :end] for place in self.place)
-            return self.keys, self.values
-
-        def get_seq_length(self) -> int:
-            return self.used
-
-    return Stored
-
-
-_SHAPES: WeakKeyDictionary[VisionLanguageModel, _Shape | None] = WeakKeyDictionary()
-
-
-def _shape_of(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
-    """What the model's cache consists of; None if rows see later ones or the cache is no list of keys and values."""
-    if model not in _SHAPES:
-        with model.lock:
-            _SHAPES[model] = _probed(model, prompt)
-    return _SHAPES[model]
-
-
-@torch.no_grad()
-def _probed(model: VisionLanguageModel, prompt: Prompt) -> _Shape | None:
-    """Runs a prompt in four pieces; None if that gives other logits than in one."""
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-
-    whole = model.logits(prompt)[-1].float()
-    found = DynamicCache()
-    first, end = _extent(prompt)
-    borders = sorted({0, first, (first + end) // 2, end, len(prompt)})
-    hidden = torch.zeros(0)
-    for start, stop in zip(borders, borders[1:], strict=False):
-        positions = torch.arange(start, stop, device=model.device)[None]
-        hidden = model.decoder(
-            inputs_embeds=prompt.embeds[None, start:stop], position_ids=positions, past_key_values=found, use_cache=True
-        ).last_hidden_state
-    head = model.unembed.head
-    logits = head(hidden[0, -1].to(head.weight.device))[: len(whole)].float()
-    alike = torch.allclose(logits, whole.to(logits.device), rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
-    layers = [layer for layer in found.layers if type(layer) is DynamicLayer and layer.keys is not None]
-    if not alike or not isinstance(found, Cache) or len(layers) != model.n_layers:
-        return None
-    kinds = [_Layer(layer.keys.device, layer.keys.dtype, layer.keys.shape[1], layer.keys.shape[3]) for layer in layers]
-    same = all(layer.keys.shape == layer.values.shape for layer in layers)
-    per_device = {kind.device for kind in kinds}
-    return _Shape(tuple(kinds)) if same and len(per_device) == len(set(kinds)) else None
-
-
-def _extent(prompt: Prompt) -> tuple[int, int]:
-    """(the first row of the picture, the row after its last)."""
-    rows = prompt.visual.nonzero()[:, 0]
-    return int(rows[0]), int(rows[-1]) + 1
 
 
 # --- which prompts have what in common -------------------------------------------------------------------------------
@@ -414,7 +139,7 @@ class _Unit:
     @property
     def touched(self) -> int:
         """The first row that the plan may change."""
-        first, _ = _extent(self.prompt)
+        first, _ = extent(self.prompt)
         if not all(isinstance(value, MASKED) for value in self.plan):
             return first
         return min((int(self.prompt.spread(_mask_of(value)).int().argmax()) for value in self.plan), default=first)
@@ -438,7 +163,7 @@ class _Unit:
 
 def _picture_of(prompt: Prompt) -> tuple[int, bytes]:
     """Equal for prompts that begin alike: the same picture, after the same text."""
-    _, end = _extent(prompt)
+    _, end = extent(prompt)
     return id(prompt.pixel_values), prompt.ids[:end].cpu().numpy().tobytes()
 
 
@@ -503,7 +228,6 @@ def _entering(
 
 def _answered(
     model: VisionLanguageModel,
-    space: _Space,
     cases: dict[int, Case],
     before: dict[bytes, Memory],
     max_new_tokens: int,
@@ -511,7 +235,7 @@ def _answered(
 ) -> dict[int, str]:
     """Answers to cases whose pictures are remembered at the same time."""
     units = _units(cases)
-    memories = _remembered(model, space, units, before, batch_size)
+    memories = _remembered(model, units, before, batch_size)
     alike: dict[Any, list[tuple[int, list[int]]]] = {}
     for number, unit in enumerate(units):
         # most interventions are over when the picture has run: their questions run together with all others
@@ -529,8 +253,8 @@ def _answered(
             prompts = [[cases[place].prompt for place in places] for _, places in batch]
             gaps = [units[number].gap for number, _ in batch]
             known = [memories[number] for number, _ in batch]
-            with _intervening(model, [units[number].plan if kind else () for number, _ in batch]), space.lent():
-                texts = _decoded(model, space, prompts, known, gaps, max_new_tokens)
+            with _intervening(model, [units[number].plan if kind else () for number, _ in batch]):
+                texts = _decoded(model, prompts, known, gaps, max_new_tokens)
             found |= dict(zip((place for _, places in batch for place in places), texts, strict=True))
     return found
 
@@ -543,7 +267,7 @@ def _together(model: VisionLanguageModel) -> int:
 
 
 def _asked_rows(cases: dict[int, Case], places: Sequence[int]) -> int:
-    return sum(len(cases[place].prompt) - _extent(cases[place].prompt)[1] for place in places)
+    return sum(len(cases[place].prompt) - extent(cases[place].prompt)[1] for place in places)
 
 
 def _units(cases: dict[int, Case]) -> list[_Unit]:
@@ -551,7 +275,7 @@ def _units(cases: dict[int, Case]) -> list[_Unit]:
     for place, case in cases.items():
         shared.setdefault((_picture_of(case.prompt), identity(case.plan)), []).append(place)
     return [
-        _Unit(_cut(cases[places[0]].prompt, _extent(cases[places[0]].prompt)[1]), cases[places[0]].plan, places)
+        _Unit(_cut(cases[places[0]].prompt, extent(cases[places[0]].prompt)[1]), cases[places[0]].plan, places)
         for places in shared.values()
     ]
 
@@ -561,7 +285,7 @@ def _cut(prompt: Prompt, end: int) -> Prompt:
 
 
 def _remembered(
-    model: VisionLanguageModel, space: _Space, units: Sequence[_Unit], before: dict[bytes, Memory], batch_size: int
+    model: VisionLanguageModel, units: Sequence[_Unit], before: dict[bytes, Memory], batch_size: int
 ) -> list[Memory]:
     """Every unit's rows, run on top of what it shares with others."""
     found: dict[int, Memory] = {}
@@ -570,7 +294,7 @@ def _remembered(
     for number, unit in enumerate(units):
         alike.setdefault(tuple(map(signature, unit.plan)), []).append(number)
     for numbers in alike.values():
-        known = {number: _known(model, space, units[number], plain, before) for number in numbers}
+        known = {number: _known(model, units[number], plain, before) for number in numbers}
         # those with as many rows to run together, as nothing is padded then
         numbers = sorted(numbers, key=lambda number: (units[number].rows - len(known[number]), number))
         for start in range(0, len(numbers), batch_size):
@@ -578,19 +302,17 @@ def _remembered(
             plans = [units[number].plan for number in batch]
             prompts, own = [units[number].prompt for number in batch], [known[number] for number in batch]
             with _intervening(model, plans):
-                memories = _extended(model, space, prompts, own, short=not _acts_last(model, plans[0]))
+                memories = _extended(model, prompts, own, short=not _acts_last(model, plans[0]))
             found |= dict(zip(batch, memories, strict=True))
             plain |= {_picture_of(units[number].prompt): found[number] for number in batch if not units[number].plan}
     return [found[number] for number in range(len(units))]
 
 
-def _known(
-    model: VisionLanguageModel, space: _Space, unit: _Unit, plain: dict[Any, Memory], before: dict[bytes, Memory]
-) -> Memory:
+def _known(model: VisionLanguageModel, unit: _Unit, plain: dict[Any, Memory], before: dict[bytes, Memory]) -> Memory:
     """What is remembered already of a unit's rows: the picture as it is, or the text before it."""
     picture = plain.get(_picture_of(unit.prompt)) if unit.plan else None
     if picture is None:
-        picture = _leading(model, space, unit.prompt, before)
+        picture = _leading(model, unit.prompt, before)
     # one row is left to run, so that the plan acts where nothing remains behind what it prunes
     return picture.first(min(unit.touched, len(picture), unit.rows - 1))
 
@@ -601,18 +323,17 @@ def _acts_last(model: VisionLanguageModel, plan: Sequence[Intervention]) -> bool
     return not last or any(layer == last for value in plan for layer, _ in sublayers_of(value, model.n_layers, ""))
 
 
-def _leading(model: VisionLanguageModel, space: _Space, prompt: Prompt, before: dict[bytes, Memory]) -> Memory:
+def _leading(model: VisionLanguageModel, prompt: Prompt, before: dict[bytes, Memory]) -> Memory:
     """What stands before the picture: the same for all pictures."""
-    first, _ = _extent(prompt)
+    first, _ = extent(prompt)
     key = prompt.ids[:first].cpu().numpy().tobytes()
     if key not in before:
-        empty = space.shape.empty()
-        before[key] = _extended(model, space, [_cut(prompt, first)], [empty])[0] if first else empty
+        before[key] = _extended(model, [_cut(prompt, first)], [before[b""]])[0]
     return before[key]
 
 
 def _extended(
-    model: VisionLanguageModel, space: _Space, prompts: Sequence[Prompt], known: Sequence[Memory], short: bool = True
+    model: VisionLanguageModel, prompts: Sequence[Prompt], known: Sequence[Memory], short: bool = True
 ) -> list[Memory]:
     """What is remembered of whole prompts, of whose first rows it is known.
 
@@ -621,30 +342,17 @@ def _extended(
     begins = [len(memory) for memory in known]
     with _entering(model, prompts, begins, "right") as entered:
         new = [len(prompt) - begin for prompt, begin in zip(entered, begins, strict=True)]
-        table = _Table(space, known, [torch.full((length,), ALL) for length in new], "right")
+        table = Table(known, [torch.full((length,), ALL) for length in new], "right")
         table.cache.layers[-1].last = short
         embeds = [prompt.embeds[begin:] for prompt, begin in zip(entered, begins, strict=True)]
         positions = [torch.arange(begin, len(prompt)) for prompt, begin in zip(entered, begins, strict=True)]
-        with suppress(_Remembered):
-            _forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
+        with suppress(Remembered):
+            forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
     return [table.memory(row, length) for row, length in enumerate(new)]
-
-
-def _forward(
-    model: VisionLanguageModel, table: _Table, embeds: Float[Tensor, "b s d"], positions: Int[Tensor, "b s"]
-) -> Float[Tensor, "b s d"]:
-    return model.decoder(
-        inputs_embeds=embeds,
-        attention_mask=table.mask(embeds.shape[1]),
-        position_ids=positions.to(embeds.device),
-        past_key_values=table.cache,
-        use_cache=True,
-    ).last_hidden_state
 
 
 def _decoded(
     model: VisionLanguageModel,
-    space: _Space,
     asked: Sequence[Sequence[Prompt]],
     memories: Sequence[Memory],
     gaps: Sequence[int],
@@ -655,7 +363,7 @@ def _decoded(
         embeds, positions, owners = [], [], []
         questions: list[_Question] = []
         for row, (prompts, gap) in enumerate(zip(asked, gaps, strict=True)):
-            ends = [_extent(prompt)[1] for prompt in prompts]
+            ends = [extent(prompt)[1] for prompt in prompts]
             new = [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
             embeds.append(torch.cat([prompt.embeds[end:] for prompt, end in zip(prompts, ends, strict=True)]))
             positions.append(
@@ -666,8 +374,8 @@ def _decoded(
                 # the last of its rows, counted from the end, as padding stands before
                 questions.append(_Question(row, number, -1 - sum(new[number + 1 :]), len(prompt) - gap))
         room = (max_new_tokens - 1) * max(map(len, asked))
-        table = _Table(space, memories, owners, "left", room)
-        hidden = _forward(model, table, side_by_side(embeds, "left"), side_by_side(positions, "left"))
+        table = Table(memories, owners, "left", room)
+        hidden = forward(model, table, side_by_side(embeds, "left"), side_by_side(positions, "left"))
         ids = _greedy(model, table, hidden, questions, max_new_tokens)
     return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -685,7 +393,7 @@ class _Question(NamedTuple):
 
 def _greedy(
     model: VisionLanguageModel,
-    table: _Table,
+    table: Table,
     hidden: Float[Tensor, "b s d"],
     questions: Sequence[_Question],
     max_new_tokens: int,
@@ -729,7 +437,7 @@ def _greedy(
             owner[place, column] = questions[index].number
         used = table.cache.get_seq_length()
         table.owner[:, used : used + owner.shape[1]] = owner.to(table.owner.device)
-        hidden = _forward(model, table, embedding(ids.to(model.device)), positions)
+        hidden = forward(model, table, embedding(ids.to(model.device)), positions)
     return written
 
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from embedlens.arms import BASELINE, SEEDS, Arm, Plan
 from embedlens.codebook import Codebook, checked_budget
 from embedlens.cues import Features, attended, attention_of, features_of
 from embedlens.engine import intervene
@@ -30,7 +31,7 @@ from embedlens.groups import Reference, token_groups_of
 from embedlens.interventions import LeaveAt, Prune
 from embedlens.patches import PatchGrid
 from embedlens.pruners import CODEBOOK, FASTV_LAYER, Context, Pruner, keep_highest, prune, usable
-from embedlens.sweep import BASELINE, SEEDS, Arm, Plan, run_arms
+from embedlens.sweep import run_arms
 from embedlens.tasks import Item
 
 if TYPE_CHECKING:

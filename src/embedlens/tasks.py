@@ -70,15 +70,10 @@ def _character(scene: Scene, rng: random.Random) -> Question | None:
     return question if question and question.kind == "character" else None
 
 
-def _heldout_word(scene: Scene, rng: random.Random) -> Question | None:
+def _word(scene: Scene, rng: random.Random, heldout: bool) -> Question | None:
     question = language.ask_text(scene, rng)
-    return question if question and scenes.is_heldout_word(question.answer) else None
-
-
-def _trained_word(scene: Scene, rng: random.Random) -> Question | None:
-    question = language.ask_text(scene, rng)
-    known = question and question.kind == "word" and not scenes.is_heldout_word(question.answer)
-    return question if known else None
+    fits = question and question.kind == "word" and scenes.is_heldout_word(question.answer) == heldout
+    return question if fits else None
 
 
 @cache
@@ -122,12 +117,12 @@ KINDS: dict[str, Kind] = {
     "relation": Kind(language.ask_relation, ("left", "right", "above", "below")),
     "box": Kind(language.ask_box),
     "character": Kind(_character, tuple(sprites.LETTERS + sprites.DIGITS), words=1.0),
-    "word": Kind(_heldout_word, words=1.0),
+    "word": Kind(partial(_word, heldout=True), words=1.0),
     "one_patch": Kind(language.ask_object, NAMES, alone=True),
     # a kind's place decides its pictures: new ones go to the end
     "presence": Kind(partial(language.ask_existence, family="general"), ("yes", "no")),
     "choice": Kind(language.ask_choice, tuple("ABCD")),
-    "trained_word": Kind(_trained_word, words=1.0),
+    "trained_word": Kind(partial(_word, heldout=False), words=1.0),
     "pope_random": Kind(partial(_pope, absent="random"), ("yes", "no")),
     "pope_popular": Kind(partial(_pope, absent="popular"), ("yes", "no")),
     "pope_adversarial": Kind(partial(_pope, absent="adversarial"), ("yes", "no")),
@@ -211,15 +206,10 @@ def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1)
     >>> [item.question.kind for item in family_questions("ocr", n=4)]
     ['character', 'character', 'trained_word', 'word']
     """
-    if family not in FAMILIES:
-        raise EmbedLensError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
-    kinds = [kind for metric in FAMILIES[family] for kind in metric.kinds]
-    if n < len(kinds):
-        raise EmbedLensError(f"n is {n}: {family} has {len(kinds)} kinds of questions, ask at least one of each")
     return [
         Item(sample, replace(question, kind=kind, family=cast(language.Family, family)))
-        for place, kind in enumerate(kinds)
-        for sample, question in questions(kind, n // len(kinds) + (place < n % len(kinds)), seed, scale)
+        for kind, count in _shares(family, n).items()
+        for sample, question in questions(kind, count, seed, scale)
     ]
 
 
@@ -265,13 +255,19 @@ def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     )
 
 
-def _quotas(family: str, n: int) -> Quotas:
+def _shares(family: str, n: int) -> dict[str, int]:
+    """How many of `n` questions are of each kind."""
+    if family not in FAMILIES:
+        raise EmbedLensError(f"unknown family {family!r}: use one of {', '.join(FAMILIES)}")
     kinds = [kind for metric in FAMILIES[family] for kind in metric.kinds]
     if n < len(kinds):
         raise EmbedLensError(f"n is {n}: {family} has {len(kinds)} kinds of questions, ask at least one of each")
+    return {kind: n // len(kinds) + (place < n % len(kinds)) for place, kind in enumerate(kinds)}
+
+
+def _quotas(family: str, n: int) -> Quotas:
     quotas: Quotas = {}
-    for place, kind in enumerate(kinds):
-        of_kind = n // len(kinds) + (place < n % len(kinds))
+    for kind, of_kind in _shares(family, n).items():
         answers = KINDS[kind].answers or ("",)
         share, rest = divmod(of_kind, len(answers))
         quotas[kind] = Counter({answer: share + (number < rest) for number, answer in enumerate(answers)})
@@ -357,14 +353,6 @@ def box_score(item: Item, prediction: str, frame: str = "padded") -> float:
     return float(predicted is not None and iou(predicted, wanted) >= 0.5)
 
 
-def perfect_in_original(items: Sequence[Item]) -> float:
-    """What an answerer of perfect padded boxes gets if they are read in the frame of the original picture."""
-    asked = [item for item in items if item.question.kind == "box"]
-    if not asked:
-        raise EmbedLensError("no question asks for a box: pass items of the grounding family")
-    return sum(box_score(item, item.question.answer, "original") for item in asked) / len(asked)
-
-
 def score(question: Question, prediction: str) -> float:
     """1 for the right answer, else 0: exact words (case and a final stop ignored), or IoU of at least 0.5 for a box."""
     if question.kind == "box":
@@ -396,23 +384,21 @@ def evaluate(
         raise EmbedLensError("swapping pictures needs at least two items")
     shift = len(items) // 2 if swap else 0
     shown = [items[(i + shift) % len(items)].sample for i in range(len(items))]
-    rows = []
+    texts: list[str] = []
     for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        pictures = [sample.image for sample in shown[start : start + batch_size]]
-        prompts = model.prompts(pictures, [item.question.text for item in batch])
-        predictions, _ = memory.halving(partial(model.answers, prompts, ANSWER_TOKENS), batch_size)
-        for item, sample, prediction in zip(batch, shown[start:], predictions, strict=False):
-            rows.append(
-                {
-                    "id": sample.id,
-                    "question": item.question.text,
-                    "answer": item.question.answer,
-                    "prediction": prediction,
-                    "correct": score(item.question, prediction),
-                }
-            )
-    return pd.DataFrame(rows)
+        part = slice(start, start + batch_size)
+        prompts = model.prompts([sample.image for sample in shown[part]], [item.question.text for item in items[part]])
+        texts += memory.halving(partial(model.answers, prompts, ANSWER_TOKENS), batch_size)[0]
+    return pd.DataFrame(
+        {
+            "id": sample.id,
+            "question": item.question.text,
+            "answer": item.question.answer,
+            "prediction": text,
+            "correct": score(item.question, text),
+        }
+        for item, sample, text in zip(items, shown, texts, strict=True)
+    )
 
 
 def said_yes(prediction: str) -> bool:
@@ -482,15 +468,3 @@ def family_scores(table: pd.DataFrame) -> dict[str, float]:
     """
     found = {family: sum(parts.values()) / len(parts) for family, parts in metric_scores(table).items()}
     return found | ({"Avg": sum(found.values()) / len(found)} if len(found) == len(FAMILIES) else {})
-
-
-def f1(answers: Sequence[str], predictions: Sequence[str]) -> float:
-    """POPE's F1: "yes" is the positive class; 0 if nothing is rightly found.
-
-    >>> f1(["yes", "no"], ["yes", "yes"])
-    0.6666666666666666
-    """
-    positive = sum(answer == "yes" for answer in answers)
-    said = sum(prediction == "yes" for prediction in predictions)
-    both = sum(a == p == "yes" for a, p in zip(answers, predictions, strict=True))
-    return 2 * both / (positive + said) if positive + said else 0.0

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from embedlens import stats
-from embedlens.prefix import Case, asked_of
+from embedlens.prefix import Case
 from embedlens.prefix import answers as answered
 from embedlens.samples import Sample
 from embedlens.stats import Estimate
@@ -45,7 +45,7 @@ def answers(model: VisionLanguageModel, batch: Sequence[Sample]) -> list[list[di
     """
     prompts = model.prompts([sample.image for sample in batch], [sample.questions[0].text for sample in batch])
     asked = [
-        (prompt, *asked_of(model, prompt, [question.text for question in sample.questions[1:]]))
+        (prompt, *(model.asked(prompt, question.text) for question in sample.questions[1:]))
         for prompt, sample in zip(prompts, batch, strict=True)
     ]
     predictions = iter(answered(model, [Case(one) for own in asked for one in own], ANSWER_TOKENS, len(batch)))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.measures.labels import QUESTION, label_ids
-from embedlens.prefix import Case, answers, asked_of
+from embedlens.prefix import Case, answers
 from embedlens.samples.miniworld.sprites import COLOURS
 from embedlens.samples.patchbench import (
     AXES,
@@ -85,7 +85,11 @@ def ask(
         images, own = zip(*asked[start : start + batch_size], strict=True)
         texts = [[question.text for _, _, question in row] for row in own]
         firsts = model.prompts(images, [first for first, *_ in texts])
-        prompts = [p for p, (_, *more) in zip(firsts, texts, strict=True) for p in (p, *asked_of(model, p, more))]
+        prompts = [
+            prompt
+            for first, (_, *more) in zip(firsts, texts, strict=True)
+            for prompt in (first, *(model.asked(first, question) for question in more))
+        ]
         said += answers(model, [Case(prompt) for prompt in prompts], ANSWER_TOKENS, together)
     return pd.DataFrame(
         {
