@@ -151,6 +151,8 @@ def front_page_and_search(html, front):
     preview = {tag["property"]: tag["content"] for tag in front.find_all("meta", property=True)}
     assert (html / "book" / preview["og:image"]).resolve().is_file()
     assert (html / "book" / front.find("link", rel="icon")["href"]).resolve().is_file()
+    shared = BeautifulSoup((html / "index.html").read_text(encoding="utf-8"), "html.parser")
+    assert (html / shared.find("meta", property="og:image")["content"]).is_file()
     index = (html / "searchindex.js").read_text(encoding="utf-8")
     for stem in ("norm", "imag", "cosin", "prune"):
         assert re.search(rf'"{stem}": (\d+|\[[\d, ]+\])', index), f"the search does not know {stem}"
