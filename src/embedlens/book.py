@@ -334,7 +334,7 @@ def build(
             notebook = cleaned(merged(notebook, read(runs[page])) if page in runs else notebook)
             write(folded(notebook), source / page)
             faults += run_faults(notebook, str(page))
-        completed(source)
+        completed(source, pages(source))
         demand(faults + glue_faults(source, pages(source)))
 
         html, old, told = folder / "html", folder / "html.old", folder / "html.digest"
