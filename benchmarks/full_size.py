@@ -21,10 +21,11 @@ from torch import Tensor
 
 import embedlens as el
 from benchmarks.measure import spread, timed
-from embedlens import claims, memory, sweep, tasks
+from embedlens import memory, records, sweep, tasks
 from embedlens.groups import TokenGroups
-from embedlens.released import RELEASED
-from embedlens.vlm import DTYPES, QUESTION, VisionLanguageModel
+from embedlens.loading import DTYPES
+from embedlens.released import configs
+from embedlens.vlm import QUESTION, VisionLanguageModel
 
 SHARE = 0.33  # of the visual tokens that is pruned: what the paper calls dead
 QUESTIONS = 2  # of each family, in the sweep
@@ -77,8 +78,8 @@ def measured(config: Any, dtype: str, device: str, repeats: int = 5) -> dict[str
         peak = torch.cuda.max_memory_allocated() / memory.GIB if device.startswith("cuda") else None
         found[name] = {"seconds": spread(seconds), "peak GiB": None if peak is None else round(peak, 2)}
     return {
-        "machine": claims.machine(),
-        "versions": claims._versions(),
+        "machine": records.machine(),
+        "versions": records.versions(),
         "parameters": sum(parameter.numel() for parameter in model.hf.parameters()),
         "dtype": dtype,
         "device": "GPU" if device.startswith("cuda") else "CPU",
@@ -120,7 +121,7 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("PyTorch sees no CUDA GPU, so nothing is measured: run this where there is one")
-    found = measured(RELEASED[0].config, given.dtype, "cuda")
+    found = measured(configs()["llava-hf/llava-1.5-7b-hf"], given.dtype, "cuda")
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 

@@ -119,7 +119,7 @@ def circumstances(threads: int) -> dict[str, Any]:
     """The machine, without its name; the versions; and how busy the machine was before the first measurement."""
     import torch
 
-    from embedlens.claims import machine
+    from embedlens.records import machine
 
     return {
         "machine": machine(),

@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.measure import compared, in_fresh_process, operations, timed
 from embedlens import load, samples
-from embedlens.redundancy import Protocol, describing, readings_of, window
+from embedlens.readings import Protocol, describing
+from embedlens.redundancy import readings_of, window
 from embedlens.vlm import Prompt, VisionLanguageModel
 
 OURS, BARE, FULL = "readings_of", "one forward a reading", "one call a reading, as released"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.measure import compared, in_fresh_process, peak_extra_bytes, rounded, timed
 from embedlens import EmbedLens
-from embedlens.vlm import DTYPES
+from embedlens.loading import DTYPES
 
 OURS, BARE, FULL = "EmbedLens.topk", "bare product", "as released"
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from embedlens.measures.labels import largest_object, named_patches
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 import embedlens as el
 from embedlens import figures, redundancy
-from embedlens.labels import largest_object, named_patches
 
 FOLDER = Path(__file__).parent / "_static"
 FILES = {"hero.png": (figures.WIDTH, 3.1, 13, "named\nblack one: "), "hero_phone.png": (4.3, 2.45, 10.5, "named\n")}

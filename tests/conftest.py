@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def tiny(tiny_folder):
     from embedlens import load
 
     return load(tiny_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def twin_of(tmp_path_factory):
+    """Repository id → (folder, model) of its twin, written and loaded once a process. Read only."""
+    from twins import save_twin
+
+    from embedlens import load
+
+    @cache
+    def made(name: str):
+        folder = save_twin(tmp_path_factory.mktemp("twins") / name, name)
+        return folder, load(folder, device="cpu")
+
+    return made
 
 
 @pytest.fixture(scope="session")

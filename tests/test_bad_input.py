@@ -22,7 +22,7 @@ from PIL import Image
 
 from embedlens import EmbedLensError, __main__, open_picture, run
 from embedlens.book import BookError
-from embedlens.labels import label_hits
+from embedlens.measures.labels import label_hits
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
 
@@ -274,7 +274,7 @@ def ended_by(error: BaseException, monkeypatch) -> None:
     def fails() -> None:
         raise error
 
-    monkeypatch.setattr("embedlens.released.size_lines", fails)
+    monkeypatch.setattr("embedlens.released.sizes", fails)
     monkeypatch.setattr(sys, "argv", ["embedlens", "models"])
     __main__.main()
 

@@ -526,3 +526,38 @@ def test_a_chapter_runs_in_this_python_from_any_path_and_without_a_home(checkout
     (cell,) = (c for c in book.read(runs[Path("notebooks/02_second.ipynb")])["cells"] if c["cell_type"] == "code")
     assert cell["outputs"][0]["text"].strip() == sys.executable
     assert files(home) == before
+
+
+@pytest.mark.slow
+def test_a_chapter_that_was_killed_goes_on_from_what_its_studies_had_measured_and_writes_the_same(checkout):
+    """The chapter is as any other: nothing in it knows of folders, chunks or a kill."""
+    calls = checkout.parent / "calls"
+    measure = "\n".join(
+        [
+            "import embedlens as el, os, pathlib, signal",
+            "def study(model, batch):",
+            f"    calls = pathlib.Path({str(calls)!r})",
+            "    with calls.open('a') as file:",
+            "        file.write(f'{batch[0].id} ')",
+            "    if len(calls.read_text().split()) == 3:",
+            "        os.kill(os.getpid(), signal.SIGKILL)",
+            "    return [{'mean': float(model.prompt(one.image, 'What?').embeds.mean())} for one in batch]",
+            "table = el.run(study, el.load('miniature', device='cpu'), el.samples.load(n=6), batch_size=2)",
+            "print(table.to_json(double_precision=15))",
+        ]
+    )
+    page = checkout / "notebooks/02_second.ipynb"
+    rewrite(page, lambda notebook: notebook["cells"][1].update(source=measure))
+    with pytest.raises(book_runs.ChapterFailed, match="its kernel was killed in cell"):
+        book.executed(checkout, ["02"], say=quiet)
+    assert list((checkout / "_build/runs").rglob("*.rows"))
+
+    def printed():
+        (run,) = book.executed(checkout, ["02"], say=quiet).values()
+        return book.read(run)["cells"][1]["outputs"][0]["text"]
+
+    found = printed()
+    assert calls.read_text().split() == ["0", "2", "4", "4"]  # the chunk in flight alone was lost
+    assert not list((checkout / "_build/runs").rglob("*.rows"))
+    shutil.rmtree(checkout / "_build")
+    assert printed() == found and len(calls.read_text().split()) == 7

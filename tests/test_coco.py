@@ -366,9 +366,9 @@ def test_a_study_goes_on_over_pictures_that_are_missing_resized_or_damaged(folde
 
 def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
     """What `run` does for studies, for what reads its pictures itself: calibration, lenses, partners."""
-    from embedlens.chapters import other_models
     from embedlens.groups import discover
-    from embedlens.labels import label_hits
+    from embedlens.measures import anatomy
+    from embedlens.measures.labels import label_hits
 
     files = sorted((folder / "val2017").iterdir())
     whole = sorted(samples.load(f"coco:{folder}", n=6), key=key)
@@ -391,7 +391,7 @@ def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
     with pytest.warns(UserWarning, match=one):
         assert discover(tiny, remaining()).n_pictures == 4
     with pytest.warns(UserWarning, match=one), pytest.warns(UserWarning, match="1 of 3 pictures cannot be read"):
-        study = other_models.study_of(tiny, remaining(), [whole[0], *remaining()[1:2], whole[2]])
+        study = anatomy.study_of(tiny, remaining(), [whole[0], *remaining()[1:2], whole[2]])
     assert len(study.keywords["partners"]) == 2
 
     for file in (folder / "val2017").iterdir():

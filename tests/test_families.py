@@ -31,7 +31,9 @@ from embedlens import (
     SkipSublayers,
     families,
     intervene,
+    prompts,
 )
+from embedlens.checks import check
 from embedlens.groups import discover, token_groups_of
 from embedlens.measures.patch_reading import canvas_of
 from embedlens.measures.readout import random_projector
@@ -84,10 +86,8 @@ class Stock:
 class Case:
     """A twin on disk, wrapped and stock."""
 
-    def __init__(self, name: str, folder) -> None:
-        self.twin, self.sizes = TWINS[name], TWINS[name].sizes
-        self.folder = save_twin(folder / name, name)
-        self.model = el.load(self.folder, device="cpu")
+    def __init__(self, name: str, folder, model) -> None:
+        self.twin, self.sizes, self.folder, self.model = TWINS[name], TWINS[name].sizes, folder, model
         self.family = self.model.family.__name__.rpartition(".")[2]
         self.cuts = "own" in self.model.family.PREPROCESSINGS
         # The first is the default. Twins of one family cut alike, so one of them shows the other ways.
@@ -103,8 +103,8 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=TWINS)
-def case(request, tmp_path_factory):
-    return Case(request.param, tmp_path_factory.mktemp("families"))
+def case(request, twin_of):
+    return Case(request.param, *twin_of(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,7 @@ def test_every_visual_token_has_a_patch_and_every_patch_a_token(case):
         assert int(prompt.visual.sum()) == len(prompt.grid) == sum(map(len, views))
         assert len(prompt.grid) == prompt.grid.rows * prompt.grid.cols
         grids.add(tuple((view.rows, view.cols) for view in views))
+        assert_close(case.model.visual_features_of([prompt.image])[0], prompt.embeds[prompt.visual], **CLOSE)
         text = prompt.text & (prompt.ids != case.model.family.image_token_id(case.model.hf))
         assert torch.equal(prompt.embeds[text], case.model.input_embeddings[prompt.ids[text]])
     if case.cuts:
@@ -245,12 +246,11 @@ def test_pixels_that_lie_elsewhere_than_the_grid_says_are_refused(case, monkeypa
         "other colours": lambda image: Image.merge("RGB", image.split()[::-1]),
     }
     for model in case.ways:
-        shown = type(model)._shown
         for name, wrong in wrongs.items():
             told = f"under '{model.preprocessing}' its .* take preprocessor_config.json from"
             with monkeypatch.context() as patch, pytest.raises(EmbedLensError, match=told):
-                patch.setattr(model, "_shown", lambda picture, m=model, s=shown, w=wrong: w(s(m, picture)))
-                model._check()
+                patch.setattr(prompts, "shown", lambda m, picture, s=prompts.shown, w=wrong: w(s(m, picture)))
+                check(model)
                 pytest.fail(name)
 
 
@@ -281,24 +281,14 @@ def test_a_large_picture_is_cut_as_all_its_pixels_would_be(case, monkeypatch):
     for model in case.ways:
         seen = []
         for largest in (10**6, 400):
-            for module in ("vlm", "families.llava", "pictures"):
+            for module in ("prompts", "families.llava", "pictures"):
                 monkeypatch.setattr(f"embedlens.{module}.LARGEST", largest)
             seen.append(model.prompt(large, QUESTION))
         whole, shrunk = seen
         assert torch.equal(whole.ids, shrunk.ids)
         assert_close(shrunk.grid.boxes, whole.grid.boxes, rtol=0, atol=2)  # of 420 px; sides are whole pixels
         assert (whole.pixel_values - shrunk.pixel_values).abs().mean() < 0.1
-        assert model._shown(large).size != (420, 300)
-
-
-def test_visual_features_are_what_the_prompt_carries(case):
-    rows = case.model.visual_features_of([prompt.image for prompt in case.prompts])
-    for features, prompt in zip(rows, case.prompts, strict=True):
-        assert_close(features, prompt.embeds[prompt.visual], **CLOSE)
-    if not case.cuts:
-        return
-    with pytest.raises(EmbedLensError, match="visual tokens, which cannot be stacked: call visual_features_of"):
-        case.model.visual_features([prompt.image for prompt in case.prompts])
+        assert prompts.shown(model, large).size != (420, 300)
 
 
 def test_tower_states_are_in_the_order_of_the_visual_tokens(case):
@@ -544,11 +534,6 @@ def test_drawn_pictures_can_put_their_content_into_one_patch(model):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_preprocessing_is_refused_with_those_there_are(case):
-    with pytest.raises(EmbedLensError, match="unknown preprocessing 'pad': choose one of letterbox, centre-crop, str"):
-        el.load(case.folder, device="cpu", preprocessing="pad")
-
-
 def test_a_preprocessing_that_llava_does_not_have_is_refused(tiny_folder):
     with pytest.raises(EmbedLensError, match="unknown preprocessing 'own': choose one of letterbox, centre-crop, stre"):
         el.load(tiny_folder, device="cpu", preprocessing="own")
@@ -609,7 +594,7 @@ def test_every_family_says_what_it_cannot_do_and_was_tested_with_this_version():
     assert {name for family in families.FAMILIES for name in family.EXAMPLES} == {*TWINS, *SIBLINGS}
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", BY_FAMILY.values())
 def test_a_small_checkpoint_does_not_depend_on_what_ran_before(name, tmp_path):
     from safetensors.torch import load_file
 

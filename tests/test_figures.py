@@ -1,11 +1,11 @@
 """The book's one style: looks that can be told apart, words that cover nothing, names that do not collide."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from embedlens import figures
-from embedlens.intervals import Interval
 from embedlens.patches import Frame, PatchGrid
 
 
@@ -43,12 +43,20 @@ def test_names_at_the_ends_of_lines_are_kept_apart_and_inside(axes, ends):
     assert min(np.diff(heights)) >= 0.1 - 1e-9 and heights[0] >= 0 and heights[-1] <= 1
 
 
-def test_a_curve_has_its_interval_as_a_band(axes):
-    value = np.array([0.2, 0.4, 0.3])
-    figures.layer_curve(axes, value, value - 0.1, value + 0.1, "EmbedLens", figures.LENSES["EmbedLens"])
-    (line,), (band,) = axes.get_lines(), axes.collections
-    assert line.get_ydata().tolist() == value.tolist()
-    assert band.get_paths()[0].get_extents().y0 == pytest.approx(0.1)
+def test_curves_have_their_intervals_as_bands_and_differ_without_colour(axes):
+    curve = pd.DataFrame({"layer": [0, 1] * 2, "of": ["a", "a", "b", "b"], "value": [0.2, 0.4, 0.1, 0.3]})
+    figures.bands(axes, curve.assign(low=curve.value - 0.1, high=curve.value + 0.1), x="layer", hue="of")
+    first, second = axes.get_lines()
+    assert first.get_ydata().tolist() == [0.2, 0.4] and second.get_ydata().tolist() == [0.1, 0.3]
+    assert first.get_marker() != second.get_marker() and first.get_linestyle() != second.get_linestyle()
+    assert [band.get_paths()[0].get_extents().y0 for band in axes.collections] == pytest.approx([0.1, 0.0])
+
+
+def test_points_stand_in_rows_with_their_intervals(axes):
+    found = pd.DataFrame({"arm": ["x", "y"], "value": [0.5, 0.25], "low": [0.25, 0.25], "high": [0.75, 0.5]})
+    figures.points(axes, found, y="arm")
+    assert [tuple(np.ravel(line.get_xydata())) for line in axes.get_lines()[::3]] == [(0.5, 0.0), (0.25, 1.0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["x", "y"]
 
 
 def test_a_figure_says_which_kind_of_result_it_shows(axes):
@@ -93,28 +101,6 @@ def test_a_picture_drawn_twice_keeps_its_layout_without_a_warning(recwarn):
     for _ in range(2):  # saving a figure without a layout engine once gives it the style's engine
         figure.savefig(io.BytesIO(), bbox_inches="tight")
     assert not [str(warning.message) for warning in recwarn if "gridspec" in str(warning.message)]
-
-
-def shares(*rows):
-    return [Interval(*(np.array(part) for part in row)) for row in rows]
-
-
-@pytest.mark.parametrize("along", ["x", "y"])
-def test_dots_stand_at_their_values_with_their_intervals(axes, along):
-    found = shares((0.5, 0.25, 0.75), (0.25, 0.25, 0.5))
-    figures.dots(axes, np.array([3.0, 4.0]), found, figures.Look("#000000", "s"), "seen", along)
-    line = axes.get_lines()[0]
-    values, places = (line.get_ydata(), line.get_xdata()) if along == "y" else (line.get_xdata(), line.get_ydata())
-    assert values.tolist() == [0.5, 0.25] and places.tolist() == [3.0, 4.0]
-    assert figures.reach(found[0]).tolist() == [0.25, 0.25] and figures.reach(found[1]).tolist() == [0.0, 0.25]
-
-
-def test_bars_name_their_shares_in_order_from_the_top(axes):
-    found = dict(zip(("first", "second"), shares((0.5, 0.25, 0.75), (0.125, 0.0, 0.25)), strict=True))
-    figures.interval_bars(axes, found, dict.fromkeys(found, figures.Look("#009E73", "o")))
-    assert [patch.get_width() for patch in axes.patches] == [0.5, 0.125]
-    assert [text.get_text() for text in axes.texts] == ["50%", "12%"]
-    assert axes.yaxis_inverted() and [label.get_text() for label in axes.get_yticklabels()] == list(found)
 
 
 def test_stacked_parts_of_a_whole_lie_end_to_end(axes):

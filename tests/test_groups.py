@@ -46,7 +46,7 @@ def with_every_group(tiny, prompts, reference) -> Reference:
     """A reference under which each group has some tokens, so that the partition is put to the test."""
     lens = EmbedLens.from_model(tiny)
     tokens = torch.cat([prompt.embeds[prompt.visual] for prompt in prompts])
-    norms = tiny.tower_states(prompts)[:, -1].norm(dim=-1)
+    norms = torch.stack(tiny.tower_states_of(prompts))[:, -1].norm(dim=-1)
     stream = tiny.hidden_states(prompts[0])[1]
     return replace(
         reference,
@@ -144,7 +144,7 @@ def test_membership_equals_its_definition(tiny, prompts, reference):
     expected = [several.dead_id in row.topk(3).indices.tolist() for row in cosines]
     groups = token_groups(tiny, prompts[0], several)
     assert groups.met["dead"].tolist() == expected and any(expected)
-    norms = tiny.tower_states(prompts[:1])[0, -1].norm(dim=-1)
+    norms = torch.stack(tiny.tower_states_of(prompts[:1]))[0, -1].norm(dim=-1)
     assert groups.met["ViT sink"].tolist() == (norms > several.vit_norm).tolist()
     assert not near_word(tokens, EmbedLens.from_model(tiny), None).any()
 

@@ -13,13 +13,15 @@ import embedlens
 
 MODULES = ["errors", "pictures", "patches", "families", "vlm", "words", "lenses", "probe", "__main__"]
 # Lowest floor first; a module imports only from floors below its own.
-FLOORS = {"errors": -1, "stats": 0, "rules": 0, "address": -1, "model_names": -1, "pictures": -0.5, "intervals": 0}
+FLOORS = {"errors": -1, "stats": 0, "rules": 0, "model_names": -1, "pictures": -0.5}
 FLOORS |= {"patches": 0, "words": 0, "samples": 0, "book_rules": -0.3, "book_runs": -0.2, "book": 0, "printed": 0}
-FLOORS |= {"families": 1, "launch": 1, "vlm": 1.5, "memory": 2, "sizes": 3.1, "parameters": 3.1}
-FLOORS |= {"lenses": 2, "tracing": 2, "interventions": 2, "prefix": 2.5, "released": 3}
-FLOORS |= {"clusters": 3, "labels": 3, "tasks": 3, "redundancy": 3, "codebook": 3.1, "paired": 3.2}
-FLOORS |= {"groups": 3.5, "sweep": 3.6, "pruners": 3.8, "measures": 3.9, "claims": 4, "study": 4}
-FLOORS |= {"lmms": 4.1, "figures": 5, "lmms_model": 5, "probe": 6, "chapters": 6.2, "studies": 6.5}
+FLOORS |= {"families": 1, "launch": 1, "prompts": 1.2, "checks": 1.3, "vlm": 1.5, "loading": 1.6}
+FLOORS |= {"memory": 2, "parameters": 3.1, "released": 3, "interventions": 1, "processes": 0}
+FLOORS |= {"lenses": 2, "tracing": 2, "cues": 2.2, "engine": 2.1, "prefix": 2.5}
+FLOORS |= {"clusters": 3, "tasks": 3, "readings": 2.5, "redundancy": 3, "codebook": 3.1, "paired": 3.2, "kept": 3}
+FLOORS |= {"groups": 3.5, "sweep": 3.6, "pruners": 3.7, "pruner_arms": 3.8, "measures": 3.9, "records": 3.95}
+FLOORS |= {"claims": 4, "study": 4, "lmms": 4.1, "figures": 5, "lmms_model": 5, "probe": 6, "studies": 6.5}
+FLOORS |= {"attention_maps": 2.1, "context": 2.1, "explorer": 6, "book_pages": -0.1}
 
 
 def seconds(code: str) -> float:

@@ -660,4 +660,3 @@ def test_silenced_text_answers_in_a_sweep_as_alone(tiny):
         alone = [tiny.answer(prompt, 4) for prompt in prompts]
     assert found == [*(tiny.answer(prompt, 4) for prompt in prompts), *alone]
     assert found[:2] != alone
-

@@ -19,9 +19,9 @@ from embedlens.clusters import (
 )
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups
-from embedlens.labels import QUESTION
 from embedlens.lenses import EmbedLens
 from embedlens.measures.clusters import by_group, cluster_study
+from embedlens.measures.labels import QUESTION
 
 
 @pytest.fixture(scope="module")

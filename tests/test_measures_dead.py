@@ -161,7 +161,7 @@ def test_rows_are_what_one_picture_after_the_other_gives(tiny, pictures, referen
         assert of("stream", "dead", "aligned_removed") == pytest.approx(removed, abs=1e-4)
         logits = tiny.logits(prompt)[prompt.visual][chosen]
         assert of("picture", "dead", "entropy") == pytest.approx([float(entropy(logits).mean())], abs=1e-3)
-        tower = tiny.tower_states([prompt])[0][:, chosen]
+        tower = torch.stack(tiny.tower_states_of([prompt]))[0][:, chosen]
         assert of("tower", "dead", "norm") == pytest.approx(tower.norm(dim=-1).mean(-1).tolist(), rel=1e-5)
         assert of("tower", "dead", "norm_l1") == pytest.approx(tower.abs().sum(-1).mean(-1).tolist(), rel=1e-5)
         nearest = EmbedLens.from_model(tiny).words(prompt.embeds[prompt.visual][chosen], 1)
@@ -197,7 +197,7 @@ def test_a_group_without_tokens_has_no_rows_and_nothing_is_nan_that_is_there(tin
 
 def test_a_dead_word_stands_only_if_both_halves_of_the_pictures_have_tokens_near_it(tiny, pictures, reference):
     assert checked(tiny, [pictures[3]], reference) is reference
-    lens, tokens = EmbedLens.from_model(tiny), tiny.visual_features([picture.image for picture in pictures])
+    lens, tokens = EmbedLens.from_model(tiny), torch.stack(tiny.visual_features_of([p.image for p in pictures]))
     seen = set(lens.topk(tokens, 3)[1].flatten().tolist())
     absent = next(index for index in range(len(tiny.tokens)) if index not in seen)
     assert checked(tiny, pictures, replace(reference, dead_id=absent)).dead_id is None
@@ -212,7 +212,7 @@ def test_halves_are_disjoint_and_both_are_selected_on():
 
 
 def test_likeness_is_measured_on_the_half_that_did_not_choose(tiny, pictures, reference, shared):
-    tokens = tiny.visual_features([pictures[3].image])[0].float()
+    tokens = tiny.visual_features_of([pictures[3].image])[0].float()
     words = {}
     for chosen, rest in halves(tiny.width, splits=1):
         lens = EmbedLens(tiny.input_embeddings[:, chosen], tiny.tokens)

@@ -78,7 +78,7 @@ def test_every_arm_begins_at_the_shipped_weights(own, sample):
     base.set_attn_implementation("eager")
     arms = entry.Arms(base, SHORT, 0)
     with torch.no_grad():
-        seen = own.tower_states([prompt])[:, own.feature_layer]
+        seen = torch.stack(own.tower_states_of([prompt]))[:, own.feature_layer]
         logits = arms.head(arms.arms["0"](seen, row(prompt)))[0]
     torch.testing.assert_close(logits[:, : own._n_rows], own.logits(prompt), atol=2e-4, rtol=1e-3)
 
@@ -93,7 +93,7 @@ def test_a_saved_adapter_runs_as_it_was_trained(own, sample, tmp_path, layer):
         prompt = own.prompt(sample.image, "What is this?")
         ran = own.logits(prompt)
     with torch.no_grad():
-        seen = own.tower_states([prompt])[:, own.feature_layer]
+        seen = torch.stack(own.tower_states_of([prompt]))[:, own.feature_layer]
         trained = arms.head(arms.arms[str(layer)](seen, row(prompt)))[0, :, : own._n_rows]
     text = ~prompt.visual
     assert (ran - plain)[text].abs().max() > 0.1

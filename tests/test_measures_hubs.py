@@ -119,6 +119,6 @@ def test_the_hubness_of_a_models_tokens_has_no_holes(tiny):
     from embedlens import samples
 
     pictures = [sample.image for sample in samples.load("miniworld", n=2)]
-    found = hubness(EmbedLens.from_model(tiny), tiny.visual_features(pictures), k=5, repeats=2)
+    found = hubness(EmbedLens.from_model(tiny), torch.stack(tiny.visual_features_of(pictures)), k=5, repeats=2)
     assert found.n == 2 * 16 and found.tokens.sum() == 2 * 16 * 5
     assert set(found.skewness(resamples=20)) == set(found.answers)

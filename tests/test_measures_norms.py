@@ -9,8 +9,8 @@ import pytest
 import embedlens as el
 from embedlens import samples
 from embedlens.groups import Reference
-from embedlens.labels import QUESTION
 from embedlens.lenses import EmbedLens
+from embedlens.measures.labels import QUESTION
 from embedlens.measures.norms import SCALES, by_layer, first_block
 
 

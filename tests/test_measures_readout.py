@@ -152,7 +152,7 @@ def test_several_forms_are_averaged_and_too_little_is_none():
 def test_the_projector_gives_the_visual_tokens_and_a_random_one_does_not(tiny):
     pictures = samples.load("miniworld", n=3)
     prompts = tiny.prompts([sample.image for sample in pictures], [QUESTION] * 3)
-    before = tiny.tower_states(prompts)[:, tiny.feature_layer].flatten(0, 1)
+    before = torch.stack(tiny.tower_states_of(prompts))[:, tiny.feature_layer].flatten(0, 1)
     tokens = torch.cat([prompt.embeds[prompt.visual] for prompt in prompts]).numpy()
     own = tiny.projector
     assert projected(own, before) == pytest.approx(tokens, abs=1e-5)
@@ -178,7 +178,7 @@ def marked(tiny):
     """Pictures, and a reference by whose word some of their tokens are dead."""
     pictures = samples.load("miniworld", n=40)
     found = discover(tiny, pictures[:2])
-    words = EmbedLens.from_model(tiny).topk(tiny.visual_features([pictures[3].image])[0], 1)[1].flatten()
+    words = EmbedLens.from_model(tiny).topk(tiny.visual_features_of([pictures[3].image])[0], 1)[1].flatten()
     return pictures, replace(found, dead_id=int(words.bincount().argmax()))
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from embedlens import samples
+from embedlens.codebook import AS_SHARES, Recipe
 from embedlens.errors import EmbedLensError
-from embedlens.groups import discover
 from embedlens.measures import scores
-from embedlens.redundancy import Protocol, token_scores
+from embedlens.readings import Protocol
+from embedlens.redundancy import token_scores
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def found(tiny, pictures):
-    return scores.scored(tiny, pictures, Protocol(question="what is in the picture?"), discover(tiny, pictures))
+    return scores.scored(tiny, pictures, Protocol(question="what is in the picture?"))
 
 
 def made_up(*of_pictures: tuple[list[float], list[float]], **columns: list[float]) -> pd.DataFrame:
@@ -94,15 +97,17 @@ def test_what_a_token_adds_is_its_words_logit_with_it_less_without(tiny, found, 
     assert scores.raised(tiny, found, found.table["patch"] > 99).empty
 
 
-def test_a_time_leaves_the_warm_up_out():
-    calls = []
+def test_only_low_tokens_are_read_where_only_these_are_wanted(tiny, found, pictures):
+    few = scores.scored(tiny, pictures, found.protocol, low_only=True)
+    low = found.table[found.table["low"]]
+    assert few.table[["id", "patch"]].values.tolist() == low[["id", "patch"]].values.tolist()
+    assert np.allclose(few.table["probability"], low["probability"], atol=1e-5)
+    assert [sample.id for sample in few.samples] == list(dict.fromkeys(low["id"]))
 
-    def slow_at_first(i: int) -> None:
-        if not calls:
-            import time
 
-            time.sleep(0.3)
-        calls.append(i)
-
-    assert scores.milliseconds(slow_at_first, 2) < 100
-    assert calls == [0, 0, 1]
+def test_pictures_without_a_prototype_give_no_codebook_and_say_why(tiny, found):
+    with pytest.warns(UserWarning, match="these 3 pictures give no codebook: .*raise it"):
+        assert found.codebook(tiny, replace(AS_SHARES, most_in_picture=0)) is None
+    book, stages = found.codebook(tiny, Recipe(more_pictures=0, most_in_picture=1.0))
+    assert len(book) == stages.codebook and book.model == tiny.name
+    assert set(book.image_ids.tolist()) <= {sample.id for sample in found.samples}

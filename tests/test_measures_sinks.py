@@ -12,9 +12,10 @@ from twins import save_twin
 
 import embedlens as el
 from embedlens import samples
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover, token_groups_of
-from embedlens.interventions import Prune, SkipSublayers, intervene
+from embedlens.interventions import Prune, SkipSublayers
 from embedlens.measures import sinks
 from embedlens.measures.planted import LLM, VIT, planted
 from embedlens.tracing import trace

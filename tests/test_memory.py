@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embedlens import EmbedLensError, memory
-from embedlens.released import RELEASED
+from embedlens.released import configs
 
 
 def test_a_batch_is_halved_until_it_fits_and_no_other_error_is_swallowed():
@@ -24,7 +24,7 @@ def test_a_batch_is_halved_until_it_fits_and_no_other_error_is_swallowed():
 
 
 def config_of_released(model):
-    return next(entry.config for entry in RELEASED if entry.name == model)
+    return configs()[model]
 
 
 def test_the_weights_are_those_of_the_loaded_model(miniature):

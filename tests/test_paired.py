@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from embedlens import EmbedLensError, paired, tasks
-from embedlens.paired import compare, compare_answers, comparisons, mcnemar
+from embedlens import EmbedLensError, paired, stats, tasks
+from embedlens.paired import compare, comparisons, mcnemar
 
 
 def answers(n: int, right: float, seed: int = 0) -> np.ndarray:
@@ -22,6 +22,20 @@ def flipped(baseline: np.ndarray, lost: int, gained: int) -> np.ndarray:
     arm[np.flatnonzero(baseline == 1)[:lost]] = 0
     arm[np.flatnonzero(baseline == 0)[:gained]] = 1
     return arm
+
+
+def compare_answers(baseline: np.ndarray, arm: np.ndarray, pictures=None) -> paired.Comparison:
+    """Right (1) and wrong (0) answers to the same questions, by default of one picture each."""
+    ids = range(len(baseline)) if pictures is None else pictures
+    parts = [
+        pd.DataFrame({"item": range(len(right)), "id": ids, "correct": right, "arm": name, "seed": 0, "acted": True})
+        for name, right in (("baseline", baseline), ("arm", arm))
+    ]
+    return compare(pd.concat(parts), "arm")
+
+
+def width(found: paired.Comparison) -> float:
+    return found.change.high - found.change.low
 
 
 def sweep_table(n: int = 24, arms=(("baseline", 0), ("arm", 0)), seed: int = 0) -> pd.DataFrame:
@@ -55,7 +69,7 @@ def test_the_verdict_is_what_the_answers_that_changed_allow(lost, gained, n, ver
     assert found.verdict == verdict
     assert (found.lost, found.gained) == (lost, gained)
     assert found.difference == pytest.approx((gained - lost) / n)
-    assert found.low < found.narrow_low <= found.difference <= found.narrow_high < found.high
+    assert found.change.low < found.narrow.low <= found.difference <= found.narrow.high < found.change.high
 
 
 def test_two_hundred_equal_answers_do_not_show_equivalence_and_four_hundred_do():
@@ -64,7 +78,7 @@ def test_two_hundred_equal_answers_do_not_show_equivalence_and_four_hundred_do()
         same = answers(n, 0.6)
         found = compare_answers(same, same)
         assert (found.difference, found.p, found.verdict) == (0, 1, verdict)
-        assert 2.5 / n < found.narrow_high < 3 / n
+        assert 2.5 / n < found.narrow.high < 3 / n
 
 
 def test_an_arm_that_never_acted_shows_nothing():
@@ -73,7 +87,7 @@ def test_an_arm_that_never_acted_shows_nothing():
     assert compare(table, "arm").verdict == "no degradation shown"
     table.loc[table.arm == "arm", "acted"] = False
     found = compare(table, "arm")
-    assert (found.verdict, found.acted, found.equivalent) == ("undecided", 0, True)
+    assert (found.verdict, found.acted) == ("undecided", 0)
 
 
 def test_pairing_narrows_the_interval_and_shuffled_answers_widen_it():
@@ -82,7 +96,7 @@ def test_pairing_narrows_the_interval_and_shuffled_answers_widen_it():
     shuffled = np.random.default_rng(0).permutation(arm)
     close, loose = compare_answers(baseline, arm), compare_answers(baseline, shuffled)
     assert close.difference == loose.difference
-    assert 2 * (close.high - close.low) < loose.high - loose.low
+    assert 2 * width(close) < width(loose)
     assert close.verdict == "degradation" and loose.verdict == "undecided"
 
 
@@ -92,21 +106,21 @@ def test_questions_on_one_picture_are_no_independent_observations():
     arm[:80] = 0
     alone = compare_answers(baseline, arm)
     together = compare_answers(baseline, arm, pictures=np.arange(400) // 40)
-    assert (together.pictures, together.questions, alone.pictures) == (10, 400, 400)
+    assert (together.change.n, together.questions, alone.change.n) == (10, 400, 400)
     assert together.difference == alone.difference
-    assert together.high - together.low > 3 * (alone.high - alone.low)
+    assert width(together) > 3 * width(alone)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_interval_agrees_with_the_normal_one_for_many_answers(seed):
     baseline, arm = answers(2000, 0.6, seed), answers(2000, 0.55, seed + 100)
     found = compare_answers(baseline, arm)
     spread = 1.96 * (arm - baseline).std() / math.sqrt(2000)
-    assert found.low == pytest.approx(found.difference - spread, abs=0.2 * spread)
-    assert found.high == pytest.approx(found.difference + spread, abs=0.2 * spread)
+    assert found.change.low == pytest.approx(found.difference - spread, abs=0.2 * spread)
+    assert found.change.high == pytest.approx(found.difference + spread, abs=0.2 * spread)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(3))
 def test_mcnemar_is_the_binomial_test_by_hand(seed):
     gained, lost = np.random.default_rng(seed).integers(0, 12, 2)
     n = int(gained + lost)
@@ -125,7 +139,7 @@ def test_scores_are_those_of_tasks(of):
         wanted = rows.correct.mean() if of == "accuracy" else tasks.family_scores(rows)[of]
         assert value == pytest.approx(wanted)
     assert math.isnan(found.p) == (of in ("hallucination", "Avg"))
-    assert found.low < found.difference < found.high
+    assert found.change.low < found.difference < found.change.high
 
 
 def test_a_bootstrap_of_a_family_equals_drawing_pictures_by_hand():
@@ -134,11 +148,11 @@ def test_a_bootstrap_of_a_family_equals_drawing_pictures_by_hand():
     part = table[table.family == "ocr"]
     ids = np.unique(part.id)
     changes = []
-    for times in paired.draws(len(ids), 300, seed=3):
+    for times in stats.draws(len(ids), 300, seed=3):
         drawn = part.loc[part.index.repeat(times[np.searchsorted(ids, part.id)].astype(int))]
         means = drawn.groupby(["arm", "kind"]).correct.mean().groupby("arm").mean()
         changes.append(means["arm"] - means["baseline"])
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(changes, [0.025, 0.975])))
+    assert (found.change.low, found.change.high) == pytest.approx(tuple(np.quantile(changes, [0.025, 0.975])))
 
 
 def test_seeds_of_a_control_are_averaged_and_their_pictures_drawn_together():
@@ -147,12 +161,12 @@ def test_seeds_of_a_control_are_averaged_and_their_pictures_drawn_together():
     found = compare(table, "control")
     rows = table[table.arm == "control"]
     each = [compare(table[(table.arm != "control") | (table.seed == seed)], "control") for seed in range(3)]
-    assert (found.seeds, found.questions, found.pictures) == (3, 120, 60)
+    assert (found.seeds, found.questions, found.change.n) == (3, 120, 60)
     assert found.score == pytest.approx(rows.correct.mean())
     assert found.difference == pytest.approx(np.mean([one.difference for one in each]))
     assert found.lost == pytest.approx(np.mean([one.lost for one in each]))
     assert math.isnan(found.p) and not any(math.isnan(one.p) for one in each)
-    assert found.high - found.low < max(one.high - one.low for one in each)
+    assert width(found) < max(map(width, each))
 
 
 def test_seeds_that_lose_what_others_gain_differ_by_nothing():
@@ -225,7 +239,3 @@ def test_what_cannot_be_compared_is_refused():
         compare(table[table.family != "ocr"], "arm", of="ocr")
     with pytest.raises(EmbedLensError, match="2 seeds: compare with an arm that has one"):
         compare(sweep_table(arms=[("baseline", 0), ("baseline", 1), ("arm", 0)]), "arm")
-    with pytest.raises(EmbedLensError, match="pass the same questions"):
-        compare_answers([1.0], [1.0, 0.0])
-    with pytest.raises(EmbedLensError, match="margin is 0"):
-        compare(table, "arm", margin=0)

@@ -49,7 +49,7 @@ def test_sound_parameters_pass():
         ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
         ({"dataset": "coco:/nowhere"}, "no folder /nowhere"),
         ({"scale": 0}, "scale is 0: pass a number above 0"),
-        ({"out": str(Path(__file__))}, "which is a file"),
+        ({"out": str(Path(__file__))}, "is a file: pass a folder"),
         ({"out": datetime.date(2024, 1, 1)}, r"out is datetime.date\(2024, 1, 1\): pass a folder"),
         ({"seed": "x", "n_images": 0}, "n_images is 0.*seed is 'x'"),
     ],

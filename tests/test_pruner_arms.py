@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from twins import BY_FAMILY, TWINS, save_twin
 
-from embedlens import samples, sweep
+from embedlens import load, samples, sweep
 from embedlens.codebook import Codebook
+from embedlens.cues import features_of
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import discover
-from embedlens.interventions import intervene
-from embedlens.pruners import (
+from embedlens.pruner_arms import (
     INSIDE,
-    PRUNERS,
     SHARES,
-    Context,
+    at_budgets,
     budget_name,
     budget_of,
-    features_of,
     plans_inside,
-    prune,
     pruner_arms,
     seen,
     shares_of,
 )
+from embedlens.pruners import PRUNERS, Context, prune
 from embedlens.tasks import family_questions
 
 SHARE = 6 / 16
@@ -122,3 +123,29 @@ def test_what_draws_is_seeded_by_picture_pruner_and_seed(tiny, asking):
 
     assert np.array_equal(kept(arms[0], 0), kept(arms[1], 0))
     assert not np.array_equal(kept(arms[0], 0), kept(arms[0], 1))
+
+
+def test_every_budget_is_asked_and_all_tokens_once(tiny, items, reference, asking):
+    table = at_budgets(tiny, items, [6 / 16, 2 / 16], asking[0], reference, ["random", "strided"], 2, inside=False)
+    tokens = table.groupby(["arm", "share"])["tokens"].agg(["size", "max"])
+    assert tokens.loc[("baseline", 1.0)].tolist() == [3, 0]
+    assert {at: row.tolist() for at, row in tokens.drop("baseline").iterrows()} == {
+        ("random", 6 / 16): [6, 10], ("random", 2 / 16): [6, 14],
+        ("strided", 6 / 16): [3, 10], ("strided", 2 / 16): [3, 14],
+    }  # fmt: skip
+
+
+def test_pictures_of_different_numbers_of_tokens_are_pruned_by_their_own(items, tmp_path):
+    name = BY_FAMILY["llava_next"]
+    model = load(save_twin(tmp_path / "twin", name), device="cpu")
+    shapes = [*TWINS[name].sizes, *TWINS[name].sizes][: len(items)]
+    resized = [
+        item._replace(sample=replace(item.sample, width=w, height=h, draw=partial(item.sample.image.resize, (w, h))))
+        for item, (w, h) in zip(items, shapes, strict=True)
+    ]
+    counts = [len(model.prompt(item.sample.image, "?").grid) for item in resized]
+    assert len(set(counts)) > 1
+    table = at_budgets(model, resized, [1 / 3], {}, discover(model, [i.sample for i in resized]), ["strided"], 1)
+    rows = table[table["arm"] == "strided"].sort_values("item")
+    assert rows["tokens"].tolist() == [n - budget_of(n, 1 / 3) for n in counts]
+    assert "FastV inside, R left" in set(table["arm"])

@@ -14,25 +14,19 @@ from torch.testing import assert_close
 
 import embedlens as el
 from embedlens.codebook import Codebook
+from embedlens.cues import Features, attended, cls_similarity, features_of, raters
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
 from embedlens.patches import Frame, ManyViews, PatchGrid
+from embedlens.pruner_arms import INSIDE, average_tokens, plans_inside
 from embedlens.pruners import (
-    INSIDE,
     PRUNERS,
     Context,
-    Features,
-    attended,
-    average_tokens,
     cells,
-    cls_similarity,
     divprune,
-    features_of,
     hiprune,
     middles,
-    plans_inside,
     prune,
-    raters,
     usable,
     vispruner,
 )
@@ -84,11 +78,10 @@ def test_every_pruner_keeps_exactly_its_budget_on_every_grid(rows, cols, data):
         assert chosen.merged is None or chosen.merged.shape == (budget, 6)
 
 
-@pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize("budget", [0, -3, 17])
-def test_a_budget_outside_the_picture_is_refused(name, budget):
+def test_a_budget_outside_the_picture_is_refused(budget):
     with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
-        prune(PRUNERS[name], *made_up(), budget)
+        prune(PRUNERS["random"], *made_up(), budget)
 
 
 @pytest.mark.parametrize("name", [name for name, pruner in PRUNERS.items() if pruner.needs])

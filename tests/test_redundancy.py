@@ -17,12 +17,8 @@ from twins import BY_FAMILY, save_twin
 from embedlens import load
 from embedlens.errors import EmbedLensError
 from embedlens.patches import Frame, ManyViews, PatchGrid
+from embedlens.readings import ARTICLES, RELEASED, PromptReader, Protocol
 from embedlens.redundancy import (
-    ARTICLES,
-    RELEASED,
-    PromptReader,
-    Protocol,
-    block_centres,
     divergence,
     dpc_knn,
     readings_of,
@@ -65,13 +61,6 @@ def test_a_window_lies_in_one_view_of_several():
     grid = ManyViews.of([PatchGrid(r, 4, Frame.stretch(8, 8)) for r in (3, 4)])
     assert window(13, grid).tolist() == [12 + i for i in window(1, grid_of(4, 4)).tolist()]
     assert window(11, grid).tolist() == window(11, grid_of(3, 4)).tolist()
-    assert block_centres(grid).tolist() == [5, 12 + 5]
-
-
-def test_the_papers_sample_of_patches_is_the_middle_of_every_block():
-    expected = [24 * row + col for row in range(1, 24, 3) for col in range(1, 24, 3)]
-    assert block_centres(grid_of(24, 24)).tolist() == expected and len(expected) == 64
-    assert block_centres(grid_of(2, 5)).tolist() == list(range(10))  # too small for a block: all
 
 
 def test_the_released_ranks_are_96_of_576_and_keep_both_ends_elsewhere():
@@ -185,7 +174,7 @@ def test_sharing_the_prefix_gives_what_whole_prompts_give(tiny, monkeypatch):
     most = tiny.tokens[int(tiny.logits(prompt)[-1].argmax())]  # the word that it begins with counts as an article
     protocol = Protocol(question=prompt.question, articles=(most, *ARTICLES))
     shared = readings_of(tiny, prompt, None, protocol)
-    monkeypatch.setattr("embedlens.redundancy._Reader", PromptReader)
+    monkeypatch.setattr("embedlens.readings.Reader", PromptReader)
     whole = readings_of(tiny, prompt, None, protocol, batch_size=7)
     for name in ("alone", "region", "region_without", "picture", "picture_without"):
         assert_close(getattr(shared, name), getattr(whole, name), atol=2e-4, rtol=1e-4)

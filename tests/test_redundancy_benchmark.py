@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from benchmarks.measure import operations
 from benchmarks.redundancy import BARE, FULL, OURS, lines, one_by_one
 from embedlens import samples
-from embedlens.redundancy import Protocol, readings_of
+from embedlens.readings import Protocol
+from embedlens.redundancy import readings_of
 
 
 def test_one_call_a_reading_gives_the_same_logits(tiny):

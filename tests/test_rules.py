@@ -46,6 +46,8 @@ def test_what_was_not_measured_is_undecided_and_never_false():
     assert rules.decide("x > 0", {"x": None}) is None
     assert rules.decide("0 < x < 1 and abs(x) > 1 and not x > 2", {"x": None}) is None
     assert rules.decide("x > 0 and y > 0", {"x": None, "y": CASES[False]}) is False
+    assert rules.decide("x and y", {"x": None, "y": True}) is rules.decide("x or y", {"x": None, "y": False}) is None
+    assert rules.decide("x and y", {"x": None, "y": False}) is False and rules.decide("not x", {"x": None}) is None
 
 
 def test_chains_bounds_and_absolute_values():
@@ -56,7 +58,10 @@ def test_chains_bounds_and_absolute_values():
     assert rules.decide("off.low > 0.5 and off.n == 9", parts) is True
 
 
-@pytest.mark.parametrize("rule", ["b > 0", "a >", "a", "a > a", "__import__('os')", "len(a) > 0", "a.name > 0"])
+REFUSED = ["b > 0", "a >", "a", "a and a > 0", "a > a", "__import__('os')", "len(a) > 0", "a.name > 0"]
+
+
+@pytest.mark.parametrize("rule", REFUSED)
 def test_a_rule_that_cannot_be_judged_is_refused_with_its_text(rule):
     with pytest.raises(EmbedLensError):
         rules.decide(rule, {"a": CASES[True]})

@@ -11,9 +11,9 @@ import pytest
 from test_study import LAUNCHED
 from typer.testing import CliRunner
 
-from embedlens import EmbedLensError
+from embedlens import EmbedLensError, records
 from embedlens.__main__ import app
-from embedlens.chapters import other_models
+from embedlens.measures import anatomy
 from embedlens.studies import STUDIES, run_named
 
 RECORD = "results/miniature/09_other_models.json"
@@ -37,8 +37,7 @@ def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
     rows = two / "runs/miniature/other_models"
-    shared = [len(path.read_text().splitlines()) - 1 for path in sorted(rows.glob("*.jsonl"))]
-    assert shared == [3, 2]  # they did share the work
+    assert len(list(rows.glob("0*.json"))) == 3  # batches of two
 
     one = tmp_path / "one"
     one.mkdir()
@@ -55,7 +54,7 @@ def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, m
     table = run_named("test_studies:long_sides", n=3, device="cpu", out=tmp_path, say=said.append)
     assert table.columns.tolist() == ["id", "side", "tokens"] and len(pd.read_csv(tmp_path / "table.csv")) == 3
     again = run_named("test_studies:long_sides", n=3, device="cpu", out=tmp_path, say=said.append)
-    assert again.equals(table) and not (tmp_path / "run-2.process-0.jsonl").exists()
+    assert again.equals(table) and len(list(tmp_path.glob("0*.json"))) == 1
     assert not any(line.startswith("time:") for line in said)
 
 
@@ -125,8 +124,8 @@ def test_the_record_of_a_study_is_the_checkouts_and_replaces_none_of_other_param
     assert main.read_text() == before and json.loads(before)["parameters"] == {"dataset": "miniworld"}
     beside = main.with_name("09_other_models.n_images=2.json")
     assert "this run's record is 09_other_models.n_images=2.json" in capsys.readouterr().out
-    assert other_models.records("")["miniature"].n_images == 3  # chapter 09 reads the main one
-    assert other_models.records("", beside)["miniature"].n_images == 2  # or, in its own run, its own
+    assert [records.read(file).n_images for file in records.main_records("")] == [3]  # pages read the main one
+    assert records.read(beside).n_images == 2
 
 
 def test_a_study_that_is_a_part_of_a_chapter_says_that_it_writes_no_record(tmp_path, monkeypatch):
@@ -141,5 +140,5 @@ def test_the_help_says_what_every_study_is():
     text = " ".join(CliRunner().invoke(app, ["run", "--help"]).output.split())
     assert (
         all(f"{name}: {study.about}" in text for name, study in STUDIES.items())
-        and other_models.CHAPTER == "09_other_models"
+        and anatomy.CHAPTER == "09_other_models"
     )

@@ -360,7 +360,7 @@ def test_chance_is_seeded_by_picture_arm_and_seed_and_by_nothing_else():
 
 
 def test_the_sink_arms_are_the_rows_of_table_1():
-    assert [arm.name for arm in sink_arms()][1:] == [row.name for row in printed.TABLE_1][1:]
+    assert [arm.name for arm in sink_arms()][1:] == printed.table("1").index.tolist()[1:]
     assert sink_arms()[0] is BASELINE
 
 

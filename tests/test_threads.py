@@ -44,8 +44,8 @@ def reading(model):
     jobs += [
         lambda prompt=prompt: el.trace(model, prompt, {"seen": prompt.visual}).attention["seen"] for prompt in prompts
     ]
-    jobs += [lambda prompt=prompt: model.tower_states([prompt]) for prompt in prompts[:2]]
-    jobs += [lambda: model.visual_features([picture(7)])]
+    jobs += [lambda prompt=prompt: torch.stack(model.tower_states_of([prompt])) for prompt in prompts[:2]]
+    jobs += [lambda: model.visual_features_of([picture(7)])[0]]
     return jobs
 
 

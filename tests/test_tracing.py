@@ -138,7 +138,7 @@ def test_unreadable_kernels_and_unequal_masks_are_refused(tiny, monkeypatch):
 
 def test_tower_states_are_the_layers_that_the_projector_reads(tiny):
     prompts = prompts_of(tiny, 2)
-    states = tiny.tower_states(prompts)
+    states = torch.stack(tiny.tower_states_of(prompts))
     assert states.shape[:3] == (2, tiny.hf.config.vision_config.num_hidden_layers + 1, len(prompts[0].grid))
     with torch.no_grad():
         projected = tiny.hf.model.multi_modal_projector(states[:, tiny.feature_layer])
@@ -186,7 +186,7 @@ def without_cls(tiny_folder, tmp_path_factory):
 def test_a_tower_without_cls_gives_every_patch(without_cls):
     model = load(without_cls, device="cpu")
     prompt = prompts_of(model, 1)[0]
-    states = model.tower_states([prompt])
+    states = torch.stack(model.tower_states_of([prompt]))
     assert states.shape[2] == len(prompt.grid) == int(prompt.visual.sum())
     with torch.no_grad():
         projected = model.hf.model.multi_modal_projector(states[0, model.feature_layer])

@@ -17,7 +17,7 @@ from twins import TWINS, save_twin
 import embedlens as el
 from embedlens import EmbedLensError
 from embedlens.measures.dead import is_word
-from embedlens.redundancy import ARTICLES, Protocol, _Reader
+from embedlens.readings import ARTICLES, Protocol, Reader
 from embedlens.samples import load as load_samples
 from embedlens.words import textless_ids
 
@@ -26,14 +26,9 @@ CHAPTERS = ("01_motivation_clustering", "02_embedlens_vs_logitlens")
 INTERNVL = "OpenGVLab/InternVL3-8B-hf"
 
 
-@pytest.fixture(scope="module", params=TWINS)
-def folder(request, tmp_path_factory):
-    return save_twin(tmp_path_factory.mktemp("twins") / request.param, request.param)
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return el.load(folder, device="cpu")
+@pytest.fixture(params=TWINS)
+def model(request, twin_of):
+    return twin_of(request.param)[1]
 
 
 def test_entries_that_start_a_word_are_read_as_that_word(model):
@@ -49,7 +44,7 @@ def test_entries_that_start_a_word_are_read_as_that_word(model):
 
 def test_articles_that_begin_an_answer_are_skipped(model):
     prompt = model.prompt(load_samples("miniworld", n=1)[0].image, "what is in the picture ?")
-    skipped = model.tokenizer.convert_ids_to_tokens(_Reader(model, prompt, Protocol(), 1).articles.tolist())
+    skipped = model.tokenizer.convert_ids_to_tokens(Reader(model, prompt, Protocol(), 1).articles.tolist())
     assert {piece[1:] for piece in skipped if piece[0] in "▁Ġ"} == set(ARTICLES)
 
 
@@ -79,9 +74,12 @@ def targets(node):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS)
-def test_what_the_first_chapters_compute_runs(folder, chapter, tmp_path):
-    """Their cells one after the other, without figures; with EMBEDLENS_TWIN_CHAPTERS set, as papermill runs them."""
-    parameters = {"model": str(folder), "n_images": 12, "out": str(tmp_path)}
+def test_what_the_first_chapters_compute_runs(model, chapter, tmp_path, monkeypatch):
+    """Their cells one after the other, without pictures with patches; the model is loaded and its groups found once.
+
+    With EMBEDLENS_TWIN_CHAPTERS set, as papermill runs them.
+    """
+    parameters = {"model": model.name, "n_images": 5, "out": str(tmp_path)}
     if os.environ.get("EMBEDLENS_TWIN_CHAPTERS"):
         import papermill
 
@@ -90,6 +88,8 @@ def test_what_the_first_chapters_compute_runs(folder, chapter, tmp_path):
             progress_bar=False,
         )  # fmt: skip
     else:
+        monkeypatch.setattr(el, "load", lambda *_, **__: model)
+        monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)  # this is about running, not about what is found
         names: dict = {}
         for cell in json.loads((NOTEBOOKS / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
@@ -99,4 +99,4 @@ def test_what_the_first_chapters_compute_runs(folder, chapter, tmp_path):
                 if "parameters" in cell["metadata"].get("tags", ()):
                     names |= parameters
     (record,) = tmp_path.rglob(f"{chapter}.json")
-    assert json.loads(record.read_text())["n_images"] == 12
+    assert json.loads(record.read_text())["n_images"] == 5

@@ -14,7 +14,7 @@ from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from conftest import little_memory
-from embedlens import EmbedLensError, claims, load, pictures, vlm
+from embedlens import EmbedLensError, claims, load, loading, pictures
 from embedlens.families import llava
 from embedlens.patches import PREPROCESSINGS
 
@@ -59,7 +59,7 @@ def stock(tiny_folder):
 
 @pytest.fixture(scope="module")
 def stock_miniature(miniature):
-    from embedlens.vlm import _locate
+    from embedlens.loading import _locate
 
     return Stock(_locate("miniature"))
 
@@ -150,7 +150,7 @@ def test_a_batch_gives_what_one_by_one_gives(pair):
         single = model.hidden_states(prompt)
         assert stream.shape == single.shape
         torch.testing.assert_close(stream, single, atol=1e-3, rtol=1e-3)  # the padded batch takes the masked kernel
-    features = model.visual_features(images, batch_size=3)
+    features = torch.stack(model.visual_features_of(images, batch_size=3))
     for row, prompt in zip(features, alone, strict=True):
         torch.testing.assert_close(row, prompt.embeds[prompt.visual], atol=1e-4, rtol=1e-4)
     assert model.prompts([], []) == [] and model.answers([]) == [] and model.hidden_states_of([]) == []
@@ -172,7 +172,7 @@ def token_changes(model, image: Image.Image, index: int, grid, question=QUESTION
     x0, y0, x1, y1 = grid.box(index)
     bright = np.asarray(image).copy()
     bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
-    before, after = model.visual_features([image, Image.fromarray(bright)])
+    before, after = model.visual_features_of([image, Image.fromarray(bright)])
     return (after - before).norm(dim=-1)
 
 
@@ -289,7 +289,7 @@ def test_any_picture_takes_little_memory(tiny_folder, tmp_path, preprocessing):
     for size in [(30_000, 1), (1, 30_000), (16_000, 800), (9_000, 6_000)]:
         Image.new("RGB", size, "red").save(path := tmp_path / "large.png")
         with little_memory(beside=4 * size[0] * size[1]):
-            prompt, features = model.prompt(path, QUESTION), model.visual_features([path])
+            prompt, features = model.prompt(path, QUESTION), model.visual_features_of([path])
         assert prompt.image.size == size == (prompt.grid.frame.width, prompt.grid.frame.height)
         middle = prompt.grid.patch_at(size[0] / 2, size[1] / 2)
         there = model.prompt(Image.new("RGB", (80, 80), "red"), QUESTION).pixel_values
@@ -483,7 +483,7 @@ def test_quantisation_that_is_not_to_run_on_a_gpu_gets_its_sentence(tiny_folder,
 
 
 def test_a_quantised_model_is_called_so_and_has_records_of_its_own(tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(vlm, "_quantization", lambda quantize, place: None)  # the weights stay whole here
+    monkeypatch.setattr(loading, "_quantization", lambda quantize, place: None)  # the weights stay whole here
     whole, packed = (load(tiny_folder, device="cpu", quantize=quantize) for quantize in (None, "4bit"))
     assert (whole.name, packed.name) == (str(tiny_folder), f"{tiny_folder}@4bit")
     files = [claims.write(tmp_path, model.name, "01", 2, 0, {}, {}) for model in (whole, packed)]
@@ -505,13 +505,13 @@ def test_another_preprocessing_shares_the_weights_and_leaves_the_first_model_alo
 
 def test_quantisation_without_bitsandbytes_gets_its_sentence(tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vlm, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(EmbedLensError, match="quantize='8bit' needs bitsandbytes: pip install bitsandbytes"):
         load(tiny_folder, quantize="8bit")
 
 
 def test_several_gpus_without_accelerate_get_their_sentence(tiny_folder, monkeypatch):
-    monkeypatch.setattr(vlm, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(EmbedLensError, match="device='auto' needs accelerate: pip install accelerate, or name one"):
         load(tiny_folder, device="auto")
 
@@ -539,7 +539,7 @@ def test_a_bad_question_gets_its_sentence(tiny, question, sentence):
 
 
 def test_as_many_questions_as_pictures(tiny):
-    with pytest.raises(EmbedLensError, match="2 pictures but 1 questions: pass one question per picture"):
+    with pytest.raises(EmbedLensError, match="2 pictures, 1 questions: pass one question per picture"):
         tiny.prompts([picture(), picture()], [QUESTION])
 
 

@@ -98,8 +98,9 @@ def sentencepiece(with_byte_letter: bool) -> str:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *longer, *letters]
     merges = [tuple(pair) for pair in model["merges"] if "Ġ" not in "".join(pair)]
     made = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True,
-                   byte_fallback=True)  # fmt: skip
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )  # fmt: skip
     )
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
@@ -120,9 +121,7 @@ def byte_level(tokens: tuple[str, ...]) -> str:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     text = [f" {line}" for line in lines()]
-    made.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
-    )
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False))
     made.add_tokens([AddedToken(token, special=token not in ORDINARY, normalized=False) for token in tokens])
     return made.to_str()
 
@@ -565,5 +564,3 @@ def save_twin(folder: Path, name: str) -> Path:
         file.unlink()
     scratch.rmdir()
     return folder
-
-

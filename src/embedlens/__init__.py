@@ -13,10 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ below imports them
+    from embedlens.attention_maps import attention as attention
     from embedlens.clusters import anchor_clusters as anchor_clusters
     from embedlens.clusters import centroids as centroids
     from embedlens.clusters import cross_image_similarity as cross_image_similarity
+    from embedlens.context import ContextLens as ContextLens
+    from embedlens.engine import intervene as intervene
     from embedlens.errors import EmbedLensError as EmbedLensError
+    from embedlens.explorer import Explorer as Explorer
+    from embedlens.explorer import explore as explore
     from embedlens.groups import Reference as Reference
     from embedlens.groups import TokenGroups as TokenGroups
     from embedlens.groups import discover as discover
@@ -28,21 +33,20 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ belo
     from embedlens.interventions import Rescale as Rescale
     from embedlens.interventions import Silence as Silence
     from embedlens.interventions import SkipSublayers as SkipSublayers
-    from embedlens.interventions import intervene as intervene
     from embedlens.lenses import EmbedLens as EmbedLens
     from embedlens.lenses import Lens as Lens
     from embedlens.lenses import LogitLens as LogitLens
+    from embedlens.loading import load as load
     from embedlens.patches import Frame as Frame
     from embedlens.patches import PatchGrid as PatchGrid
     from embedlens.pictures import open_picture as open_picture
+    from embedlens.prompts import Prompt as Prompt
     from embedlens.study import run as run
     from embedlens.tracing import Trace as Trace
     from embedlens.tracing import trace as trace
     from embedlens.tracing import traces as traces
-    from embedlens.vlm import Prompt as Prompt
     from embedlens.vlm import Unembed as Unembed
     from embedlens.vlm import VisionLanguageModel as VisionLanguageModel
-    from embedlens.vlm import load as load
 
 __version__ = "0.1.0"
 
@@ -51,8 +55,8 @@ _HOME = {
     "Frame": "patches",
     "PatchGrid": "patches",
     "open_picture": "pictures",
-    "load": "vlm",
-    "Prompt": "vlm",
+    "load": "loading",
+    "Prompt": "prompts",
     "Unembed": "vlm",
     "VisionLanguageModel": "vlm",
     "Lens": "lenses",
@@ -61,14 +65,18 @@ _HOME = {
     "centroids": "clusters",
     "cross_image_similarity": "clusters",
     "LogitLens": "lenses",
+    "ContextLens": "context",
+    "Explorer": "explorer",
+    "explore": "explorer",
     "Trace": "tracing",
     "trace": "tracing",
     "traces": "tracing",
+    "attention": "attention_maps",
     "Reference": "groups",
     "TokenGroups": "groups",
     "discover": "groups",
     "token_groups": "groups",
-    "intervene": "interventions",
+    "intervene": "engine",
     "Prune": "interventions",
     "SkipSublayers": "interventions",
     "Silence": "interventions",

@@ -1,4 +1,4 @@
-"""The command line: `embedlens probe PICTURE`, `embedlens models`, `embedlens run STUDY`, `embedlens book`."""
+"""The command line: `embedlens probe PICTURE`, `explore PICTURE`, `models`, `run STUDY`, `book`."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def probe(
 ) -> None:
     """Print the top words of each visual token of PICTURE and write them on it."""
     from embedlens.errors import writing
+    from embedlens.loading import load
     from embedlens.pictures import open_picture
     from embedlens.probe import probe_picture
-    from embedlens.vlm import load
 
     out = out if out is not None else Path(f"{picture.stem}-probed.png")
     _check_out(out, picture)
@@ -91,19 +91,75 @@ def probe(
     with writing(out):
         result.annotated().save(out)
     typer.echo(f"\nwrote {out}")
+    _warn_of_the_miniature(model)
+
+
+@app.command()
+def explore(
+    picture: Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, ...", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")
+    ] = "miniature",
+    question: Annotated[str, typer.Option(help="What to ask about the picture.")] = "What is in the picture?",
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here"),
+    ] = None,
+    preprocessing: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'letterbox', 'centre-crop' or 'stretch'.", show_default="as the model's family does it"),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one"),
+    ] = None,
+    quantize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
+    ] = None,
+) -> None:
+    """Write a page to look inside PICTURE: each visual token's words, group and attention, layer by layer."""
+    from embedlens.errors import EmbedLensError
+    from embedlens.explorer import explore as explored
+    from embedlens.pictures import open_picture
+    from embedlens.loading import load
+
+    out = out if out is not None else Path(f"{picture.stem}-explored.html")
+    if out.suffix.lower() not in (".html", ".htm") or not out.resolve().parent.is_dir():
+        raise EmbedLensError(f"--out {out}: name an .html file in a folder that exists")
+    image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
+    loaded = load(model, device=device, quantize=quantize, preprocessing=preprocessing)
+    page = explored(loaded, image, question, names=[picture.name])
+    page.save(out)
+    page.save(out.with_suffix(".png"))
+    typer.echo(f"{question}\n{page.scenes[0]['answer']}\n\nwrote {out} and {out.with_suffix('.png')}")
+    _warn_of_the_miniature(model)
+
+
+def _warn_of_the_miniature(model: str) -> None:
+    if model == "miniature":
+        typer.echo(
+            "note: the miniature knows only the drawn world that it was trained on; for a photograph name a real "
+            "model, such as --model llava-hf/llava-1.5-7b-hf",
+            err=True,
+        )
 
 
 @app.command()
 def models() -> None:
     """List the supported families with sizes, limits and tested versions, and the facts of the shipped miniature."""
     from embedlens.families import FAMILIES, TESTED_WITH
-    from embedlens.released import size_lines
+    from embedlens.released import sizes
 
-    sizes = size_lines()
+    table = sizes()
     for family in FAMILIES:
         typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
         for example in family.EXAMPLES:
-            typer.echo(f"  {example}: {sizes[example]}")
+            size = table.loc[example]
+            typer.echo(
+                f"  {example}: {size['parameters']} parameters; with one picture about {size['bfloat16']} GiB in "
+                f"bfloat16, {size['4 bit']} GiB in 4 bit"
+            )
         for limit in family.LIMITS:
             typer.echo(f"  note: {limit}")
     typer.echo(

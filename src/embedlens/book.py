@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens.address import address_of, configured
-from embedlens.book_pages import completed, folded, forwarded, settled
+from embedlens.book_pages import completed, explored, folded, forwarded, settled
 from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
     KERNEL,
     BookError,
@@ -290,6 +289,14 @@ def render(source: Path, work: Path, home: Path) -> Path:
     return work / "_build" / "html"
 
 
+def anchor_cards(html: Path) -> None:
+    """Give each claim's card the claim as its anchor, so that the verdict page can lead to it: `#e40`."""
+    for page in (html / "notebooks").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        anchored = re.sub(r"<p>(<strong>([ER]\d\d)</strong> · )", lambda m: f'<p id="{m[2].lower()}">{m[1]}', text)
+        page.write_text(anchored, encoding="utf-8")
+
+
 def build(
     notebooks: Sequence[str] | None = None,
     execute: bool = True,
@@ -324,8 +331,7 @@ def build(
     with owned(root, out, SOURCES) as folder:
         source = stage(root, folder / "src")
         config = source / "_config.yml"
-        address = address_of(root)
-        config.write_text(settled(configured(config.read_text(encoding="utf-8"), address), address), encoding="utf-8")
+        config.write_text(settled(config.read_text(encoding="utf-8")), encoding="utf-8")
         runs = run_all(source, folder, {page: values[root / page] for page in chosen}, say, jobs)
 
         faults = []
@@ -334,6 +340,8 @@ def build(
             notebook = cleaned(merged(notebook, read(runs[page])) if page in runs else notebook)
             write(folded(notebook), source / page)
             faults += run_faults(notebook, str(page))
+            if page_to_explore := explored(notebook):
+                (source / "book" / "_static" / "explorer.html").write_text(page_to_explore, encoding="utf-8")
         completed(source, pages(source))
         demand(faults + glue_faults(source, pages(source)))
 
@@ -345,6 +353,9 @@ def build(
         if not (html / "index.html").is_file() or not told.is_file() or told.read_text() != key:
             say("rendering")
             rendered = render(source, folder / "work", folder / "home")
+            anchor_cards(rendered)
+            if (source / "results").is_dir():
+                shutil.copytree(source / "results", rendered / "results")  # the verdict page links to records
             demand(html_faults(rendered))
             forwarded(rendered)
             shutil.rmtree(old, ignore_errors=True)

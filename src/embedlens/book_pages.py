@@ -13,6 +13,7 @@ import re
 from base64 import b64decode
 from collections.abc import Iterable
 from functools import partial
+from html import unescape
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
@@ -23,6 +24,7 @@ from embedlens.book_rules import BookError, Notebook, read
 
 NO_ADDRESS = "the address of the copy you read"
 API = re.compile(r"<!-- api: ([\w. ]+?) -->")
+EXPLORER = re.compile(r'<iframe srcdoc="([^"]+)"')
 FIGURE = re.compile(r"<!-- figure: (\w+) \| (.+?) -->")
 
 
@@ -58,6 +60,16 @@ def folded(notebook: Notebook) -> Notebook:
         elif "hide-input" not in tags and ("parameters" in tags or "chapter.judge(" in code):
             cell["metadata"]["tags"] = [*tags, "hide-input"]
     return notebook
+
+
+def explored(notebook: Notebook) -> str:
+    """The page that a cell shows by `el.explore`, whole, so that others can link into it; empty: no cell shows one."""
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            found = EXPLORER.match("".join(output.get("data", {}).get("text/html", "")))
+            if found:
+                return unescape(found[1])
+    return ""
 
 
 def forwarded(html: Path) -> None:
@@ -218,17 +230,13 @@ def _figure(source: Path, page: Path, mark: re.Match[str]) -> str:
 # Who wrote it, which version, where it is
 
 
-def settled(config: str, address: str) -> str:
-    """The text of `_config.yml` with what `{{ author }}`, `{{ version }}`, `{{ bibtex }}` and the like stand for.
-
-    Args:
-        address: of the repository; empty: unknown, and the pages say so.
-    """
+def settled(config: str) -> str:
+    """The text of `_config.yml` with what `{{ author }}`, `{{ version }}`, `{{ bibtex }}` and the like stand for."""
     import yaml
 
     content = yaml.safe_load(config)
     parse = content.setdefault("parse", {})
-    parse["myst_substitutions"] = citation(content, address)
+    parse["myst_substitutions"] = citation(content, (content.get("repository") or {}).get("url") or "")
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

@@ -2,7 +2,8 @@
 
 A run is filed under a hash of what it depends on: code cells, parameters, the package with its weights, the versions
 installed and the data; beside it lie the records it wrote. Records of others that it may have read are compared
-again before it is used. A run is put there whole when its chapter ends, so a kill loses the chapters in flight alone.
+again before it is used. A run is put there whole when its chapter ends, so a kill loses the chapters in flight alone;
+and of these, what their studies had measured lies beside it until they end.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ NOT_OURS = ("src", "training", "tests", "LICENSES", ".ci", ".git", ".venv")  # b
 CELL_TIMEOUT = 3600  # seconds for one cell
 CHAPTER_MEMORY = 2 << 30  # bytes that a chapter on the miniature needs at most
 KEPT = 3  # runs of each chapter, of other parameters or sources
+ROWS = "EMBEDLENS_ROWS"  # names the folder in which `embedlens.run` keeps what it measured, see there
 
 
 class ChapterFailed(BookError):
@@ -240,11 +242,14 @@ def _side_by_side(
         before = {path: path.stat().st_mtime_ns for path in records(source, page)}
         place = places[page]
         place.parent.mkdir(parents=True, exist_ok=True)
-        notebook = _run(source / page, chosen[page], env, place.parent / "failed.ipynb", page, flight)
+        rows = {ROWS: str(place.with_name(f"{place.name}.rows"))}  # its studies go on from there after a kill
+        notebook = _run(source / page, chosen[page], {**env, **rows}, place.parent / "failed.ipynb", page, flight)
         wrote = [path for path in records(source, page) if before.get(path) != path.stat().st_mtime_ns]
         others = [path for path in records(source, page, page in last) if path not in wrote]
         seconds = time.monotonic() - begun
         _keep(notebook, source, place, wrote, {"reads": digest(others), "seconds": round(seconds, 1)})
+        for old in place.parent.glob("*.rows"):
+            shutil.rmtree(old, ignore_errors=True)
         tell(f"ran {page} in {seconds:.0f} s")
 
     def cost(page: Path) -> tuple[float, int]:

@@ -5,8 +5,7 @@ Identify, probe, prune (2503.20540 and its released code):
     identify    tokens of low confidence alone and low cascade divergence, rare within their picture, whose like recurs
                 over many pictures: `build`
     probe       a token's redundancy is its largest cosine to a prototype: `Codebook.redundancy`
-    prune       a fixed number of the least redundant tokens stays, or those below a threshold: `keep_lowest`,
-                `keep_below`
+    prune       a fixed number of the least redundant tokens stays: `keep_lowest`
 
 Nothing is trained, and nothing depends on the question.
 """
@@ -25,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from embedlens.errors import EmbedLensError
-from embedlens.redundancy import VARIANTS, Protocol, TokenScores, dpc_knn
+from embedlens.readings import Protocol
+from embedlens.redundancy import LLAVA_RMS, VARIANTS, TokenScores, dpc_knn
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -61,10 +61,8 @@ def quantile_thresholds(
     Not the paper's; the released ones span a factor of two between models.
     """
     if not scores or not (0 < probability <= 1 and 0 < divergence <= 1):
-        raise EmbedLensError(
-            f"{len(scores)} pictures, shares {probability} and {divergence}: pass at least one picture, shares above 0 "
-            "up to 1"
-        )
+        what = f"{len(scores)} pictures, shares {probability} and {divergence}"
+        raise EmbedLensError(f"{what}: pass at least one picture, shares above 0 up to 1")
     p = torch.cat([score.probability for score in scores]).double()
     d = torch.cat([score.cascade(variant) for score in scores]).double()
     return Thresholds(float(p.quantile(probability)), float(d.quantile(divergence)))
@@ -97,6 +95,10 @@ class Recipe:
                 raise EmbedLensError(f"{name} is {value}: pass a count, or a share from 0.0 to 1.0")
 
 
+#: The release's recipe for any number of pictures: its counts as shares, its tokens' unit.
+AS_SHARES = Recipe(most_in_picture=8 / 96, more_pictures=64 / 500, rms=LLAVA_RMS)
+
+
 @dataclass(frozen=True, eq=False)
 class Stages:
     """How many tokens each step of `build` leaves; "codebook" is the last."""
@@ -127,15 +129,11 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if self.prototypes.ndim != 2 or not len(self.prototypes):
-            raise EmbedLensError(
-                "the codebook is empty: raise the thresholds, or lower Recipe.more_pictures, so that a token passes"
-            )
+            raise EmbedLensError("the codebook is empty: raise the thresholds, or lower Recipe.more_pictures")
         n = len(self.prototypes)
         for name in COLUMNS:
-            if getattr(self, name).shape != (n,):
-                raise EmbedLensError(
-                    f"{name} has shape {tuple(getattr(self, name).shape)}: one entry a prototype ({n})"
-                )
+            if (shape := tuple(getattr(self, name).shape)) != (n,):
+                raise EmbedLensError(f"{name} has shape {shape}: one entry a prototype ({n})")
         if not bool((self.prototypes.float().norm(dim=-1) > 0).all()):
             raise EmbedLensError("a prototype has length zero, which is like nothing: leave it out")
 
@@ -148,15 +146,10 @@ class Codebook:
         return self.prototypes.shape[1]
 
     def check(self, model: VisionLanguageModel) -> None:
-        """Refuse another model's codebook: its directions mean nothing here, even where the width agrees.
-
-        Raises:
-            EmbedLensError: another width or another model.
-        """
+        """Refuse another model's codebook: its directions mean nothing here, even where the width agrees."""
         if self.width != model.width:
-            raise EmbedLensError(
-                f"the codebook has width {self.width}, {model.name} {model.width}: build one for this model"
-            )
+            widths = f"width {self.width}, {model.name} {model.width}"
+            raise EmbedLensError(f"the codebook has {widths}: build one for this model")
         if self.model != model.name:
             raise EmbedLensError(f"the codebook is of {self.model}, not of {model.name}: build one for this model")
 
@@ -167,9 +160,8 @@ class Codebook:
     def cosines(self, tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n"]:
         """Cosine to every prototype."""
         if tokens.shape[-1] != self.width:
-            raise EmbedLensError(
-                f"tokens of width {tokens.shape[-1]}, a codebook of width {self.width}: use the model's own codebook"
-            )
+            widths = f"tokens of width {tokens.shape[-1]}, a codebook of width {self.width}"
+            raise EmbedLensError(f"{widths}: use the model's own codebook")
         unit = functional.normalize(self.prototypes.float().to(tokens.device), dim=-1)
         return functional.normalize(tokens.float(), dim=-1) @ unit.T
 
@@ -178,57 +170,17 @@ class Codebook:
         cosines = self.cosines(tokens)
         return (cosines.softmax(0) * cosines.softmax(1)).amax(-1)
 
-    def extend(
-        self, other: Codebook, more_pictures: int | float | None = None, recipe: Recipe | None = None
-    ) -> Codebook:
-        """Both codebooks' prototypes, without any training.
-
-        Args:
-            other: of the same model.
-            more_pictures: if given, clusters are made anew over all rows and asked to span more pictures than this.
-            recipe: of those clusters.
-
-        Raises:
-            EmbedLensError: another model or width, or no cluster spans that many pictures.
-        """
+    def extend(self, other: Codebook) -> Codebook:
+        """Both codebooks' prototypes, without any training; another model's are refused."""
         if (other.model, other.width) != (self.model, self.width):
             raise EmbedLensError(
                 f"codebooks of {self.model} (width {self.width}) and {other.model} (width {other.width}): extend one "
                 "with another of the same model"
             )
-        shift = int(self.clusters.max()) + 1
         parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("prototypes", *COLUMNS)}
-        parts["clusters"] = torch.cat([self.clusters, other.clusters + shift])
+        parts["clusters"] = torch.cat([self.clusters, other.clusters + int(self.clusters.max()) + 1])
         provenance = {**self.provenance, "extended_with": json.dumps(other.provenance, sort_keys=True)}
-        both = replace(self, **parts, provenance=provenance)
-        if more_pictures is None:
-            return both
-        recipe = replace(recipe or Recipe(), more_pictures=more_pictures)
-        pictures = len(both.image_ids.unique())
-        labels, keep = _recurring(both.prototypes, both.image_ids, pictures, recipe)
-        if not bool(keep.any()):
-            raise EmbedLensError(f"no cluster has more than {more_pictures} pictures: lower more_pictures")
-        return replace(both, clusters=labels)._rows(keep)
-
-    def deduplicated(self, cosine: float = 0.999) -> Codebook:
-        """Without prototypes that point where an earlier one does. A lower cosine leaves a few directions.
-
-        What is dropped has a kept prototype within `cosine`, so no token's redundancy falls by more than the angle
-        between the two.
-        """
-        if not -1 <= cosine <= 1:
-            raise EmbedLensError(f"cosine is {cosine}: pass a number from -1 to 1")
-        unit = functional.normalize(self.prototypes.float(), dim=-1)
-        kept: list[int] = []
-        for row in range(len(unit)):
-            if not kept or float((unit[kept] @ unit[row]).max()) <= cosine:
-                kept.append(row)
-        keep = torch.zeros(len(self), dtype=torch.bool)
-        keep[kept] = True
-        return self._rows(keep)
-
-    def _rows(self, keep: Bool[Tensor, " n"]) -> Codebook:
-        return replace(self, **{name: getattr(self, name)[keep] for name in ("prototypes", *COLUMNS)})
+        return replace(self, **parts, provenance=provenance)
 
     def write(self, file: Path | str) -> None:
         """As safetensors: half-precision prototypes, where each comes from, and how they were found."""
@@ -241,12 +193,7 @@ class Codebook:
 
     @classmethod
     def read(cls, file: Path | str, model: VisionLanguageModel | None = None) -> Codebook:
-        """What `write` wrote.
-
-        Args:
-            file: the codebook.
-            model: if given, a codebook of another one is refused.
-        """
+        """What `write` wrote; if a model is given, a codebook of another one is refused."""
         from safetensors import SafetensorError, safe_open
 
         if not Path(file).is_file():
@@ -267,14 +214,10 @@ class Codebook:
 
     @classmethod
     def read_released(cls, file: Path | str, ids: Path | str | Sequence[int | str], model: str) -> Codebook:
-        """A codebook as the authors release it: a `.pt` with the matrix, a `.json` with the picture of each row.
+        """A codebook as the authors release it: a `.pt` with the matrix [n, d], a `.json` with the picture of each row.
 
-        Only tensors are read from the `.pt` (`weights_only`), as a pickle may otherwise run code.
-
-        Args:
-            file: the matrix, [n, d].
-            ids: the `.json`, or its content.
-            model: what `embedlens.load` takes for the model that it is of; the file does not say.
+        Only tensors are read from the `.pt` (`weights_only`), as a pickle may otherwise run code. The files do not say
+        which model they are of: pass what `embedlens.load` takes for it.
         """
         try:
             matrix = torch.load(file, map_location="cpu", weights_only=True)
@@ -290,11 +233,9 @@ class Codebook:
             raise EmbedLensError(f"{file} holds {shape} with {len(listed)} ids: pass a matrix [n, d] and n ids")
         numbers = {name: place for place, name in enumerate(dict.fromkeys(map(str, listed)))}
         own = [int(name) if str(name).isdigit() else numbers[str(name)] for name in listed]
-        unknown = torch.full((len(matrix),), torch.nan)
-        none = torch.full((len(matrix),), -1)
-        return cls(
-            matrix.float(), torch.tensor(own), none, unknown, unknown, unknown, none, model, {"read from": "a release"}
-        )
+        unknown, none = torch.full((len(matrix),), torch.nan), torch.full((len(matrix),), -1)
+        rows = (matrix.float(), torch.tensor(own), none, unknown, unknown, unknown, none)
+        return cls(*rows, model, {"read from": "a release"})
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -316,13 +257,11 @@ def build(
     2. What stays of all pictures is clustered, and clusters that span enough different pictures are kept whole.
 
     Args:
-        model: whose tokens they are; only its name is read.
         tokens: of each picture, all of them, as they leave the projector.
-        scores: of each picture, from `token_scores`.
+        scores: of each picture, from `token_scores`, made with `protocol`.
         image_ids: of each picture; the same id is the same picture.
         thresholds: released ones, or `quantile_thresholds`.
         recipe: default: the release's for LLaVA-1.5.
-        protocol: what the scores were made with, for the record.
 
     Raises:
         EmbedLensError: no token passes; the sentence names the step.
@@ -336,8 +275,8 @@ def build(
     columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
     candidates = 0
     at = VARIANTS.index(recipe.variant)
-    for own, score, image_id in zip(tokens, scores, image_ids, strict=True):
-        sampled = own.detach().float().cpu()[score.places]
+    for every, score, image_id in zip(tokens, scores, image_ids, strict=True):
+        sampled = every.detach().float().cpu()[score.places]
         low = (score.probability < thresholds.probability) & (score.cascade(recipe.variant) < thresholds.divergence)
         low = low.cpu()
         candidates += int(low.sum())
@@ -346,11 +285,10 @@ def build(
         most = recipe.most_in_picture
         keep = low & (sizes <= (most * len(sampled) if isinstance(most, float) else most))
         rows.append(sampled[keep])
-        columns["image_ids"].append(torch.full((int(keep.sum()),), int(image_id)))
-        columns["patches"].append(score.places.cpu()[keep])
-        columns["probability"].append(score.probability.cpu()[keep])
-        columns["region"].append(score.region[:, at].cpu()[keep])
-        columns["picture"].append(score.picture[:, at].cpu()[keep])
+        own = {"image_ids": torch.full((len(sampled),), int(image_id)), "patches": score.places}
+        own |= {"probability": score.probability, "region": score.region[:, at], "picture": score.picture[:, at]}
+        for name, values in own.items():
+            columns[name].append(values.cpu()[keep])
     pool = torch.cat(rows)
     if not candidates:
         raise EmbedLensError(f"no token is below both thresholds ({thresholds}): raise them, or take quantiles")
@@ -393,7 +331,7 @@ def _recurring(
 
 
 def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
-    """The `budget` tokens of lowest value, in raster order as any mask; ties go to the lower place.
+    """The `budget` tokens of lowest value; ties go to the lower place.
 
     >>> keep_lowest(torch.tensor([0.5, 0.1, 0.5, 0.9]), 2).tolist()
     [True, True, False, False]
@@ -403,35 +341,6 @@ def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
     keep = torch.zeros(len(values), dtype=torch.bool)
     keep[order[:budget]] = True
     return keep
-
-
-def keep_below(redundancy: Float[Tensor, " n"], threshold: float) -> Bool[Tensor, " n"]:
-    """The tokens of redundancy below a threshold, strictly: as many as the picture has.
-
-    Raises:
-        EmbedLensError: none is; the release would feed an empty picture.
-    """
-    keep = (redundancy < threshold).cpu()
-    if not bool(keep.any()):
-        raise EmbedLensError(
-            f"all {len(redundancy)} tokens are above the threshold {threshold:g} (lowest "
-            f"{float(redundancy.min()):.3g}): raise it, or keep a fixed number with keep_lowest"
-        )
-    return keep
-
-
-def calibrated_threshold(redundancies: Sequence[Float[Tensor, " _"]], mean_kept: float) -> float:
-    """The threshold that keeps this many tokens a picture on average, over other pictures than those pruned with it.
-
-    >>> calibrated_threshold([torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.4])], mean_kept=1) < 0.300001
-    True
-    """
-    values = torch.cat([part.double().cpu() for part in redundancies]).sort().values
-    wanted = round(mean_kept * len(redundancies))
-    if not 1 <= wanted <= len(values):
-        most = len(values) / max(1, len(redundancies))
-        raise EmbedLensError(f"mean_kept is {mean_kept}: pass above 0 up to the {most:g} tokens a picture has")
-    return float(values[wanted]) if wanted < len(values) else float(values[-1]) + 1e-6
 
 
 def checked_budget(budget: int, n: int) -> int:

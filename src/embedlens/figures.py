@@ -12,12 +12,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from PIL.Image import Image
 from torch import Tensor
 
-from embedlens.claims import kind_of_result
-from embedlens.intervals import Interval
+from embedlens.model_names import kind_of_result
 from embedlens.patches import PatchGrid
 
 if TYPE_CHECKING:
@@ -79,9 +78,11 @@ INK, HALO, BAR_INK = (15, 15, 15), (255, 255, 255), (110, 110, 110)
 
 
 def set_style() -> None:
-    """Make this the style of every figure drawn from now on: white ground, sizes that a phone shows legibly."""
+    """Make this the style of every figure and table from now on: white ground, sizes that a phone shows legibly."""
     import matplotlib
+    import pandas
 
+    pandas.set_option("display.width", 160, "display.max_colwidth", None, "display.max_columns", 20)
     matplotlib.rcParams.update(
         {
             "figure.figsize": (WIDTH, 4.0),
@@ -132,65 +133,6 @@ def headline(figure: Figure, title: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=13)
 
 
-def reach(found: Interval) -> Float[np.ndarray, "2 *places"]:  # noqa: UP037 - a shape, no annotation to unquote
-    """How far an interval reaches below and above its value, as matplotlib's error bars take it.
-
-    >>> reach(Interval(np.array(0.5), np.array(0.25), np.array(0.875))).tolist()
-    [0.25, 0.375]
-    """
-    value, low, high = (np.asarray(part, dtype=np.float64) for part in found)
-    return np.clip(np.stack([value - low, high - value]), 0, None)
-
-
-def dots(
-    axes: Axes,
-    places: Float[np.ndarray, " n"],
-    found: Sequence[Interval],
-    look: Look,
-    label: str = "",
-    along: str = "y",
-    face: str | None = None,
-) -> None:
-    """Values with their intervals as markers and bars, one to a place.
-
-    Args:
-        places: where each stands on the other axis.
-        found: one 0-d interval to a place.
-        along: the axis that the values are read on.
-        face: fill of the markers, such as "white"; default: the look's colour.
-    """
-    several = Interval(*(np.array([float(part) for part in parts]) for parts in zip(*found, strict=True)))
-    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "capsize": 3}
-    style |= {"markerfacecolor": face or look.colour, "linestyle": "none", "label": label or None}
-    if along == "y":
-        axes.errorbar(places, several.value, yerr=reach(several), **style)
-    else:
-        axes.errorbar(several.value, places, xerr=reach(several), **style)
-
-
-def interval_bars(
-    axes: Axes, found: Mapping[str, Interval], looks: Mapping[str, Look], digits: int = 0, edge: str = "white"
-) -> None:
-    """Shares as lying bars with their intervals and per cent, the first at the top.
-
-    Args:
-        found: name → share, 0-d.
-        looks: colour and hatch of each name.
-        digits: decimals of the per cent written beside a bar.
-        edge: colour of the bars' edges and hatches.
-    """
-    for at, (name, share) in enumerate(found.items()):
-        look, spread = looks[name], reach(share)[:, None]
-        axes.barh(at, share.value, xerr=spread, color=look.colour, hatch=look.hatch, edgecolor=edge, capsize=4)
-        axes.annotate(
-            f"{share.value:.{digits}%}", (float(share.high), at), (6, 0), textcoords="offset points", va="center"
-        )
-    axes.set_yticks(range(len(found)), list(found))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 1.1)
-
-
 def stacked_bars(axes: Axes, parts: Mapping[str, Mapping[str, float]], looks: Mapping[str, Look]) -> None:
     """What each whole consists of: one lying bar a whole, shares that sum to one, large ones written in per cent.
 
@@ -225,26 +167,6 @@ def paper_line(axes: Axes, value: float, text: str, at: float, **place: Any) -> 
     """The paper's printed value as a thin dashed line, named at `at` on the other axis: a fact, not a result."""
     axes.axhline(value, color=FACT, linestyle="--", linewidth=1.2)
     axes.annotate(text, (at, value), (0, 4), textcoords="offset points", color=FACT, fontsize=10, **place)
-
-
-def layer_curve(
-    axes: Axes,
-    value: Float[np.ndarray, " layers"],
-    low: Float[np.ndarray, " layers"],
-    high: Float[np.ndarray, " layers"],
-    label: str,
-    look: Look,
-) -> None:
-    """A quantity by layer with its interval as a band, labelled at its right end.
-
-    Layer 0 is what enters the first block, the last layer what leaves the last one.
-    """
-    layers = np.arange(len(value))
-    axes.fill_between(layers, low, high, color=look.colour, alpha=0.18, linewidth=0)
-    axes.plot(layers, value, color=look.colour, marker=look.marker, linestyle=look.line, label=label)
-    axes.set_xlim(-0.3, len(value) - 0.7)
-    axes.set_xticks(layers[:: max(1, len(value) // 12)])
-    axes.set_xlabel("layer (0 = what enters the language model)")
 
 
 def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palette: Sequence[str] = ORDER) -> None:
@@ -296,21 +218,6 @@ def points(
     axes.grid(axis="y", visible=False)
 
 
-def chance_curve(
-    axes: Axes,
-    value: Float[np.ndarray, " layers"],
-    label: str,
-    line: str = "-",
-    low: Float[np.ndarray, " layers"] | None = None,
-    high: Float[np.ndarray, " layers"] | None = None,
-) -> None:
-    """What chance would give by layer: thin and grey, in the line style of what it belongs to."""
-    layers = np.arange(len(value))
-    if low is not None and high is not None:
-        axes.fill_between(layers, low, high, color=CHANCE, alpha=0.15, linewidth=0)
-    axes.plot(layers, value, color=CHANCE, linestyle=line, linewidth=1.2, label=label)
-
-
 def factor_axis(axes: Axes, factors: Sequence[float]) -> None:
     """A log axis of factors, 1 at the left, the smallest at the right."""
     axes.set_xscale("log")
@@ -325,33 +232,21 @@ def label_ends(*several: Axes, least: float = 0.055) -> None:
     Args:
         least: distance between two names, as a share of the axis' height.
     """
+    style: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (6, 0), "textcoords": "offset points"}
+    style |= {"va": "center", "fontsize": 11, "annotation_clip": False}
     for axes in several:
-        _label_ends(axes, least)
-
-
-def _label_ends(axes: Axes, least: float) -> None:
-    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    ends = [float(axes.transData.transform((0, float(np.asarray(line.get_ydata())[-1])))[1]) for line in lines]
-    bottom, top = axes.transAxes.transform([(0, 0), (0, 1)])[:, 1]
-    ordered = sorted(((height - bottom) / (top - bottom), at) for at, height in enumerate(ends))
-    heights = [height for height, _ in ordered]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + least)
-    excess = bool(heights) and heights[-1] > 1
-    for i in range(len(heights) - 1, -1, -1):  # what was pushed out at the top moves down again
-        heights[i] = min(heights[i], 1 - least * (len(heights) - 1 - i)) if excess else heights[i]
-    for (_, at), height in zip(ordered, heights, strict=True):
-        axes.annotate(
-            str(lines[at].get_label()),
-            (1.0, height),
-            xycoords="axes fraction",
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=lines[at].get_color(),
-            va="center",
-            fontsize=11,
-            annotation_clip=False,
-        )
+        lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+        ends = [(0, float(np.asarray(line.get_ydata())[-1])) for line in lines]
+        drawn = axes.transAxes.inverted().transform(axes.transData.transform(np.reshape(ends, (-1, 2))))[:, 1]
+        order = np.argsort(drawn, kind="stable")
+        heights = [float(drawn[at]) for at in order]
+        for i in range(1, len(heights)):
+            heights[i] = max(heights[i], heights[i - 1] + least)
+        excess = bool(heights) and heights[-1] > 1
+        for i in range(len(heights) - 1, -1, -1):  # what was pushed out at the top moves down again
+            heights[i] = min(heights[i], 1 - least * (len(heights) - 1 - i)) if excess else heights[i]
+        for at, height in zip(order, heights, strict=True):
+            axes.annotate(str(lines[at].get_label()), (1.0, height), color=lines[at].get_color(), **style)
 
 
 def patch_figure(
@@ -453,26 +348,25 @@ def patch_words(
     line = max(1, round(cell_height * scale / 60))
     padded = grid.padded.tolist()
     corners = [(place(x0, y0), place(x1, y1)) for x0, y0, x1, y1 in cells]
-    for (a, b), bar in zip(corners, padded, strict=True):
-        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=BAR_INK, width=line + 1)  # shows on light ground
-        if not bar:
-            draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=OUTLINE, width=line)
-    for index in [] if marked is None else np.flatnonzero(np.asarray(marked)):
+
+    def outline(index: int, colour: tuple[int, int, int] | str, width: int) -> tuple[int, int]:
         a, b = corners[index]
-        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=OUTLINE, width=4 * line + 2)
-        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=MARKED, width=4 * line)
+        draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=colour, width=width)
+        return a
+
+    for index, bar in enumerate(padded):
+        outline(index, BAR_INK, line + 1)  # shows on light ground
+        if not bar:
+            outline(index, OUTLINE, line)
+    for index in [] if marked is None else np.flatnonzero(np.asarray(marked)).tolist():
+        outline(index, OUTLINE, 4 * line + 2)
+        outline(index, MARKED, 4 * line)
     for name, patches in (groups or {}).items():
-        for index in np.flatnonzero(patches):
-            a, b = corners[index]
-            draw.rectangle([a, (b[0] - 1, b[1] - 1)], outline=GROUPS[name].colour, width=2 * line + 1)
-            draw.text(
-                (a[0] + 3 * line + 1, a[1] + 2 * line + 1),
-                INITIALS[name],
-                font=_font(max(8, (b[1] - a[1]) // 6)),
-                fill=GROUPS[name].colour,
-                stroke_width=2,
-                stroke_fill=HALO,
-            )
+        for index in np.flatnonzero(patches).tolist():
+            x, y = outline(index, GROUPS[name].colour, 2 * line + 1)
+            font = _font(max(8, (corners[index][1][1] - y) // 6))
+            halo: dict[str, Any] = {"stroke_width": 2, "stroke_fill": HALO}
+            draw.text((x + 3 * line + 1, y + 2 * line + 1), INITIALS[name], GROUPS[name].colour, font, **halo)
     for word, (a, b), bar in zip(words, corners, padded, strict=True):
         _write(draw, word, a, b, BAR_INK if bar else INK)
     return plane
@@ -486,15 +380,8 @@ def _write(draw: ImageDraw, word: str, a: tuple[int, int], b: tuple[int, int], i
         size -= 1
     while len(word) > 1 and draw.textlength(word, font=_font(size)) > width - 2:
         word = word.removesuffix("…")[:-1] + "…" if len(word.removesuffix("…")) > 1 else word[:1]
-    draw.text(
-        ((a[0] + b[0]) / 2, b[1] - max(2, height // 16)),
-        word,
-        font=_font(size),
-        fill=ink,
-        anchor="md",
-        stroke_width=max(1, size // 7),
-        stroke_fill=HALO,
-    )
+    at, halo = ((a[0] + b[0]) / 2, b[1] - max(2, height // 16)), max(1, size // 7)
+    draw.text(at, word, ink, _font(size), "md", stroke_width=halo, stroke_fill=HALO)
 
 
 @cache

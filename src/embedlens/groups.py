@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 else:
     Prompt = VisionLanguageModel = object
 
-#: Order of precedence where a token meets several definitions.
-NAMES = ("LLM sink", "ViT sink", "dead", "alive")
 MEMBERSHIPS = ("top3", "centroid", "cluster")
 SINKS = ("measured", "top3")
 RARE = 0.001  # a share of tokens below this is no group
@@ -84,9 +82,7 @@ class Reference:
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise EmbedLensError(
-                f"no reference at {file}: write one with discover(model, samples).write(file)"
-            ) from None
+            raise EmbedLensError(f"no reference at {file}: write discover(model, samples).write(file)") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise EmbedLensError(f"{file} is no JSON ({error}): write the reference again") from None
         if not isinstance(content, dict) or set(content) != {entry.name for entry in fields(cls)}:
@@ -172,10 +168,7 @@ def phi(h: Float[Tensor, "*batch d"], dims: Sequence[int]) -> Float[Tensor, "*ba
 
 
 def discover(
-    model: VisionLanguageModel,
-    samples: Iterable[Sample] | None = None,
-    threshold: float = 0.9,
-    batch_size: int = 8,
+    model: VisionLanguageModel, samples: Iterable[Sample] | None = None, threshold: float = 0.9, batch_size: int = 8
 ) -> Reference:
     """Find what tells this model's sink, dead and alive tokens apart.
 
@@ -190,15 +183,14 @@ def discover(
     A group of fewer than one token in a thousand counts as absent.
 
     Args:
-        model: from `embedlens.load`.
         samples: pictures to look at, those that can be read; default: 64 training pictures of the miniature world.
-        threshold: cosine of the anchor clusters.
-        batch_size: pictures at a time.
 
     Raises:
         EmbedLensError: fewer than two pictures.
     """
-    samples = list(_calibration(model) if samples is None else readable(samples))
+    if samples is None:
+        samples = load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, model.canvas_side / 112))
+    samples = list(readable(samples))
     if len(samples) < 2:
         raise EmbedLensError(f"{len(samples)} pictures: what tells groups apart needs at least two, better 50")
     lens, words = EmbedLens.from_model(model), text_centroid(model)
@@ -211,27 +203,15 @@ def discover(
         for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
             ratio = ratios(states).cpu()
             first = ratio[:, 0].numpy()  # the same for every picture: nothing stands before it
-            largest.append(_some(ratio[:, 1:].amax(-1).numpy()))
+            at = np.linspace(0, len(prompt) - 2, 64).round().astype(int)  # as many in every prompt, so that they stack
+            largest.append(ratio[:, 1:].amax(-1).numpy()[:, at])
             distant.append(_distant(prompt.embeds[prompt.visual].float(), lens, words, threshold))
     notes: dict[str, str] = {}
     vit_norm, notes["ViT sink"] = _vit_norm(norms)
     dims, layer, phi_threshold, notes["LLM sink"] = _sink_dims(first, np.stack(largest))
     dead_id, notes["dead"] = _dead_id(distant, model.tokens)
-    measured = Reference(
-        model=model.name,
-        width=model.width,
-        n_words=len(model.tokens),
-        n_pictures=len(samples),
-        threshold=threshold,
-        vit_norm=vit_norm,
-        sink_dims=dims,
-        sink_layer=layer,
-        phi_threshold=phi_threshold,
-        dead_id=dead_id,
-        vit_sink_id=None,
-        llm_sink_id=None,
-        notes=notes,
-    )
+    found = vit_norm, dims, layer, phi_threshold, dead_id
+    measured = Reference(model.name, model.width, len(model.tokens), len(samples), threshold, *found, None, None, notes)
     return _with_words(measured, model, samples, lens, batch_size)
 
 
@@ -244,7 +224,7 @@ def _with_words(
     sums = torch.zeros(2, model.width)
     counts, tokens = [0, 0], 0
     for prompts in _prompts(model, samples, batch_size):
-        for kind, masks in enumerate(_sinks(model, prompts, measured, lens, "measured", batch_size)):
+        for kind, masks in enumerate(_sinks(model, prompts, measured, lens, "measured")):
             for prompt, mask in zip(prompts, masks, strict=True):
                 rows = prompt.embeds[prompt.visual][mask.to(prompt.embeds.device)].float().cpu()
                 sums[kind] += torch.nn.functional.normalize(rows, dim=-1).sum(0)
@@ -258,19 +238,8 @@ def _with_words(
 
 
 def _prompts(model: VisionLanguageModel, samples: Sequence[Sample], batch_size: int) -> Iterator[list[Prompt]]:
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
+    for _, batch in model.batches(samples, batch_size):
         yield model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
-
-
-def _some(values: Float[np.ndarray, "layers s"], most: int = 64) -> Float[np.ndarray, "layers m"]:
-    """Evenly spread positions, as many in every prompt, so that prompts of different lengths stack."""
-    at = np.linspace(0, values.shape[1] - 1, most).round().astype(int)
-    return values[:, at]
-
-
-def _calibration(model: VisionLanguageModel) -> Iterable[Sample]:
-    return load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, model.canvas_side / 112))
 
 
 def _vit_norm(norms: Iterable[Float[np.ndarray, " _"]]) -> tuple[float | None, str]:
@@ -302,27 +271,23 @@ def _sink_dims(
     top = int(of_first[middle].max(0).argmax())
     if not len(dims):
         at = int(of_first[middle, top].argmax()) + 1
-        return (
-            (),
-            None,
-            None,
+        none = (
             f"The first token excites no dimension beyond what other tokens do: its largest |x|/RMS between the "
             f"layers is {of_first[at, top]:.1f} (dimension {top}, layer {at}), the outer fence of other tokens there "
-            f"{fences[at]:.1f}.",
+            f"{fences[at]:.1f}."
         )
+        return (), None, None, none
     dims = dims[np.argsort(-of_first[middle][:, dims].mean(0), kind="stable")][:4]
     layer = int(np.flatnonzero(beyond[:, dims].any(1) & (np.arange(n) > 0))[0])
     of_bos = float(of_first[layer:, dims].max(1)[: max(1, n - 1 - layer)].mean())
     usual = float(np.median(largest[:, layer : max(layer + 1, n - 1)]))
     threshold = float(np.sqrt(of_bos * usual))
     found = tuple(int(index) for index in dims)
-    return (
-        found,
-        layer,
-        threshold,
+    how = (
         f"The first token excites dimension{'s' if len(found) > 1 else ''} {', '.join(map(str, found))} from layer "
-        f"{layer} on (phi {of_bos:.1f}; the median token's largest |x|/RMS is {usual:.1f}): threshold {threshold:.1f}.",
+        f"{layer} on (phi {of_bos:.1f}; the median token's largest |x|/RMS is {usual:.1f}): threshold {threshold:.1f}."
     )
+    return found, layer, threshold, how
 
 
 def text_distant_cluster(
@@ -353,12 +318,8 @@ def _distant(
     inside = text_distant_cluster(tokens, words, threshold)
     if not bool(inside.any()):
         return None
-    return int(lens.topk(_direction(tokens[inside])[None], 1)[1]), int(inside.sum())
-
-
-def _direction(tokens: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
-    mean = torch.nn.functional.normalize(tokens.float(), dim=-1).mean(0)
-    return torch.nn.functional.normalize(mean, dim=-1)
+    direction = torch.nn.functional.normalize(tokens[inside].float(), dim=-1).mean(0)
+    return int(lens.topk(direction[None], 1)[1]), int(inside.sum())
 
 
 def _dead_id(distant: Sequence[tuple[int, int] | None], tokens: Sequence[str]) -> tuple[int | None, str]:
@@ -399,8 +360,6 @@ def token_groups(
     """Which visual token of a picture is sink, dead or alive.
 
     Args:
-        model: from `embedlens.load`.
-        prompt: from `model.prompt`.
         reference: from `discover`; default: `reference_of(model)`.
         membership: a token is dead if the reference word is among its three nearest words ("top3", as in the released
             code), if it lies in a cluster whose centroid is nearest to that word ("centroid", as the paper says), or
@@ -437,20 +396,14 @@ def token_groups_of(
     lens = EmbedLens.from_model(model)
     found = []
     for _, batch in model.batches(prompts, batch_size):
-        vit, llm = _sinks(model, batch, reference, lens, sinks, batch_size)
+        vit, llm = _sinks(model, batch, reference, lens, sinks)
         for prompt, of_tower, of_model in zip(batch, vit, llm, strict=True):
             tokens = prompt.embeds[prompt.visual]
-            if membership == "cluster":
-                dead = (anchor_clusters(tokens.float(), reference.threshold) == 0).cpu()
-            else:
-                dead = _dead(tokens, reference, lens, membership).cpu()
+            dead = _dead(tokens, reference, lens, membership).cpu()
             met = {"LLM sink": of_model.cpu(), "ViT sink": of_tower.cpu(), "dead": dead}
-            left = torch.ones_like(dead)
-            taken = {}
-            for name in NAMES[:-1]:
-                taken[name] = met[name] & left
-                left = left & ~met[name]
-            found.append(TokenGroups(taken["ViT sink"], taken["LLM sink"], taken["dead"], left, met))
+            vit_sink = met["ViT sink"] & ~met["LLM sink"]
+            alive = ~(met["LLM sink"] | met["ViT sink"] | dead)  # sinks come before dead ones
+            found.append(TokenGroups(vit_sink, met["LLM sink"], ~alive & ~vit_sink & ~met["LLM sink"], alive, met))
     return found
 
 
@@ -463,16 +416,13 @@ def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None, k
 
 
 def _sinks(
-    model: VisionLanguageModel,
-    prompts: Sequence[Prompt],
-    reference: Reference,
-    lens: EmbedLens,
-    sinks: str,
-    batch_size: int,
+    model: VisionLanguageModel, prompts: Sequence[Prompt], reference: Reference, lens: EmbedLens, sinks: str
 ) -> tuple[list[Bool[Tensor, " n"]], list[Bool[Tensor, " n"]]]:
     tokens = [prompt.embeds[prompt.visual] for prompt in prompts]
     if sinks == "top3":
-        by_word = [[near_word(rows, lens, word) for rows in tokens] for word in _sink_words(reference)]
+        by_word = [
+            [near_word(rows, lens, word) for rows in tokens] for word in (reference.vit_sink_id, reference.llm_sink_id)
+        ]
         return by_word[0], by_word[1]
     none = [torch.zeros(len(rows), dtype=torch.bool) for rows in tokens]
     vit, llm = none, none
@@ -480,7 +430,7 @@ def _sinks(
         last = [states[-1] for states in model.tower_states_of(prompts)]
         vit = [rows.float().norm(dim=-1) > reference.vit_norm for rows in last]
     if reference.sink_dims and reference.sink_layer is not None and reference.phi_threshold is not None:
-        streams = model.hidden_states_of(prompts, batch_size)
+        streams = model.hidden_states_of(prompts, len(prompts))
         llm = [
             phi(stream[reference.sink_layer, prompt.visual], reference.sink_dims) >= reference.phi_threshold
             for stream, prompt in zip(streams, prompts, strict=True)
@@ -488,13 +438,11 @@ def _sinks(
     return vit, llm
 
 
-def _sink_words(reference: Reference) -> tuple[int | None, int | None]:
-    return reference.vit_sink_id, reference.llm_sink_id
-
-
 def _dead(tokens: Float[Tensor, "n d"], reference: Reference, lens: EmbedLens, membership: str) -> Bool[Tensor, " n"]:
-    if membership == "top3" or reference.dead_id is None:
+    if membership == "top3" or (membership == "centroid" and reference.dead_id is None):
         return near_word(tokens, lens, reference.dead_id)
     labels = anchor_clusters(tokens.float(), reference.threshold)
+    if membership == "cluster":
+        return labels == 0
     nearest = lens.topk(centroids(tokens, labels), 1)[1][:, 0]
     return torch.isin(labels, (nearest == reference.dead_id).nonzero()[:, 0].to(labels.device))

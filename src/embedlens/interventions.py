@@ -1,39 +1,25 @@
-"""What a model answers when visual tokens are pruned, frozen, silenced, entered late, dropped half-way or rescaled.
+"""What can be done to visual tokens: pruned, frozen, silenced, entered late, dropped half-way or rescaled.
 
-An intervention is a small frozen value. `intervene` applies one or several to the stock Hugging Face modules with
-hooks, in prefill and while decoding, and takes the hooks away at the end of its block:
+An intervention is a small frozen value; `embedlens.engine.intervene` applies one or several to the stock modules:
 
     with el.intervene(model, el.Prune(mask)) as run:
         model.answer(prompt)
-
-The prompts reach the engine through `model.running`, which `model.answer(s)`, `model.logits`, `model.hidden_states`,
-`model.hidden_states_of` and `el.trace(s)` call. A forward that is not announced there is refused, as nobody could say
-which of its positions are visual.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.vlm import attending
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
 
 Masks: TypeAlias = Tensor | Sequence[Tensor]
 """Bool[n_visual] for one prompt, or one such mask per prompt, in the order in which the model is given the prompts."""
-
-# --- the values ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,379 +205,25 @@ def _checked_masks(value: Masked) -> tuple[Tensor, ...]:
     return masks
 
 
-# --- the engine ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Prompts about to run, in the layout in which they are padded."""
-
-    entered: Sequence[Prompt]
-    visual: Bool[Tensor, "b s"]
-    frozen: dict[int, Bool[Tensor, "b s"]]
-    """Index of an intervention → rows whose updates it zeroes; left out where there are none."""
-    positions: Int[Tensor, "b s"] | None
-    """Rotary positions, if they are not the stock ones."""
-    next_position: Int[Tensor, " b"]
-    pruned: bool
-
-
-def side_by_side(
-    parts: Sequence[Tensor], side: Literal["left", "right"], begins: Sequence[int] | None = None
-) -> Tensor:
-    """Rows of different lengths as one padded tensor [b, s, ...].
-
-    Args:
-        parts: one tensor [length, ...] per prompt.
-        side: where the padding stands.
-        begins: how many leading entries of each part are remembered from an earlier forward. They end at one common
-            column; what comes after them is padded on `side`.
-
-    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])], "left", begins=[2, 1]).tolist()
-    [[1, 2, 0, 3], [0, 4, 5, 6]]
-    """
-    begins = [0] * len(parts) if begins is None else begins
-    before = max(begins)
-    after = max(len(part) - begin for part, begin in zip(parts, begins, strict=True))
-    whole = parts[0].new_zeros(len(parts), before + after, *parts[0].shape[1:])
-    for row, (part, begin) in enumerate(zip(parts, begins, strict=True)):
-        new = len(part) - begin
-        first = before + (after - new if side == "left" else 0)
-        whole[row, before - begin : before] = part[:begin]
-        whole[row, first : first + new] = part[begin:]
-    return whole
-
-
-class Run:
-    """What an `intervene` block hands out: how often its interventions acted.
-
-    Attributes:
-        counts: per intervention, in the order given, the number of module calls that it changed. Prune, Rescale and
-            EnterAt(0) count forwards of prompts, the others sublayers or blocks.
-    """
-
-    def __init__(self, model: VisionLanguageModel, interventions: tuple[Intervention, ...]) -> None:
-        self.model = model
-        self.interventions = interventions
-        self.counts = [0] * len(interventions)
-        self._sublayers = {
-            index: sublayers_of(value, model.n_layers, model.name) for index, value in enumerate(interventions)
-        }
-        self._batch: _Batch | None = None
-        self._prefill = False
-        self._cached = 0
-        self._masks: dict[Any, Tensor] = {}
-        self._positions: Tensor | None = None
-
-    @property
-    def fired(self) -> int:
-        """How often all of them together acted."""
-        return sum(self.counts)
-
-    def _of(self, kind: type | tuple[type, ...]) -> list[tuple[int, Any]]:
-        return [(index, value) for index, value in enumerate(self.interventions) if isinstance(value, kind)]
-
-    # Before a forward: which prompts, and which of their rows -------------------------------------------------------
-
-    @contextmanager
-    def _admit(
-        self,
-        prompts: Sequence[Prompt],
-        start: int,
-        total: int,
-        side: Literal["left", "right"],
-        begins: Sequence[int] | None = None,
-    ) -> Iterator[Sequence[Prompt]]:
-        """Called by `model.running`, and with `begins` by `embedlens.prefix`: the prompts as they enter layer 0."""
-        self._batch = self._prepare(prompts, start, total, side, begins)
-        try:
-            with ExitStack() as stack:
-                for index, _ in self._of(ReleasedLayer0):
-                    stack.enter_context(attending(partial(self._rewriting, index)))
-                yield self._batch.entered
-        finally:
-            self._batch = None
-            self._masks.clear()
-
-    def _prepare(
-        self,
-        prompts: Sequence[Prompt],
-        start: int,
-        total: int,
-        side: Literal["left", "right"],
-        begins: Sequence[int] | None,
-    ) -> _Batch:
-        masks = {index: _masks_of(value, prompts, start, total) for index, value in self._of(MASKED)}
-        entered, keep = list(prompts), False
-        own = any(prompt.positions is not None for prompt in prompts)  # then rows carry their positions with them
-        if own and any(value.positions == "renumber" for _, value in self._of((Prune, LeaveAt))):
-            raise EmbedLensError(
-                f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
-                "pass positions='keep'"
-            )
-        for _, rescale in self._of(Rescale):
-            entered = [prompt.rescaled(rescale.factor) for prompt in entered]
-        for index, prune in self._of(Prune):
-            entered = [prompt.without(mask) for prompt, mask in zip(entered, masks[index], strict=True)]
-            keep = prune.positions == "keep" and not own
-        rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
-        laid_out = partial(side_by_side, side=side, begins=begins)
-
-        visual = laid_out([prompt.visual for prompt in entered])
-        frozen = {}
-        for index, value in enumerate(self.interventions):
-            if isinstance(value, (SkipSublayers, LeaveAt)):
-                whole = [prompt.spread(mask) for prompt, mask in zip(prompts, masks[index], strict=True)]
-                frozen[index] = laid_out([mask[kept] for mask, kept in zip(whole, rows, strict=True)])
-            elif isinstance(value, Silence) and value.rows == "text":
-                frozen[index] = laid_out([nn.functional.pad(prompt.text[:-1], (0, 1)) for prompt in entered])
-            elif isinstance(value, (Silence, EnterAt)):
-                frozen[index] = visual
-        return _Batch(
-            entered,
-            visual,
-            {index: mask for index, mask in frozen.items() if bool(mask.any())},
-            laid_out(rows) if keep else None,
-            torch.tensor([len(prompt) for prompt in prompts], device=visual.device),
-            any(bool(mask.any()) for index, _ in self._of(Prune) for mask in masks[index]),
-        )
-
-    # While it runs ---------------------------------------------------------------------------------------------------
-
-    def _hooks(self, hook: Callable[..., None]) -> None:
-        """Everything that acts on the model, by `VisionLanguageModel.intervening`."""
-        model = self.model
-        if self._of(ReleasedLayer0) and model.decoder.config._attn_implementation != "sdpa":
-            raise EmbedLensError("ReleasedLayer0 needs SDPA attention: call model.hf.set_attn_implementation('sdpa')")
-        hook(model.decoder.register_forward_pre_hook, self._enter, with_kwargs=True)
-        acting: dict[tuple[int, str], list[int]] = {}
-        for index, places in self._sublayers.items():
-            for place in places:
-                acting.setdefault(place, []).append(index)
-        for (layer, role), indices in acting.items():
-            hook(model.part(layer, role).register_forward_hook, self._freezing(indices))
-        for layer, block in enumerate(model.blocks):
-            waiting = [index for index, value in self._of(EnterAt) if layer < value.layer]
-            gone = [index for index, value in self._of(LeaveAt) if layer >= value.layer]
-            if waiting or gone:
-                hook(block.register_forward_pre_hook, self._hiding(waiting + gone), with_kwargs=True)
-            closed = [index for index in gone if self.interventions[index].positions == "renumber"]  # type: ignore[union-attr]
-            if closed:
-                hook(block.register_forward_pre_hook, self._renumbering(closed), with_kwargs=True)
-
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        """Before the decoder: is this what was announced, and at which positions does it stand?"""
-        batch = self._batch
-        if batch is None:
-            raise EmbedLensError(
-                "an intervention is active, but this forward was not announced: call model.answer, model.logits, "
-                "model.hidden_states or el.trace, or wrap the call in `with model.running([prompt])`"
-            )
-        embeds, past = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-        self._cached = 0 if past is None else past.get_seq_length()
-        # The first rows of a prompt may be remembered from an earlier forward; all others run at once.
-        self._prefill = self._cached < batch.visual.shape[1]
-        self._masks.clear()
-        rows = embeds.shape[0], self._cached + embeds.shape[1]
-        if self._prefill and rows != batch.visual.shape:
-            raise EmbedLensError(
-                f"the forward runs embeddings of shape {rows}, announced were "
-                f"{tuple(batch.visual.shape)}: run what model.running returned"
-            )
-        if self._prefill:
-            for index, value in enumerate(self.interventions):
-                whole = isinstance(value, Rescale) or (isinstance(value, EnterAt) and value.layer == 0)
-                self.counts[index] += whole or (isinstance(value, Prune) and batch.pruned)
-        if batch.positions is None:
-            self._positions = kwargs.get("position_ids")
-            return None
-        kwargs = dict(kwargs)
-        if self._prefill:
-            kwargs["position_ids"] = batch.positions[:, self._cached :].to(embeds.device)
-            if kwargs.get("attention_mask") is None:
-                # Without a mask transformers takes a gap in the positions for the start of another sequence.
-                kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        else:
-            new = self._cached - batch.visual.shape[1] + torch.arange(embeds.shape[1], device=embeds.device)
-            kwargs["position_ids"] = batch.next_position.to(embeds.device)[:, None] + new
-        self._positions = kwargs["position_ids"]
-        return args, kwargs
-
-    def _freezing(self, indices: Sequence[int]) -> Callable[..., Any]:
-        """After a sublayer: its update is zero in the rows of these interventions. New tokens are never among them."""
-
-        def freeze(module: nn.Module, args: tuple, output: Any) -> Any:
-            batch = cast(_Batch, self._batch)
-            acting = [index for index in indices if index in batch.frozen] if self._prefill else []
-            if not acting:
-                return None
-            update = output[0] if isinstance(output, tuple) else output
-            rows = torch.stack([batch.frozen[index] for index in acting]).any(0)[:, self._cached :].to(update.device)
-            for index in acting:
-                self.counts[index] += 1
-            update = update.masked_fill(rows[..., None], 0)
-            return (update, *output[1:]) if isinstance(output, tuple) else update
-
-        return freeze
-
-    def _hiding(self, indices: Sequence[int]) -> Callable[..., Any]:
-        """Before a block without some visual rows, which wait or have left: no other row sees them as keys, in prefill
-        or from the cache."""
-
-        def hide(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            batch = cast(_Batch, self._batch)
-            acting = tuple(index for index in indices if index in batch.frozen)
-            if not acting:
-                return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            stock = kwargs.get("attention_mask")
-            key = acting, id(stock)  # alive as long as the forward; most models pass one mask to all blocks
-            if key not in self._masks:
-                rows = torch.stack([batch.frozen[index] for index in acting]).any(0)
-                self._masks[key] = self._without(rows, stock, hidden)
-            for index in acting:
-                self.counts[index] += 1
-            return args, {**kwargs, "attention_mask": self._masks[key].to(hidden.device)}
-
-        return hide
-
-    def _renumbering(self, indices: Sequence[int]) -> Callable[..., Any]:
-        """Before a block that rows have left: what remains stands at positions without gaps."""
-
-        def renumber(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            batch = cast(_Batch, self._batch)
-            acting = [index for index in indices if index in batch.frozen]
-            if not acting:
-                return None
-            if "position_embeddings" not in kwargs:
-                raise EmbedLensError(
-                    f"{self.model.name} hands its blocks no rotary embedding, so that gaps cannot be closed: "
-                    "pass positions='keep'"
-                )
-            hidden = args[0] if args else kwargs["hidden_states"]
-            gone = torch.stack([batch.frozen[index] for index in acting]).any(0).to(hidden.device)
-            before = gone.cumsum(1)[:, self._cached :] if self._prefill else gone.sum(1, keepdim=True)
-            places = self._positions
-            if places is None:
-                places = self._cached + torch.arange(hidden.shape[1])[None]
-            # a row that has left keeps a position of its own, which nothing reads
-            places = (places.to(hidden.device) - before).clamp_min(0)
-            return args, {**kwargs, "position_embeddings": self.model.decoder.rotary_emb(hidden, places)}
-
-        return renumber
-
-    def _without(self, rows: Bool[Tensor, "b s"], stock: Tensor | None, hidden: Tensor) -> Tensor:
-        """The stock mask Bool or Float[b, 1, q, k], where no other query sees these rows as keys."""
-        queries, device = hidden.shape[1], hidden.device
-        keys = self._cached + queries if stock is None else stock.shape[-1]
-        rows = rows.to(device)
-        hidden_keys = nn.functional.pad(rows, (0, keys - rows.shape[1]))[:, None, None, :]
-        # The rows themselves keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
-        others = torch.ones((), dtype=torch.bool, device=device)
-        if self._prefill:
-            others = ~rows[:, None, self._cached :, None]
-        seen = ~(hidden_keys & others)
-        kernel = self.model.decoder.config._attn_implementation
-        if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
-            raise EmbedLensError(
-                f"visual tokens cannot be hidden from {kernel!r} attention: call "
-                "model.hf.set_attn_implementation('sdpa') first"
-            )
-        if stock is None:
-            stock = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
-            if kernel == "eager":
-                stock = torch.zeros_like(stock, dtype=hidden.dtype).masked_fill(~stock, torch.finfo(hidden.dtype).min)
-        if stock.dtype == torch.bool:
-            return stock & seen
-        return stock.masked_fill(~seen, torch.finfo(stock.dtype).min)
-
-    def _rewriting(
-        self,
-        index: int,
-        stock: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **options: Any,
-    ) -> Any:
-        """The released weights of layer 0, by other values: a weight moved to a key is a value moved to the weight."""
-        if module is not self.model.part(0, "attention") or not self._prefill:
-            return stock(module, query, key, value, mask, **options)
-        visual = cast(_Batch, self._batch).visual.to(value.device)
-        first = value[torch.arange(len(value), device=value.device), :, visual.int().argmax(1)]
-        keys = visual[:, None, :, None]
-        moved = torch.where(keys, first[:, :, None], value)
-        later, weights = stock(module, query, key, moved, mask, **options)
-        bare, _ = stock(module, query, key, value.masked_fill(keys, 0), mask, **options)
-        self.counts[index] += 1
-        return torch.where(visual[:, self._cached :, None, None], bare, later), weights
-
-
-@contextmanager
-def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Iterator[Run]:
-    """Apply interventions to everything the model runs in the block, in the thread that opened it.
-
-    Other threads may run the model meanwhile, as it is or under interventions of their own; they take turns.
-
-    They compose in any order; two Prune or two EnterAt are refused, several LeaveAt are stages. Masks always cover all
-    visual tokens of the prompt as written, also beside Prune.
-
-    Raises:
-        EmbedLensError: an intervention that does not fit the model or the prompts, one that never acted by the end of
-            the block, a forward that was not announced by `model.running`, a block inside another.
-    """
-    if not interventions:
-        raise EmbedLensError("no intervention: pass at least one, for example el.Prune(mask)")
-    for kind in (Prune, EnterAt):
-        if sum(isinstance(value, kind) for value in interventions) > 1:
-            raise EmbedLensError(f"several {kind.__name__}: pass one")
-    run = Run(model, interventions)
-    with model.intervening(run._admit, run._hooks):
-        yield run
-    for value, count in zip(interventions, run.counts, strict=True):
-        if not count:
-            raise EmbedLensError(
-                f"{type(value).__name__} never acted: run a prompt that it changes in the block, in the same thread, "
-                "with model.answer, model.logits, model.hidden_states or el.trace"
-            )
-
-
 def sublayers_of(value: Intervention, n_layers: int, name: str) -> list[tuple[int, str]]:
-    """(layer, role) of the sublayers whose update an intervention zeroes."""
-    if isinstance(value, SkipSublayers):
-        wanted = [(int(place), "attention" if place == int(place) else "mlp") for place in sorted(set(value.at))]
-    elif isinstance(value, Silence):
-        layers = range(n_layers) if value.layers is None else value.layers
-        wanted = [(layer, value.sublayer) for layer in dict.fromkeys(layers)]
-    elif isinstance(value, EnterAt):
-        if not 0 <= value.layer < n_layers:
-            raise EmbedLensError(f"there is no layer {value.layer} in {name}: pass 0 to {n_layers - 1}")
-        wanted = [(layer, role) for layer in range(value.layer) for role in ("attention", "mlp")]
-    elif isinstance(value, LeaveAt):
-        if not 0 <= value.layer < n_layers:
-            raise EmbedLensError(f"there is no layer {value.layer} in {name}: pass 0 to {n_layers - 1}")
-        wanted = [(layer, role) for layer in range(value.layer, n_layers) for role in ("attention", "mlp")]
-    elif isinstance(value, (Prune, Rescale, ReleasedLayer0)):
-        wanted = []
-    else:
+    """(layer, role) of the sublayers whose update an intervention zeroes, in the model of that name."""
+    if not isinstance(value, (*MASKED, Silence, EnterAt, Rescale, ReleasedLayer0)):
         raise EmbedLensError(
             f"{type(value).__name__} is no intervention: pass Prune, SkipSublayers, Silence, EnterAt, LeaveAt, "
             "Rescale or ReleasedLayer0"
         )
-    for layer, _ in wanted:
+    layers, roles = list(range(n_layers)), ("attention", "mlp")
+    if isinstance(value, SkipSublayers):
+        found = [(int(place), roles[place != int(place)]) for place in sorted(set(value.at))]
+    elif isinstance(value, Silence):
+        found = [(layer, value.sublayer) for layer in dict.fromkeys(layers if value.layers is None else value.layers)]
+    elif isinstance(value, (EnterAt, LeaveAt)):
+        own = layers[: value.layer] if isinstance(value, EnterAt) else layers[value.layer :]
+        found = [(layer, role) for layer in own for role in roles]
+    else:
+        found = []
+    named = [value.layer] if isinstance(value, (EnterAt, LeaveAt)) else [layer for layer, _ in found]
+    for layer in named:
         if not 0 <= layer < n_layers:
             raise EmbedLensError(f"there is no layer {layer} in {name}: pass 0 to {n_layers - 1}")
-    return wanted
-
-
-def _masks_of(value: Masked, prompts: Sequence[Prompt], start: int, total: int) -> Sequence[Tensor]:
-    """The masks of this batch."""
-    masks = (value.mask,) if isinstance(value.mask, Tensor) else value.mask
-    if len(masks) != total:
-        raise EmbedLensError(
-            f"{type(value).__name__} has {len(masks)} masks for {total} prompts: pass a list with one mask per prompt, "
-            "in their order"
-        )
-    return masks[start : start + len(prompts)]
+    return found

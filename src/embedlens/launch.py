@@ -1,8 +1,7 @@
-"""The cells that every notebook begins with: install what is missing, check the parameters.
+"""The cells that every notebook begins with: install what is missing (as on Colab), check the parameters.
 
-The first cell installs the package where it is missing (Colab) and does nothing elsewhere; the cell behind the
-parameters checks them. `python -m embedlens.launch` writes both into the notebooks of a checkout, again and again with
-the same result; outputs stay, because neither cell has any.
+`python -m embedlens.launch` writes both into the notebooks of a checkout, with the address that `repository: url:` in
+`_config.yml` says; the theme's launch buttons go by the same setting.
 """
 
 from __future__ import annotations
@@ -10,17 +9,24 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from embedlens import book
-from embedlens.address import address_of
 
-INSTALL, CHECK = "install", "check-parameters"
-HIDDEN = ["remove-cell"]
+INSTALL, CHECK = "install", "check-parameters"  # ids of the cells
 CHECKING = """\
 from embedlens import parameters
 
 parameters.check(globals(), globals().get("In", ()))"""
+
+
+def address_of(root: Path) -> str:
+    """Web address of the repository as `_config.yml` says it; empty: none yet."""
+    import yaml
+
+    config = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8")) or {}
+    return (config.get("repository") or {}).get("url") or ""
 
 
 def installing(address: str) -> str:
@@ -61,45 +67,34 @@ def stated(notebook: Any) -> str | None:
 def begin(notebook: Any, address: str = "") -> bool:
     """Give a notebook its first cell and, where it has parameters, the check behind them; whether anything changed.
 
-    Cells are known by their `id`. A cell that moves others down adds one to their execution counts, which is what
-    running the notebook again would do.
+    Cells are known by their `id`: one that is there keeps place and count, a new one waits for the next run.
     """
     import nbformat.v4
 
-    before = [(cell["id"], cell["source"]) for cell in notebook["cells"]]
-    ran = any(cell.get("execution_count") for cell in notebook["cells"])
-    cells = [cell for cell in notebook["cells"] if cell["id"] not in (INSTALL, CHECK)]
-    if not any(cell["cell_type"] == "code" for cell in cells):
-        return False
-    new = {name: nbformat.v4.new_code_cell("", id=name, metadata={"tags": list(HIDDEN)}) for name in (INSTALL, CHECK)}
-    new[INSTALL]["source"], new[CHECK]["source"] = installing(address), CHECKING
-    first = next(place for place, cell in enumerate(cells) if cell["cell_type"] == "code")
-    cells.insert(first, new[INSTALL])
-    behind = [place for place, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
-    if behind:
-        cells.insert(behind[0] + 1, new[CHECK])
-    notebook["cells"] = cells
-    if ran:
-        _renumber(cells)
-    return before != [(cell["id"], cell["source"]) for cell in cells]
-
-
-def _renumber(cells: Sequence[Any]) -> None:
-    code = [cell for cell in cells if cell["cell_type"] == "code" and cell["source"].strip()]
-    for count, cell in enumerate(code, start=1):
-        cell["execution_count"] = count
-        for output in cell["outputs"]:
-            if output["output_type"] == "execute_result":
-                output["execution_count"] = count
+    cells, changed = notebook["cells"], False
+    for name, source, before in ((INSTALL, installing(address), "code"), (CHECK, CHECKING, "parameters")):
+        there = next((cell for cell in cells if cell["id"] == name), None)
+        if there is None:
+            at = [
+                place
+                for place, cell in enumerate(cells)
+                if before == cell["cell_type"] or before in cell["metadata"].get("tags", [])
+            ]
+            if not at:
+                continue
+            there = nbformat.v4.new_code_cell("", id=name, metadata={"tags": ["remove-cell"]})
+            cells.insert(at[0] + (name == CHECK), there)
+        changed |= there["source"] != source
+        there["source"] = source
+    return changed
 
 
 def main(names: Sequence[str] = ()) -> None:
     """Write the first cells into the notebooks of this checkout: all, or those named as for `embedlens book`."""
     root = book.find_root()
-    address = address_of(root)
     for page in book.chapters(root, list(names) or None):
         notebook = book.read(root / page)
-        if begin(notebook, address):
+        if begin(notebook, address_of(root)):
             book.write(notebook, root / page)
             print(f"{page}: first cells written")
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from embedlens import lmms as plugin
 from embedlens.errors import EmbedLensError
-from embedlens.study import meet, own_device
-from embedlens.vlm import load
+from embedlens.loading import load
+from embedlens.processes import meet, own_device
 
 try:
     from lmms_eval.api.model import lmms as Base

@@ -30,3 +30,12 @@ def unsigned(name: str) -> str:
     'miniature'
     """
     return name.partition(AT)[0]
+
+
+def kind_of_result(model: str) -> str:
+    """Which of the book's kinds of result a run on this model gives: "miniature" or "full scale".
+
+    >>> kind_of_result("llava-hf/llava-1.5-7b-hf")
+    'full scale'
+    """
+    return "miniature" if unsigned(model) == MINIATURE else "full scale"

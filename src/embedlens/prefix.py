@@ -23,19 +23,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from embedlens.engine import intervene, side_by_side
 from embedlens.errors import EmbedLensError
-from embedlens.interventions import (
-    MASKED,
-    EnterAt,
-    Intervention,
-    LeaveAt,
-    Prune,
-    ReleasedLayer0,
-    Silence,
-    intervene,
-    side_by_side,
-    sublayers_of,
-)
+from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence, sublayers_of
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel

@@ -1,20 +1,27 @@
-"""What the visual tokens of one picture say: top words per patch, as a table and written on the picture."""
+"""What the visual tokens of one picture say: top words per patch, as a table, written on the picture, as figures."""
 
 from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.figures import patch_words
+from embedlens.figures import group_figure, patch_figure, patch_words, signature
+from embedlens.groups import TokenGroups
 from embedlens.lenses import EmbedLens, LogitLens
+from embedlens.measures.labels import label_ids, named_patches
 from embedlens.patches import PatchGrid
 from embedlens.pictures import Picture
+from embedlens.samples import Sample
 from embedlens.vlm import QUESTION, VisionLanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LENSES: dict[str, type[EmbedLens] | type[LogitLens]] = {"embed": EmbedLens, "logit": LogitLens}
 BAR_MARK = "▒"
@@ -92,6 +99,53 @@ def probe_picture(
     words = [[reader.tokens[index] for index in row] for row in ids.tolist()]
     answer = model.answer(prompt)
     return PictureProbe(prompt.image, prompt.grid, words, ids, scores, layer, lens, model.name, question, answer)
+
+
+def nearest_words(model: VisionLanguageModel, sample: Sample, seen: PictureProbe) -> Figure:
+    """The nearest word on every patch; a thick outline where it names the object that the patch lies in.
+
+    Args:
+        seen: `probe_picture` of the sample.
+    """
+    named, objects = named_patches(model, sample, seen.grid, seen.ids[:, :1])
+    title = f"{int(named.sum())} of {int(objects.sum())} object patches are nearest to their object's name"
+    return patch_figure(seen.image, seen.grid, [row[0] for row in seen.words], title, named, _footer(seen))
+
+
+def named_objects(model: VisionLanguageModel, sample: Sample, seen: PictureProbe) -> Figure:
+    """Words on object patches only: the object's label where it is among the words found, else the nearest word."""
+    named, objects = named_patches(model, sample, seen.grid, seen.ids)
+    wanted = {i for name in sample.labels for i in label_ids(model.tokenizer, name)}
+    words = []
+    for row, ids, hit, on in zip(seen.words, seen.ids.tolist(), named.tolist(), objects.tolist(), strict=True):
+        found = [word for word, i in zip(row, ids, strict=True) if hit and i in wanted]
+        words.append((found or row)[0] if on else "")
+    title = f"Layer {seen.layer}: {int(named.sum())} of {int(objects.sum())} object patches name their object"
+    footer = signature(seen.model, f"{LENSES[seen.lens].__name__}, {_number(seen.ids.shape[1])}, one held-out picture")
+    return patch_figure(seen.image, seen.grid, words, title, named, footer)
+
+
+def in_groups(seen: PictureProbe, groups: TokenGroups, title: str = "") -> Figure:
+    """Every patch outlined by its group, with the nearest word at its foot.
+
+    Args:
+        groups: `token_groups` of the picture of `seen`.
+        title: default: how many tokens are alive and dead.
+    """
+    alive, dead = int(groups.alive.sum()), int(groups.dead.sum())
+    title = title or f"{alive} of {len(groups.alive)} tokens are alive, {dead} dead"
+    return group_figure(seen.image, seen.grid, groups.named, [row[0] for row in seen.words], title, _footer(seen))
+
+
+def _footer(seen: PictureProbe) -> str:
+    return signature(seen.model, f"{LENSES[seen.lens].__name__}, layer {seen.layer}, one held-out picture")
+
+
+def _number(words: int) -> str:
+    """How many words of a token were looked at, in words where English has them."""
+    names = ("", "the", "two", "three", "four", "five")
+    name = names[words] if words < len(names) else str(words)
+    return f"{name} nearest word{'s' * (words > 1)}"
 
 
 def _table(grid: PatchGrid, words: list[list[str]]) -> str:

@@ -24,6 +24,7 @@ from embedlens.errors import EmbedLensError
 HOLDS, PARTLY, FAILS = "holds", "partly", "does not hold"
 UNDECIDED, UNTESTABLE = "undecided", "not testable here"
 VERDICTS = (HOLDS, PARTLY, FAILS, UNDECIDED, UNTESTABLE)
+SHAPES = dict(zip(VERDICTS, "●◐○◇–", strict=True))  # for pages, so that nobody needs to tell colours apart
 
 
 def conclude(rule: str, parts: Mapping[str, Any], partly: str | Sequence[str] = (), needs: bool = True) -> str:
@@ -74,13 +75,9 @@ def decide(rule: str, parts: Mapping[str, Any]) -> bool | None:
     calls = {"__builtins__": {}, "abs": abs, "all": _every, "any": _some, "_not": _opposite}
     try:
         tree = ast.fix_missing_locations(_ThreeValued().visit(ast.parse(rule, mode="eval")))
-        found = eval(compile(tree, "<rule>", "eval"), calls, known)
+        return _truth(eval(compile(tree, "<rule>", "eval"), calls, known))
     except (SyntaxError, NameError, TypeError, AttributeError) as error:
         raise EmbedLensError(f"the rule {rule!r} cannot be judged ({error}): it may name {', '.join(parts)}") from None
-    found = None if isinstance(found, _Unknown) else found
-    if found is not None and not isinstance(found, (bool, np.bool_)):
-        raise EmbedLensError(f"the rule {rule!r} gives {found!r}, neither true nor false: compare it with a bar")
-    return None if found is None else bool(found)
 
 
 class _ThreeValued(ast.NodeTransformer):
@@ -106,18 +103,27 @@ def _call(name: str, argument: ast.expr) -> ast.Call:
     return ast.Call(ast.Name(name, ast.Load()), [argument], [])
 
 
-def _every(values: Iterable[bool | None]) -> bool | None:
-    found = list(values)
+def _every(values: Iterable[Any]) -> bool | None:
+    found = [_truth(value) for value in values]
     return False if False in found else None if None in found else True
 
 
-def _some(values: Iterable[bool | None]) -> bool | None:
-    found = list(values)
+def _some(values: Iterable[Any]) -> bool | None:
+    found = [_truth(value) for value in values]
     return True if True in found else None if None in found else False
 
 
-def _opposite(value: bool | None) -> bool | None:
-    return None if value is None or isinstance(value, _Unknown) else not value
+def _opposite(value: Any) -> bool | None:
+    truth = _truth(value)
+    return None if truth is None else not truth
+
+
+def _truth(value: Any) -> bool | None:
+    if value is None or isinstance(value, _Unknown):
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{value!r} is neither true nor false: compare it with a bar")
+    return bool(value)
 
 
 class _Unknown:

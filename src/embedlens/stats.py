@@ -24,7 +24,6 @@ from embedlens.errors import EmbedLensError
 
 LEVEL = 0.95
 RESAMPLES = 2000
-STEADY = 12  # decimals; the bits beyond belong to the processor, and what adds up to 0 is 0 on each
 
 
 @dataclass(frozen=True)
@@ -207,6 +206,15 @@ def drawn_pairs(
     return resampled
 
 
+def steady(values: Any) -> np.ndarray:
+    """To twelve decimals: the bits beyond belong to the processor, and what adds up to 0 is 0 on each.
+
+    >>> 0.1 + 0.2 - 0.3 > 0, bool(steady(0.1 + 0.2 - 0.3) > 0)
+    (True, False)
+    """
+    return np.asarray(np.round(np.asarray(values, dtype=np.float64), 12) + 0.0)
+
+
 def draws(n: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[np.ndarray, "resamples n"]:
     """How often each of `n` pictures is drawn in each resample."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
@@ -225,8 +233,7 @@ def estimate(resampled: pd.Series | pd.DataFrame, n: int | None = None, level: f
     n = resampled.attrs.get("n") if n is None else n
     if n is None:
         raise EmbedLensError("how many pictures this rests on was lost in the arithmetic: pass n=")
-    values = np.round(np.asarray(resampled, dtype=np.float64), STEADY) + 0.0
-    values = values.reshape(len(values), -1)
+    values = steady(resampled).reshape(len(resampled), -1)
     if values.shape[1] != 1:
         raise EmbedLensError(f"{values.shape[1]} columns are several estimates: choose one, or use estimates")
     low, high = np.nanquantile(values[1:, 0], [(1 - level) / 2, (1 + level) / 2])

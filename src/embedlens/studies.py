@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens import claims, memory, samples, study
-from embedlens.chapters import other_models
+from embedlens import memory, processes, records, samples, study
 from embedlens.errors import EmbedLensError, writing
+from embedlens.loading import load
+from embedlens.measures import anatomy
 from embedlens.model_names import MINIATURE, signed
-from embedlens.vlm import VisionLanguageModel, load
+from embedlens.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,8 +44,13 @@ class Named:
 
 
 def _anatomy(model: VisionLanguageModel, dataset: str, n: int, seed: int) -> Prepared:
-    measured, calibration, compared = other_models.pictures(dataset, n, seed)
-    return other_models.study_of(model, calibration, compared, seed), measured
+    measured, calibration, compared = anatomy.pictures(dataset, n, seed)
+    return anatomy.study_of(model, calibration, compared, seed), measured
+
+
+def _anatomy_record(folder: Path, model: str, dataset: str, table: pd.DataFrame, seed: int) -> Path:
+    found = anatomy.numbers(table, dataset != "miniworld", seed)
+    return records.write(folder, model, anatomy.CHAPTER, len(table), seed, {}, found, dataset=dataset)
 
 
 def _arms(model: VisionLanguageModel, dataset: str, n: int, seed: int, arms: str) -> Prepared:
@@ -63,7 +69,7 @@ STUDIES: Mapping[str, Named] = {
     "other_models": Named(
         "clusters and token groups of one model; the whole of chapter 09, whose record it writes",
         _anatomy,
-        other_models.write,
+        _anatomy_record,
     ),
     "sinks": Named(
         "the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")
@@ -116,7 +122,7 @@ def run_named(
 
     Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
     go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record goes to
-    `results`, by default the checkout's own, as `claims.results` finds it.
+    `results`, by default the checkout's own, as `records.results` finds it.
 
     Raises:
         EmbedLensError: as `load`, `samples.load` and `embedlens.run`; `device="auto"` with several processes.
@@ -125,7 +131,7 @@ def run_named(
     function = None if named else own_study(name)
     if n < 1:
         raise EmbedLensError(f"n is {n}: pass at least one picture")
-    place = study.own_device()
+    place = processes.own_device()
     if place is not None and device == "auto":
         raise EmbedLensError(
             "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
@@ -134,10 +140,10 @@ def run_named(
     if place is not None and device in (None, "cuda"):
         device = place
     if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
-        say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {study.ALONE}")
-    rank, processes = study.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
+        say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {processes.ALONE}")
+    rank, together = processes.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
     aloud: Callable[[str], object] = say if rank == 0 else (lambda line: None)
-    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {processes} process{'es' * (processes > 1)}")
+    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together} process{'es' * (together > 1)}")
     need = memory.needed(memory.config_of(model), dtype or _dtype_on(device, model), quantize)
     size = batch_size if isinstance(batch_size, int) else 1
     free = memory.available(device or "cuda")
@@ -153,7 +159,7 @@ def run_named(
     if len(measured) >= LONG:
         trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
         seconds = study.rehearse(function, loaded, measured, trial)
-        whole = seconds * len(measured) / processes
+        whole = seconds * len(measured) / together
         aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
     # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
     measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)
@@ -165,7 +171,7 @@ def run_named(
             table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
         if named is not None and named.record is not None:
-            aloud(f"record: {named.record(claims.results(results), measured_as, dataset, table, seed)}")
+            aloud(f"record: {named.record(records.results(results), measured_as, dataset, table, seed)}")
         elif named is not None:
             aloud(f"no record: {name} is {named.about}")
     return table

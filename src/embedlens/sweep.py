@@ -13,6 +13,7 @@ order draws the same.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from embedlens import memory
+from embedlens import kept, memory
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention, Prune, SkipSublayers
@@ -313,10 +314,16 @@ def run_arms(
     items, arms = list(items), list(arms)
     _check(items, arms, batch_size)
     rows: list[dict[str, Any]] = []
+    common = arms, groups, max_new_tokens
+    what = {"model": kept.of_model(model), "asked": common} if halve and kept.ROWS in os.environ else None
     for places in _chunks(items, CHUNK * batch_size):
         own = {place: items[place] for place in places}
-        ask = partial(_rows_of, model, own, arms, groups, max_new_tokens)
-        found, batch_size = memory.halving(ask, batch_size) if halve else (ask(batch_size), batch_size)
+        if not halve:  # the caller keeps rows
+            rows += _rows_of(model, own, *common, batch_size)
+            continue
+        run = partial(memory.halving, partial(_rows_of, model, own, *common), batch_size)
+        key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()}
+        found, batch_size = kept.remembered({**what, "items": key}, run) if what else run()
         rows += found
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
     rows.sort(key=lambda row: (row["item"], order[row["arm"], row["seed"]]))

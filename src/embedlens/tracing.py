@@ -7,9 +7,11 @@ second attention whose values are the set's indicator, so that the [queries, key
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedlens.errors import EmbedLensError
-from embedlens.vlm import attending
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
+
+_ATTENTION = RLock()  # transformers looks its attention up in one place for all models
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +169,20 @@ def _weighing(model: VisionLanguageModel, indicators: Float[Tensor, "b s g"], ma
 
     with attending(attend):
         yield
+
+
+@contextmanager
+def attending(attend: Callable[..., Any]) -> Iterator[None]:
+    """For the time of the block, SDPA attention of every model is `attend(stock, module, query, key, value, ...)`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    with _ATTENTION:  # other threads wait: each puts back what it found
+        stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(attend, stock)
+        try:
+            yield
+        finally:
+            ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
 def _mass(

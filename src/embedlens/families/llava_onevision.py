@@ -98,9 +98,9 @@ def tower_states(
 
 def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
     """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
-    return hf.model.pack_image_features(
-        [views], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio
-    )[0][0]
+    return hf.model.pack_image_features([views], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio)[
+        0
+    ][0]
 
 
 def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:

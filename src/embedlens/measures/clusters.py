@@ -192,9 +192,7 @@ def _study(threshold: float, order: str, parts: list[dict], center: Float[Tensor
     largest, ids = tuple(columns.pop("largest")), tuple(columns.pop("ids"))
     means, null = torch.stack(columns.pop("means")), torch.stack(columns.pop("null_means"))
     stacked = {name: np.array(column) for name, column in columns.items()}
-    return ClusterStudy(
-        threshold, order, ids, means=means, null_means=null, center=center, largest=largest, **stacked
-    )
+    return ClusterStudy(threshold, order, ids, means=means, null_means=null, center=center, largest=largest, **stacked)
 
 
 def by_group(

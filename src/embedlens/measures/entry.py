@@ -25,11 +25,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
-from embedlens.interventions import EnterAt, Silence, intervene
-from embedlens.labels import label_hits, label_ids
+from embedlens.interventions import EnterAt, Silence
 from embedlens.lenses import EmbedLens
+from embedlens.measures.labels import label_hits, label_ids
 from embedlens.patches import PatchGrid
 from embedlens.samples import Sample
 from embedlens.sweep import BASELINE, Arm, everywhere, run_arms
@@ -45,7 +46,7 @@ FOLDER = "late_entry"
 OTHER = "another picture"
 SHIPPED = "as shipped"
 WORDS, RULE = 5, "head-word"
-"""A token is grounded if its object's label is among so many nearest words, by this rule of `embedlens.labels`."""
+"""A token is grounded if its object's label is among so many nearest words, by this rule of `measures.labels`."""
 REFINED = 0.9
 """Refinement is over when so much of the way to the largest grounded share is done."""
 

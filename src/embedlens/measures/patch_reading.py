@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.labels import QUESTION, label_ids
+from embedlens.measures.labels import QUESTION, label_ids
 from embedlens.prefix import Case, answers, asked_of
 from embedlens.samples.miniworld.sprites import COLOURS
 from embedlens.samples.patchbench import (

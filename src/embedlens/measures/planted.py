@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from embedlens import vlm
 from embedlens.errors import EmbedLensError
+from embedlens.loading import load
 from embedlens.model_names import MINIATURE
-from embedlens.samples import load
+from embedlens.samples import load as load_samples
 from embedlens.vlm import QUESTION, VisionLanguageModel
 
 VIT, LLM = (3, 14, 29, 40, 58), (9, 20, 33, 46, 55)  # of 64 patches, none beside another
@@ -43,14 +43,14 @@ def planted(
     Raises:
         EmbedLensError: another architecture, or a patch that would be both or is not there.
     """
-    model = vlm.load(MINIATURE, device="cpu") if model is None else model
+    model = load(MINIATURE, device="cpu") if model is None else model
     copy = VisionLanguageModel(
         deepcopy(model.hf), deepcopy(model.processor), f"{model.name} with planted sinks", model.preprocessing
     )
     inner = copy.hf.model
     if type(copy.hf).__name__ != "LlavaForConditionalGeneration" or copy.n_layers < 3:
         raise EmbedLensError(f"sinks cannot be planted in {model.name}: pass a LLaVA of at least three blocks")
-    prompt = copy.prompt(load("miniworld", n=1, split="train")[0].image, QUESTION)
+    prompt = copy.prompt(load_samples("miniworld", n=1, split="train")[0].image, QUESTION)
     if len({*vit, *llm}) != len(vit) + len(llm) or not {*vit, *llm} <= set(range(len(prompt.grid))):
         raise EmbedLensError(f"patches {vit} and {llm}: name different ones below {len(prompt.grid)}")
     in_tower = float(copy.tower_states_of([prompt])[0][-1].norm(dim=-1).median())

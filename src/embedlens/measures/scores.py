@@ -11,8 +11,8 @@ from the last text position, summed over the language model's layers.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from embedlens.codebook import AS_SHARES, Codebook, Recipe, Stages, build, quantile_thresholds
+from embedlens.cues import attended, cls_similarity, features_of
 from embedlens.errors import EmbedLensError
-from embedlens.groups import Reference, token_groups_of
-from embedlens.labels import named_patches
-from embedlens.pruners import attended, cls_similarity, features_of
-from embedlens.redundancy import Protocol, TokenScores, describing, readings_of, sampled_ranks, token_scores
+from embedlens.measures.labels import named_patches
+from embedlens.readings import Protocol, describing
+from embedlens.redundancy import TokenScores, readings_of, sampled_ranks, token_scores
 from embedlens.samples import Sample
 from embedlens.vlm import Prompt, VisionLanguageModel
 
@@ -45,21 +46,31 @@ class Scored:
     prompts: Sequence[Prompt]
     scores: Sequence[TokenScores]
     table: pd.DataFrame
-    """id, patch; similarity (nan for a tower without CLS) and attention; probability, divergence, word; named: the
-    token alone names the object that its patch lies in, misnamed: the next picture's word at its place does; alive;
-    low, high: in that third of its picture by every score that there is."""
+    """id, patch; similarity (nan for a tower without CLS) and attention; low, high: in that third of its picture by
+    every score that there is; probability, divergence, word; named: the token alone names the object that its patch
+    lies in, misnamed: the next picture's word at its place does."""
 
     @property
     def tokens(self) -> list[Float[Tensor, "_ d"]]:
         """All visual tokens of each picture."""
         return [prompt.embeds[prompt.visual] for prompt in self.prompts]
 
+    def codebook(self, model: VisionLanguageModel, recipe: Recipe = AS_SHARES) -> tuple[Codebook, Stages] | None:
+        """The codebook that these pictures give, with thresholds by quantiles; None where no token is a prototype, and
+        a warning says at which step the last one went."""
+        ids, limits = [sample.id for sample in self.samples], quantile_thresholds(self.scores)
+        try:
+            return build(model, self.tokens, self.scores, ids, limits, recipe, self.protocol)
+        except EmbedLensError as error:
+            warnings.warn(f"these {len(ids)} pictures give no codebook: {error}", stacklevel=2)
+            return None
+
 
 def scored(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
     protocol: Protocol | None = None,
-    reference: Reference | None = None,
+    low_only: bool = False,
     batch_size: int = 64,
 ) -> Scored:
     """Read the tokens of some pictures: all of few, the release's 96 ranks of likeness to CLS of many.
@@ -67,7 +78,8 @@ def scored(
     Args:
         samples: pictures with boxes, at least two.
         protocol: default: the release's, with the model's own question and aligned articles.
-        reference: of the token groups; default: the model's own.
+        low_only: read only the tokens in the lowest third of their picture by every score; pictures without any are
+            left out, and all may be.
         batch_size: readings that run together.
     """
     if len(samples) < 2:
@@ -78,21 +90,31 @@ def scored(
     attention = [part.double().sum(0).cpu() for part, _ in attended(model, prompts)]
     similarity = [cls_similarity(one).double().cpu() for one in features if "CLS" in one.has]
     order = similarity if len(similarity) == len(samples) else attention
-    places = [own.argsort(descending=True, stable=True)[sampled_ranks(len(own))].sort().values for own in order]
-    scores = token_scores(model, prompts, places, protocol, batch_size)
-    groups = token_groups_of(model, prompts, reference=reference)
     tables = []
-    for i, (sample, at, own, group) in enumerate(zip(samples, places, scores, groups, strict=True)):
-        columns: dict[str, Any] = {"id": sample.id, "patch": at.numpy(), "attention": attention[i][at].numpy()}
-        columns["similarity"] = similarity[i][at].numpy() if order is similarity else np.nan
-        columns["probability"] = own.probability.double().cpu().numpy()
-        columns |= {"divergence": own.cascade().double().cpu().numpy(), "word": own.word.cpu().numpy()}
-        for name, words in (("named", own.word), ("misnamed", scores[(i + 1) % len(scores)].word)):
+    for i, sample in enumerate(samples):
+        at = order[i].argsort(descending=True, stable=True)[sampled_ranks(len(order[i]))].sort().values
+        own = {"attention": attention[i][at], "similarity": similarity[i][at] if order is similarity else np.nan}
+        tables.append(pd.DataFrame({"id": sample.id, "patch": at, **own}))
+    ordered = extremes(pd.concat(tables, ignore_index=True))
+    ordered = ordered[ordered["low"]] if low_only else ordered
+    kept = [i for i, sample in enumerate(samples) if (ordered["id"] == sample.id).any()]
+    samples, prompts = [samples[i] for i in kept], [prompts[i] for i in kept]
+    parts = [ordered[ordered["id"] == sample.id] for sample in samples]
+    places = [torch.tensor(part["patch"].to_numpy()) for part in parts]
+    scores = token_scores(model, prompts, places, protocol, batch_size)
+    tables = []
+    for i, (sample, part, at, read) in enumerate(zip(samples, parts, places, scores, strict=True)):
+        columns: dict[str, Any] = {"probability": read.probability.double().cpu().numpy()}
+        columns |= {"divergence": read.cascade().double().cpu().numpy(), "word": read.word.cpu().numpy()}
+        for name, words in (("named", read.word), ("misnamed", scores[(i + 1) % len(scores)].word)):
             ids = torch.full((len(prompts[i].grid), 1), -1)
             ids[at[: len(words)], 0] = words.cpu()[: len(at)]
             columns[name] = np.asarray(named_patches(model, sample, prompts[i].grid, ids)[0])[at]
-        tables.append(pd.DataFrame(columns | {"alive": group.alive.cpu()[at].numpy()}))
-    return Scored(protocol, samples, prompts, scores, extremes(pd.concat(tables, ignore_index=True)))
+        tables.append(part.assign(**columns))
+    if not tables:
+        none: dict[str, Any] = {"probability": 0.0, "divergence": 0.0, "word": 0, "named": False, "misnamed": False}
+        tables = [ordered.assign(**none)]
+    return Scored(protocol, samples, prompts, scores, pd.concat(tables, ignore_index=True))
 
 
 def orders_in(table: pd.DataFrame) -> list[str]:
@@ -184,23 +206,3 @@ def raised(model: VisionLanguageModel, found: Scored, chosen: pd.Series) -> pd.D
         said = {name: float((a - b).cpu().gather(1, word).mean()) for name, (a, b) in pairs.items()}
         rows.append({"id": sample.id, **said})
     return pd.DataFrame(rows, columns=["id", "region", "picture"])
-
-
-def milliseconds(act: Callable[[int], Any], n: int) -> float:
-    """Mean time of act(0) to act(n - 1), after one that warms up; what a GPU still works on counts.
-
-    >>> milliseconds(lambda i: None, 3) < 1000
-    True
-    """
-    act(0)
-    _wait()
-    began = time.perf_counter()
-    for i in range(n):
-        act(i)
-    _wait()
-    return 1000 * (time.perf_counter() - began) / n
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

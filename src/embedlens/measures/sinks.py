@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from embedlens.clusters import anchor_clusters, centroids, picture_pairs
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, fence, phi, ratios, reference_of, token_groups_of
-from embedlens.intervals import pair_interval
-from embedlens.interventions import Intervention, Prune, SkipSublayers, intervene
+from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
 from embedlens.samples import Sample, readable
-from embedlens.stats import Estimate
+from embedlens.stats import Estimate, drawn_pairs, estimates
 from embedlens.sweep import generator, random_tokens
 from embedlens.tracing import traces
 from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
@@ -223,11 +223,10 @@ class Entries:
         cosines, moved = (pair_cosines(means, pairs) for means in (self.means, self.means - self.center))
         own, random = cosines[:, 0], cosines[:, 1:].mean(1)
         parts = {"cosine": own, "random": random, "beyond": own - random, "centred": moved[:, 0]}
-        found: dict[str, Estimate | float] = {"variance": float(np.var(own))}
-        for name, values in parts.items():
-            value, low, high = map(float, pair_interval(values, pairs, seed=seed))
-            found[name] = Estimate(value, low, high, len(self.ids))
-        return found
+        found = {
+            str(name): part for name, part in estimates(drawn_pairs(pd.DataFrame(parts), pairs, seed=seed)).items()
+        }
+        return {"variance": float(np.var(own)), **found}
 
     @property
     def table(self) -> pd.DataFrame:

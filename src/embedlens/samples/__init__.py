@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from PIL import Image
 from embedlens.errors import EmbedLensError
 from embedlens.samples.miniworld.language import Question
 
-__all__ = ["Question", "Sample", "load", "readable"]
+__all__ = ["Question", "Sample", "full_scene", "load", "readable"]
 
 
 @dataclass(frozen=True)
@@ -129,3 +129,23 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
 
     first = miniworld.first_index(seed)
     return [miniworld.sample(first + i, split, **options) for i in range(n)]
+
+
+def full_scene(samples: Sequence[Sample], kinds: int = 3, filled: float = 0.2) -> Sample:
+    """A picture to look at, picked by what it contains: the first with `kinds` labels whose boxes fill so much of it.
+
+    Where there is none, the first picture with a label; where no picture has one, the first. Where boxes overlap, both
+    count; crowds do not.
+
+    Raises:
+        EmbedLensError: no pictures.
+    """
+    if not samples:
+        raise EmbedLensError("no pictures to pick a scene from: pass at least one")
+    labelled = [sample for sample in samples if sample.labels] or list(samples)
+    for sample in labelled:
+        boxes = [entry["bbox"] for entry in sample.annotations if not entry.get("iscrowd")]
+        boxed = sum(w * h for _, _, w, h in boxes) / (sample.width * sample.height)
+        if len(sample.labels) >= kinds and boxed > filled:
+            return sample
+    return labelled[0]

@@ -8,8 +8,8 @@ import torch
 
 from embedlens import stats
 from embedlens.errors import EmbedLensError
-from embedlens.labels import LabelHits, label_hits, label_ids, largest_object, named_patches
 from embedlens.lenses import Lens, LogitLens
+from embedlens.measures.labels import LabelHits, label_hits, label_ids, largest_object, named_patches
 
 
 class Words:

@@ -1,0 +1,173 @@
+"""Where the answer looks: attention of the prompt's last position and of each answer token to the visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from embedlens.errors import EmbedLensError
+from embedlens.tracing import attending
+from embedlens.vlm import Prompt, VisionLanguageModel
+
+NEUTRAL = "Write a general description of the image."
+
+
+@torch.no_grad()
+def attention(
+    model: VisionLanguageModel, prompt: Prompt, answer: str | Sequence[int] | None = None
+) -> Float[Tensor, "layers heads queries n_visual"]:
+    """How much of its attention each query gives to each visual token, in every layer and head.
+
+    One forward of the stock model, on its own attention kernel: only the rows asked for are computed beside it, so no
+    [queries, keys] matrix is held. Rows sum to the share of attention that falls on the picture, at most 1.
+
+    Args:
+        model: from `embedlens.load`.
+        prompt: from `model.prompt`.
+        answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated.
+
+    Returns:
+        float32, on the CPU. Queries: the prompt's last position, which chooses the answer's first token, then each
+        token of the answer. Under `embedlens.Prune` the removed tokens get 0.
+
+    Raises:
+        EmbedLensError: an empty answer, one longer than the model has positions, or a kernel that cannot be read.
+
+    >>> import embedlens as el
+    >>> model = el.load("miniature")
+    >>> prompt = model.prompt(el.samples.load("miniworld", n=1, seed=0)[0].image, "What is in the picture?")
+    >>> tuple(el.attention(model, prompt).shape)
+    (8, 4, 1, 64)
+    """
+    ids = answer_ids(model, answer)
+    whole = _followed_by(model, prompt, ids)
+    model.check_length(whole)
+    rows: list[Tensor] = []
+    with model.running([whole]) as (entered,), _reading(model, len(ids) + 1, rows):
+        model.decoder(inputs_embeds=entered.embeds[None], attention_mask=None, use_cache=False)
+    if {row.shape[-1] for row in rows} != {len(entered)}:
+        raise EmbedLensError("an intervention changes the length of the sequence between layers: read it without")
+    given = torch.stack([row[..., entered.visual.to(row.device)].cpu() for row in rows])
+    if len(entered) == len(whole):
+        return given
+    found = given.new_zeros(*given.shape[:-1], int(whole.visual.sum()))
+    left = torch.zeros_like(whole.visual)
+    left[entered.rows] = True  # an intervention took the others out
+    found[..., left[whole.visual].cpu()] = given
+    return found
+
+
+def answer_ids(model: VisionLanguageModel, answer: str | Sequence[int] | None) -> Int[Tensor, " tokens"]:
+    """The ids of an answer, as the model would have generated them; none for None."""
+    if answer is None:
+        return torch.zeros(0, dtype=torch.long)
+    ids = model.tokenizer(answer, add_special_tokens=False)["input_ids"] if isinstance(answer, str) else answer
+    if not len(ids):
+        raise EmbedLensError("the answer is empty: pass what the model says, or leave answer out")
+    return torch.as_tensor(list(ids), dtype=torch.long)
+
+
+def relative(
+    found: Float[Tensor, "*batch n_visual"], neutral: Float[Tensor, "*batch n_visual"]
+) -> Float[Tensor, "*batch n_visual"]:
+    """Attention to each token as a multiple of what a neutral prompt gives it: sinks and habits divide out.
+
+    Args:
+        found: from `attention`, of the question.
+        neutral: of the same picture and queries, of `model.asked(prompt, NEUTRAL)`.
+
+    Source: Zhang et al., "MLLMs know where to look" (ICLR 2025), relative attention.
+
+    >>> relative(torch.tensor([0.4, 0.2]), torch.tensor([0.1, 0.2])).tolist()
+    [4.0, 1.0]
+    """
+    return found / neutral.clamp(min=torch.finfo(neutral.dtype).tiny)
+
+
+def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " tokens"]) -> Prompt:
+    """The prompt with text behind it, which stands at the positions that generation would give it."""
+    if not len(ids):
+        return prompt
+    ids = ids.to(prompt.ids.device)
+    positions = prompt.positions
+    if positions is not None:
+        next_ones = positions.max() + 1 + torch.arange(len(ids), device=positions.device)
+        positions = torch.cat([positions, next_ones.expand(len(positions), -1)], dim=1)
+    embeds = model.hf.get_input_embeddings()(ids).to(prompt.embeds.dtype)
+    return replace(
+        prompt,
+        ids=torch.cat([prompt.ids, ids]),
+        embeds=torch.cat([prompt.embeds, embeds]),
+        visual=torch.cat([prompt.visual, torch.zeros_like(ids, dtype=torch.bool)]),
+        positions=positions,
+    )
+
+
+@contextmanager
+def _reading(model: VisionLanguageModel, queries: int, rows: list[Float[Tensor, "h q s"]]) -> Iterator[None]:
+    """Append, layer by layer, the attention of the last `queries` rows to all keys, while the forward runs."""
+    kernel = model.decoder.config._attn_implementation
+    owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
+    if kernel == "eager":  # which hands its weights out
+        hooks = [
+            owner.register_forward_hook(lambda module, args, output: rows.append(output[1][0, :, -queries:].float()))
+            for owner in owners
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return
+    if kernel != "sdpa":
+        raise EmbedLensError(
+            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
+        )
+
+    def attend(
+        stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:
+        if module in owners:
+            rows.append(_weights(query[:, :, -queries:], key, mask, options.get("scaling"))[0])
+        return stock(module, query, key, value, mask, **options)
+
+    with attending(attend):
+        yield
+
+
+def _weights(
+    query: Float[Tensor, "b h q c"], key: Float[Tensor, "b kv s c"], mask: Tensor | None, scaling: float | None
+) -> Float[Tensor, "b h q s"]:
+    """softmax(q k^T) of the last q rows of a causal sequence, float32."""
+    heads, queries, width = query.shape[1:]
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    scores = (query @ key.mT).float() * (width**-0.5 if scaling is None else scaling)
+    if mask is None:
+        last = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
+        mask = last.tril(key.shape[2] - queries)
+    else:
+        mask = mask[:, :, -queries:, : key.shape[2]]
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(-1)
+
+
+@torch.no_grad()
+def generated(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int = 16) -> Int[Tensor, " tokens"]:
+    """The ids of the greedy answer, without the token that ends it; `model.answer` gives the same as text."""
+    own = model.hf.generation_config.eos_token_id
+    own = model.tokenizer.eos_token_id if own is None else own
+    ends = set(own) if isinstance(own, (list, tuple)) else {own}
+    ids: list[int] = []
+    while len(ids) < max_new_tokens:
+        whole = _followed_by(model, prompt, torch.tensor(ids, dtype=torch.long))
+        chosen = int(model.logits(whole)[-1].argmax())
+        if chosen in ends:
+            break
+        ids.append(chosen)
+    return torch.tensor(ids, dtype=torch.long)

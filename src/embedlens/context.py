@@ -1,0 +1,228 @@
+"""Nearest words *in context*: a visual token beside what text tokens look like deep inside the same model.
+
+EmbedLens compares with input embeddings, which no context has touched. LatentLens (arXiv 2602.00462) compares with what
+words of real sentences are at the layers of the language model, and finds far more visual tokens to be readable so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError, writing
+from embedlens.lenses import EmbedLens
+from embedlens.vlm import Prompt, VisionLanguageModel
+
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+LAYERS = 8  # by default at most
+FORMAT = "embedlens context bank 1"
+
+
+class ContextLens(EmbedLens):
+    """Nearest contextual representations of words, by cosine; made by `build`, kept by `save`.
+
+    It reads like any lens: `topk` gives (cosines, rows of the bank), `words` the words of those rows, `sentences` each
+    word in its sentence. A word may come several times, from several sentences or layers.
+
+    Attributes:
+        tokens: the word of each row.
+        layer: Long[rows], which layer it was taken from; l is what leaves block l - 1, as in `model.hidden_states`.
+    """
+
+    def __init__(
+        self,
+        vectors: Float[Tensor, "rows d"],
+        tokens: Sequence[str],
+        layer: Int[Tensor, " rows"],
+        places: Sequence[tuple[int, int]],
+        texts: Sequence[str],
+        model: str,
+    ) -> None:
+        super().__init__(vectors, tokens)
+        self.layer = layer
+        self._vectors, self._places, self._texts, self._model = vectors, list(places), list(texts), model
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        model: VisionLanguageModel,
+        texts: Iterable[str],
+        layers: Sequence[int] | None = None,
+        per_word: int = 20,
+        most: int = 100_000,
+        batch_size: int = 32,
+    ) -> ContextLens:
+        """Run texts through the language model and keep what its words look like there.
+
+        A word of several tokens is represented by its last one, which has seen the others. What stands behind the same
+        beginning of a text is the same vector and is kept once.
+
+        Args:
+            texts: sentences, such as captions; read until the bank is full. Shuffle them before if they are sorted.
+            layers: which to keep, 1 to `model.n_layers`; by default up to eight, evenly spaced, the last included.
+            per_word: sentences of each word at most.
+            most: rows at most, all layers together; a row takes 2 d bytes.
+
+        Raises:
+            EmbedLensError: no words, no such layer, or an active intervention.
+
+        >>> import embedlens as el
+        >>> model = el.load("miniature")
+        >>> lens = el.ContextLens.build(model, ["a red dog", "a red cat"], layers=[4])
+        >>> lens.tokens, lens.sentences(lens.vectors[-1:], k=1)
+        (['a', 'red', 'dog', 'cat'], [['a red «cat»']])
+        """
+        layers = _spaced(model.n_layers) if layers is None else list(layers)
+        if not layers or not all(1 <= layer <= model.n_layers for layer in layers):
+            raise EmbedLensError(f"layers are {layers}: pass some of 1 to {model.n_layers}; layer 0 has no context yet")
+        if model.intervention is not None:
+            raise EmbedLensError("a bank is built without interventions: leave the intervene block first")
+        seen, counted = set[str](), Counter[str]()
+        kept_texts: list[str] = []
+        tokens: list[str] = []
+        places: list[tuple[int, int]] = []
+        vectors: list[Tensor] = []
+        for batch in _batches(model, texts, batch_size):
+            wanted: list[tuple[int, int]] = []  # row of the batch, token
+            for row, (text, _, ends) in enumerate(batch):
+                for start, stop, token in ends:
+                    word, beginning = text[start:stop], text[:stop]
+                    if beginning in seen or counted[word] >= per_word or (len(places) + 1) * len(layers) > most:
+                        continue
+                    seen.add(beginning)
+                    counted[word] += 1
+                    tokens.append(word)
+                    places.append((len(kept_texts) + row, stop))
+                    wanted.append((row, token))
+            kept_texts += [text for text, _, _ in batch]
+            if wanted:
+                rows, at = (torch.tensor(part, device=model.device) for part in zip(*wanted, strict=True))
+                stream = _stream(model, [ids for _, ids, _ in batch])
+                vectors.append(torch.stack([stream[layer].to(model.device)[rows, at].half() for layer in layers]))
+            if (len(places) + 1) * len(layers) > most:
+                break
+        if not vectors:
+            raise EmbedLensError("the texts hold no word: pass sentences")
+        bank = torch.cat(vectors, dim=1)
+        layer = torch.tensor(layers).repeat_interleave(bank.shape[1])
+        return cls(bank.flatten(0, 1), tokens * len(layers), layer, places * len(layers), kept_texts, _signed(model))
+
+    @property
+    def vectors(self) -> Float[Tensor, "rows d"]:
+        """The representations, half precision."""
+        return self._vectors
+
+    def sentences(self, h: Float[Tensor, "n d"], k: int = 5) -> list[list[str]]:
+        """The k nearest words of each vector, each in the text it was taken from, up to it."""
+        return [[self._sentence(index) for index in row] for row in self.topk(h, k)[1].tolist()]
+
+    def _sentence(self, index: int) -> str:
+        (text, stop), word = self._places[index], self.tokens[index]
+        return f"{self._texts[text][: stop - len(word)]}«{word}»"
+
+    def reading(self, model: VisionLanguageModel, prompt: Prompt, k: int) -> Int[Tensor, "layers tokens k"]:
+        """Vocabulary ids of the k nearest words of each visual token at every layer, as `label_hits` takes a reading.
+
+        A word that is no single entry of the vocabulary counts as the token that begins a text.
+        """
+        known, none = model.tokenizer.get_vocab(), model.tokenizer.bos_token_id or 0
+        forms = ([space + word for space in ("", "Ġ", "▁") if space + word in known] for word in self.tokens)
+        ids = torch.tensor([known[found[0]] if found else none for found in forms])
+        return ids[self.topk(model.hidden_states(prompt)[:, prompt.visual], k)[1].cpu()]
+
+    def save(self, file: Path | str) -> Path:
+        """Write the bank to one .safetensors file, with the model it is of."""
+        from safetensors.torch import save_file
+
+        file = Path(file).expanduser()
+        told = {"words": list(self.tokens), "places": self._places, "texts": self._texts, "model": self._model}
+        parts = {"vectors": self._vectors.cpu().contiguous(), "layer": self.layer.cpu()}
+        with writing(file):
+            save_file(parts, file, metadata={"format": FORMAT, "told": json.dumps(told)})
+        return file
+
+    @classmethod
+    def load(cls, file: Path | str, model: VisionLanguageModel) -> ContextLens:
+        """The bank in a file, if it is of this model.
+
+        Raises:
+            EmbedLensError: no such file, no bank, or the bank of another model or of other weights.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        file = Path(file).expanduser()
+        if not file.is_file():
+            raise EmbedLensError(f"no bank at {file}: make one with ContextLens.build(...).save({file.name!r})")
+        try:
+            with safe_open(file, "pt") as opened:
+                told = opened.metadata() or {}
+                if told.get("format") != FORMAT:
+                    raise EmbedLensError(f"{file} is no bank of ContextLens: pass a file that `save` wrote")
+                parts = {name: opened.get_tensor(name) for name in ("vectors", "layer")}
+        except SafetensorError as error:
+            raise EmbedLensError(f"{file} cannot be read ({error}): build the bank again") from None
+        known = json.loads(told["told"])
+        if known["model"] != _signed(model):
+            raise EmbedLensError(f"{file} is of {known['model']}, the model is {_signed(model)}: build a bank of it")
+        places = [tuple(place) for place in known["places"]]
+        return cls(
+            parts["vectors"].to(model.device), known["words"], parts["layer"], places, known["texts"], known["model"]
+        )
+
+
+def _spaced(n_layers: int) -> list[int]:
+    """
+    >>> _spaced(32), _spaced(3)
+    ([4, 8, 12, 16, 20, 24, 28, 32], [1, 2, 3])
+    """
+    count = min(LAYERS, n_layers)
+    return [round((place + 1) * n_layers / count) for place in range(count)]
+
+
+def _batches(model: VisionLanguageModel, texts: Iterable[str], size: int):
+    """(text, ids, words as (start, stop, place of the last token)) of several texts at a time."""
+    first = [model.tokenizer.bos_token_id] if model.tokenizer.bos_token_id is not None else []
+    batch = []
+    for text in texts:
+        made = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends = []
+        for found in WORD.finditer(text):
+            inside = [at for at, (a, b) in enumerate(made["offset_mapping"]) if a < found.end() and b > found.start()]
+            if inside:
+                ends.append((found.start(), found.end(), len(first) + inside[-1]))
+        if ends:
+            batch.append((text, first + list(made["input_ids"]), ends))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _stream(model: VisionLanguageModel, ids: Sequence[Sequence[int]]) -> list[Float[Tensor, "b s d"]]:
+    """What enters the first block and what leaves each, of texts padded on the right."""
+    longest = max(map(len, ids))
+    rows = torch.zeros(len(ids), longest, dtype=torch.long, device=model.device)
+    mask = torch.zeros_like(rows)
+    for row, own in enumerate(ids):
+        rows[row, : len(own)] = torch.tensor(own)
+        mask[row, : len(own)] = 1
+    with model.lock, model.recording() as layers:
+        model.decoder(inputs_embeds=model.hf.get_input_embeddings()(rows), attention_mask=mask, use_cache=False)
+    return layers
+
+
+def _signed(model: VisionLanguageModel) -> str:
+    """Name and a digest of weights of the language model: of the same name, others are another model."""
+    parts = [model.input_embeddings[:64], next(model.blocks[-1].parameters()).detach().flatten()[:4096]]
+    data = b"".join(part.float().cpu().numpy().tobytes() for part in parts)
+    return f"{model.name} ({hashlib.sha256(data).hexdigest()[:12]})"

@@ -1,0 +1,311 @@
+"""One page to look inside a picture: every visual token's words by lens and layer, its group, and who attends to it.
+
+The page is one file without any request: arrays are packed, compressed and decoded by the page itself, words lie in a
+dictionary, every text is set as text. `explorer.html` beside this module is its frame.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from embedlens.attention_maps import NEUTRAL, attention, generated, relative
+from embedlens.errors import EmbedLensError, writing
+from embedlens.figures import patch_words
+from embedlens.groups import Reference, reference_of, token_groups
+from embedlens.lenses import EmbedLens, Lens, LogitLens
+from embedlens.patches import PatchGrid
+from embedlens.pictures import Picture
+from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
+
+ABOUT = {
+    "EmbedLens": "nearest input embeddings",
+    "LogitLens": "what the output head would say",
+    "Alone": "the answer from this token only",
+}
+WHY = {
+    "alive": "neither sink nor dead",
+    "dead": "near one word that is the same in every picture",
+    "ViT sink": "of abnormal norm in the vision tower",
+    "LLM sink": "large in the massive dimensions of the language model",
+}
+MOST_SIMILAR = 1500  # tokens of which all pairs are kept
+HEADS_BYTES = 700_000  # of attention by head; beyond it the later answer tokens have the mean over heads only
+SIDE = 560  # px of a view's picture
+AT_ONCE = 64  # prompts of one visual token that run together
+HEIGHT = 900  # px of the page in a notebook
+
+
+@dataclass(frozen=True, eq=False)
+class Explorer:
+    """The page of one or several pictures: shows itself in a notebook, `save` writes it as one file."""
+
+    scenes: Sequence[Mapping[str, Any]] = field(repr=False)
+    words: Sequence[str] = field(repr=False)
+    model: str
+    twin: Image.Image = field(repr=False)
+    """The first picture's readings side by side, for print."""
+    start: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def html(self) -> str:
+        """The page, as a text without any reference to the outside."""
+        packed = bytearray()
+        listed = np.frombuffer(json.dumps(list(self.words)).encode("ascii"), dtype=np.uint8)
+        whole = {"scenes": self.scenes, "words": listed, "model": self.model, "start": self.start}
+        index = json.dumps(_packed(whole, packed)).replace("<", "\\u003c")
+        blob = base64.b64encode(gzip.compress(bytes(packed), mtime=0)).decode("ascii")
+        frame = files("embedlens").joinpath("explorer.html").read_text(encoding="utf-8")
+        title = html.escape(f"{self.scenes[0]['name']} · {self.model}")
+        return frame.replace("__TITLE__", title).replace("__INDEX__", index).replace("__BLOB__", blob)
+
+    @property
+    def alt(self) -> str:
+        """What the static twin shows, in words."""
+        one = self.scenes[0]
+        read = ", ".join(lens["name"] for lens in one["lenses"])
+        return (
+            f"{len(one['group'])} visual tokens of {one['name']} in {self.model}: {read} side by side; "
+            f"asked {one['question']!r}, the model answers {one['answer']!r}"
+        )
+
+    def save(self, file: Path | str) -> Path:
+        """Write the page to one .html file, or its static twin to a picture file.
+
+        Raises:
+            EmbedLensError: another ending, or a place that cannot be written.
+        """
+        file = Path(file).expanduser()
+        if file.suffix.lower() not in (".html", ".htm", ".png"):
+            raise EmbedLensError(f"{file.name or file} has no ending .html or .png: name such a file")
+        with writing(file):
+            if file.suffix.lower() == ".png":
+                self.twin.save(file)
+            else:
+                file.write_text(self.html, encoding="utf-8")
+        return file
+
+    def _repr_html_(self) -> str:
+        inner, title = html.escape(self.html), html.escape(self.alt)
+        return f'<iframe srcdoc="{inner}" title="{title}" width="100%" height="{HEIGHT}" style="border:0"></iframe>'
+
+
+def explore(
+    model: VisionLanguageModel,
+    image: Picture | Sequence[Picture],
+    question: str = QUESTION,
+    *,
+    k: int | None = None,
+    lenses: Mapping[str, Lens] | None = None,
+    reference: Reference | None = None,
+    names: Sequence[str] | None = None,
+    patch: int | None = None,
+    layer: int = 0,
+    max_new_tokens: int = 16,
+) -> Explorer:
+    """Look at every visual token of a picture: words by lens and layer, group, norm, and what the answer attends to.
+
+    Args:
+        model: from `embedlens.load`.
+        image: a picture, or several to choose from.
+        question: what is asked; attention is that of the answer to it.
+        k: words per token; by default 5, of large pictures 3.
+        lenses: more readings, by name, such as an `embedlens.ContextLens`.
+        reference: what tells the groups apart, from `embedlens.discover`; by default `reference_of(model)`.
+        names: of the pictures; by default their file names.
+        patch: which token is pinned at first.
+        layer: which layer is shown at first.
+
+    Returns:
+        the page; `.save("x.html")` writes it, `.save("x.png")` its static twin.
+
+    Raises:
+        EmbedLensError: unreadable picture, empty question, no such layer or patch.
+    """
+    images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not images:
+        raise EmbedLensError("no picture to explore: pass at least one")
+    if not 0 <= layer <= model.n_layers:
+        raise EmbedLensError(f"no layer {layer} in {model.name}: pass 0 to {model.n_layers}")
+    readers = {"EmbedLens": EmbedLens.from_model(model), "LogitLens": LogitLens.from_model(model)} | dict(lenses or {})
+    reference = reference_of(model) if reference is None else reference
+    words = _Dictionary()
+    scenes: list[dict[str, Any]] = []
+    for place, one in enumerate(images):
+        name = names[place] if names else _name(one, place)
+        prompt = model.prompt(one, question)
+        if patch is not None and not 0 <= patch < len(prompt.grid):
+            raise EmbedLensError(f"no patch {patch} in {name}: it has 0 to {len(prompt.grid) - 1}")
+        scene, top = _scene(model, prompt, readers, reference, k, max_new_tokens, words)
+        if not scenes:
+            twin = _side_by_side(prompt, top)
+        scenes.append({"name": name, **scene})
+    start = {"layer": layer} | ({} if patch is None else {"patch": patch})
+    return Explorer(scenes, words.listed, model.name, twin, start)
+
+
+def _name(image: Picture, place: int) -> str:
+    return Path(image).name if isinstance(image, (str, os.PathLike)) else f"picture {place + 1}"
+
+
+class _Dictionary:
+    """Words by number, each once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def of(self, tokens: Sequence[str], ids: Int[Tensor, "*batch k"]) -> np.ndarray:
+        used, places = np.unique(ids.cpu().numpy(), return_inverse=True)
+        numbers = [self.numbers.setdefault(tokens[index], len(self.numbers)) for index in used.tolist()]
+        return np.array(numbers, dtype=np.uint32)[places].reshape(ids.shape)
+
+    @property
+    def listed(self) -> list[str]:
+        return list(self.numbers)
+
+
+@torch.no_grad()
+def _scene(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    readers: Mapping[str, Lens],
+    reference: Reference,
+    k: int | None,
+    max_new_tokens: int,
+    words: _Dictionary,
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """What the page knows of one picture, and the first word of each token in each reading, for the twin."""
+    n = len(prompt.grid)
+    k = (5 if n <= 256 else 3) if k is None else k
+    stream = model.hidden_states(prompt)[:, prompt.visual]
+    parts, top = [], {}
+    for name, lens in readers.items():
+        scores, ids = lens.topk(stream, k)
+        parts.append(_reading(name, words.of(lens.tokens, ids), scores))
+        top[name] = [lens.tokens[index] for index in ids[0, :, 0].tolist()]
+    sure, ids = alone(model, prompt, k)
+    parts.append(_reading("Alone", words.of(model.tokens, ids[None]), sure[None]))
+    top["Alone"] = [model.tokens[index] for index in ids[:, 0].tolist()]
+    answer = generated(model, prompt, max_new_tokens)
+    looks = attention(model, prompt, answer[:-1].tolist() or None) if len(answer) else attention(model, prompt)
+    usual = attention(model, model.asked(prompt, NEUTRAL))
+    heads = min(looks.shape[2], max(1, HEADS_BYTES // looks[:, :, 0].numel()))
+    groups = token_groups(model, prompt, reference)
+    unit = normalize(stream[0].float(), dim=-1)
+    found = {
+        "question": prompt.question,
+        "answer": model.tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        "said": [model.tokenizer.decode([index]) for index in answer.tolist()],
+        "layers": model.n_layers,
+        "views": _views(prompt),
+        "bars": prompt.grid.padded.numpy().astype(np.uint8),
+        "lenses": parts,
+        "group": groups.names,
+        "why": WHY,
+        "norm": _steps(stream.float().norm(dim=-1)),
+        "similar": _steps(unit @ unit.T, np.uint8) if n <= MOST_SIMILAR else None,
+        "looks": _steps(looks.mean(1)),
+        "heads": _steps(looks[:, :, :heads], np.uint8),
+        "relative": _steps(relative(looks[:, :, 0].mean(1), usual[:, :, 0].mean(1))),
+    }
+    return found, top
+
+
+@torch.no_grad()
+def alone(model: VisionLanguageModel, prompt: Prompt, k: int = 5) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k likeliest first words of the answer for each visual token as the only one: (probabilities, ids)."""
+    n, found = len(prompt.grid), []
+    singles = [prompt.without(torch.arange(n, device=prompt.ids.device) != place) for place in range(n)]
+    for start, batch in model.batches(singles, AT_ONCE):
+        with model.running(batch, start, n) as entered:
+            embeds, padding = model.padded(entered)
+            logits = model.hf(inputs_embeds=embeds, attention_mask=padding, use_cache=False).logits[:, -1]
+        found.append(logits[:, : len(model.tokens)].float().softmax(-1).topk(k))
+    return torch.cat([part.values for part in found]).cpu(), torch.cat([part.indices for part in found]).cpu()
+
+
+def _reading(name: str, ids: np.ndarray, scores: Float[Tensor, "layers n k"]) -> dict[str, Any]:
+    return {"name": name, "about": ABOUT.get(name, ""), "ids": ids, "scores": _steps(scores, np.uint8)}
+
+
+def _steps(values: Float[Tensor, "*shape"], kind: type = np.uint16) -> dict[str, Any]:
+    """Numbers in as many steps between the smallest and the largest as the kind has."""
+    values = values.detach().float().cpu().numpy()
+    low, high = float(values.min()), float(values.max())
+    step = (high - low) / np.iinfo(kind).max or 1.0
+    return {"low": low, "step": step, "of": np.round((values - low) / step).astype(kind)}
+
+
+def _views(prompt: Prompt) -> list[dict[str, Any]]:
+    """Each view's first token, shape and picture as the model sees it, as a data address."""
+    views, start = [], 0
+    for grid in prompt.grid.views:
+        seen = _seen(prompt.image, grid)
+        kept = io.BytesIO()
+        if len(set(seen.resize((64, 64)).getdata())) < 1500:  # drawn, not photographed
+            seen.save(kept, "PNG", optimize=True)
+        else:
+            seen.save(kept, "JPEG", quality=85)
+        kind = "png" if kept.getvalue().startswith(b"\x89PNG") else "jpeg"
+        address = f"data:image/{kind};base64,{base64.b64encode(kept.getvalue()).decode('ascii')}"
+        views.append({"start": start, "rows": grid.rows, "cols": grid.cols, "picture": address})
+        start += len(grid)
+    return views
+
+
+def _seen(image: Image.Image, grid: PatchGrid) -> Image.Image:
+    """The part of the plane that the view's cells cover, bars grey."""
+    (x0, y0, *_), (*_, x1, y1) = grid.cell(0), grid.cell(len(grid) - 1)
+    scale = min(1.0, SIDE / max(x1 - x0, y1 - y0))
+    size = max(1, round((x1 - x0) * scale)), max(1, round((y1 - y0) * scale))
+    plane = Image.new("RGB", size, (128, 128, 128))
+    shown = (max(x0, 0), max(y0, 0), min(x1, image.width), min(y1, image.height))
+    if shown[2] > shown[0] and shown[3] > shown[1]:
+        part = image.resize(
+            (max(1, round((shown[2] - shown[0]) * scale)), max(1, round((shown[3] - shown[1]) * scale))), box=shown
+        )
+        plane.paste(part, (round((shown[0] - x0) * scale), round((shown[1] - y0) * scale)))
+    return plane
+
+
+def _side_by_side(prompt: Prompt, top: Mapping[str, Sequence[str]]) -> Image.Image:
+    start, view = prompt.grid.overview
+    drawn = [patch_words(prompt.image, view, words[start : start + len(view)]) for words in top.values()]
+    gap = max(8, drawn[0].width // 40)
+    sheet = Image.new("RGB", (sum(one.width + gap for one in drawn) - gap, drawn[0].height), "white")
+    for place, one in enumerate(drawn):
+        sheet.paste(one, (place * (one.width + gap), 0))
+    return sheet
+
+
+def _packed(value: Any, into: bytearray) -> Any:
+    """The same nesting with every array replaced by where it lies; all texts, too, are in the packed part."""
+    if isinstance(value, np.ndarray):
+        into.extend(b"\0" * (-len(into) % 4))
+        place = len(into)
+        if value.dtype == np.uint32 and value.size and int(value.max()) < 2**16:
+            value = value.astype(np.uint16)
+        into.extend(np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes())
+        return {"at": place, "type": value.dtype.name, "shape": list(value.shape)}
+    if isinstance(value, Mapping):
+        return {key: _packed(part, into) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_packed(part, into) for part in value]
+    return value

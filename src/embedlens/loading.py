@@ -1,0 +1,276 @@
+"""From a name to a model: where a checkpoint lies, which weights and processor it has, where they are put."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from embedlens.errors import EmbedLensError
+from embedlens.families.plain import OWN
+from embedlens.model_names import MINIATURE, signed
+from embedlens.patches import PREPROCESSINGS
+from embedlens.vlm import VisionLanguageModel, family_named, preprocessing_of
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+else:  # transformers takes seconds to import and is not needed before a model is loaded
+    BitsAndBytesConfig = PreTrainedModel = object
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    name_or_folder: str | Path = MINIATURE,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    preprocessing: str | None = None,
+) -> VisionLanguageModel:
+    """A model to study: the shipped miniature, a checkpoint folder, or a Hugging Face repository.
+
+    Args:
+        name_or_folder: `"miniature"`, a folder that `save_pretrained` wrote, or a repository id such as
+            `llava-hf/llava-1.5-7b-hf`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or `"auto"` to spread the layers over all GPUs.
+            Default: the first GPU if there is one, else the CPU.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: float32 for the miniature and on the CPU, the
+            checkpoint's own on a GPU.
+        quantize: `"4bit"` or `"8bit"` weights through bitsandbytes (needs a CUDA GPU).
+        preprocessing: how LLaVA-1.5 makes a picture a square. It was trained with `"letterbox"`, the default; the
+            stock processor of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
+            Other families cut pictures in their own way, `"own"`; the three make a picture square before that.
+
+    Raises:
+        EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
+            missing processor, unknown device, dtype, quantisation or preprocessing.
+    """
+    with warnings.catch_warnings():  # in a notebook without ipywidgets its first import prints a path of this machine
+        warnings.simplefilter("ignore")
+        import_module("tqdm.auto")
+    place = _device(device)
+    if preprocessing is not None and preprocessing not in (*PREPROCESSINGS, OWN):
+        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+    own_dtype = "auto" if place != "cpu" and name_or_folder != MINIATURE else torch.float32
+    weights_dtype = own_dtype if dtype is None else _dtype(dtype)
+    quantization = _quantization(quantize, place)
+    source = _locate(name_or_folder)
+    name = str(name_or_folder)
+    family = family_named(_class_name(source, name), name)
+    preprocessing_of(preprocessing, family)
+    if isinstance(source, Path):
+        _check_weight_files(source, name)
+    hf = _load_weights(source, name, place, weights_dtype, quantization)
+    return VisionLanguageModel(hf, _load_processor(source, name, family), signed(name, quantize), preprocessing)
+
+
+def _device(device: str | torch.device | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        if find_spec("accelerate") is None:
+            raise EmbedLensError("device='auto' needs accelerate: pip install accelerate, or name one device")
+        return "auto"
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise EmbedLensError(f"unknown device {device!r}: pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'") from None
+    if wanted.type == "cuda":
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if seen == 0:
+            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch sees no CUDA GPU: pass device='cpu'")
+        if (wanted.index or 0) >= seen:
+            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch sees {seen} GPU(s): pass 'cuda:0'")
+    elif wanted.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch has no MPS here: pass device='cpu'")
+    elif wanted.type != "cpu":
+        raise EmbedLensError(f"unsupported device {device!r}: pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'")
+    return str(wanted)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES.values() else None
+    if known is None:
+        raise EmbedLensError(f"unknown dtype {dtype!r}: pass one of {', '.join(map(repr, DTYPES))}")
+    return known
+
+
+def _quantization(quantize: str | None, place: str) -> BitsAndBytesConfig | None:
+    if quantize is None:
+        return None
+    if quantize not in ("4bit", "8bit"):
+        raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit' or '8bit', or leave it out")
+    if not torch.cuda.is_available():
+        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU, and PyTorch sees none: leave it out")
+    if not place.startswith(("cuda", "auto")):
+        raise EmbedLensError(
+            f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or leave it out"
+        )
+    absent = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
+    if absent:
+        raise EmbedLensError(f"quantize={quantize!r} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+    from transformers import BitsAndBytesConfig
+
+    # The head stays unquantised, which lenses rely on; transformers' default does that too.
+    return BitsAndBytesConfig(
+        load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit", bnb_4bit_compute_dtype=torch.float16
+    )
+
+
+def _locate(name_or_folder: str | Path) -> Path | str:
+    """The checkpoint's folder, or a repository id."""
+    if name_or_folder == MINIATURE:
+        folder = Path(str(files("embedlens").joinpath(MINIATURE)))
+        if not (folder / "config.json").is_file():
+            raise EmbedLensError(
+                f"the miniature is missing from this installation ({folder}): reinstall it, or run make train"
+            )
+        return folder
+    if not str(name_or_folder):
+        raise EmbedLensError("the model name is empty: pass 'miniature', a folder or a Hugging Face repository id")
+    folder = Path(name_or_folder).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise EmbedLensError(f"{folder} is a file: pass the folder that holds config.json and the weights")
+    text = str(name_or_folder)
+    if text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not text.endswith("/"):
+        return text
+    raise EmbedLensError(
+        f"no folder {text!r}: pass 'miniature', a checkpoint folder, or a Hugging Face repository id such as "
+        "llava-hf/llava-1.5-7b-hf"
+    )
+
+
+def _class_name(source: Path | str, name: str) -> str:
+    """The model class that config.json names."""
+    if isinstance(source, Path):
+        config = source / "config.json"
+        if not config.is_file():
+            raise EmbedLensError(
+                f"{name} is no checkpoint, it has no config.json: pass the folder that model.save_pretrained wrote"
+            )
+    else:
+        from transformers.utils import cached_file
+
+        try:
+            config = Path(cached_file(source, "config.json") or "")
+        except (OSError, ValueError) as error:
+            raise EmbedLensError(
+                f"no folder {name!r}, and the Hugging Face hub did not give a model of this name: check the spelling "
+                f"and the connection, or pass a folder ({_first_line(error)})"
+            ) from None
+    try:
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise EmbedLensError(f"config.json of {name} is not a JSON object: download or save the model again") from None
+    return architectures[0] if architectures else "model of unnamed class"
+
+
+def _check_weight_files(folder: Path, name: str) -> None:
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            if absent:
+                raise EmbedLensError(
+                    f"{name} lacks {len(absent)} of {len(shards)} weight files ({absent[0]}): copy them too"
+                )
+            return
+    if not any((folder / file).is_file() for file in ("model.safetensors", "pytorch_model.bin")):
+        raise EmbedLensError(f"no weights in {name}: model.safetensors is missing; save or download the model again")
+
+
+def _load_weights(
+    source: Path | str,
+    name: str,
+    place: str,
+    dtype: torch.dtype | str,
+    quantization: BitsAndBytesConfig | None,
+) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+
+    # Straight to the GPU where accelerate can do it: the weights then never lie in main memory as a whole.
+    direct = find_spec("accelerate") is not None
+    device_map = place if place == "auto" or (place.startswith("cuda") and direct) else None
+    try:
+        with _quiet(isinstance(source, Path)):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                source,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization,
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise EmbedLensError(
+            f"the weights of {name} cannot be loaded: save or download the model again ({_first_line(error)})"
+        ) from error
+    hf, found = loaded
+    absent = sorted(found["missing_keys"])
+    if absent:
+        # transformers would go on with random numbers in their place
+        raise EmbedLensError(
+            f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model, not a part"
+        )
+    return hf.to(place) if device_map is None else hf
+
+
+def _load_processor(source: Path | str, name: str, family: ModuleType) -> Any:
+    import transformers
+
+    try:
+        own = getattr(family, "PROCESSOR", None)
+        loader = transformers.AutoProcessor if own is None else _without_video(getattr(transformers, own))
+        # Pillow resizes the same everywhere; torchvision, where installed, would give other pixels.
+        processor = loader.from_pretrained(source, backend="pil")
+    except Exception as error:  # the ways in which parts of a processor can be missing or damaged have no common class
+        raise EmbedLensError(
+            f"{name} has no usable processor: add the files that processor.save_pretrained writes "
+            f"(processor_config.json, tokenizer.json, ...) ({_first_line(error)})"
+        ) from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise EmbedLensError(
+            f"{name} has no image processor, only a {type(processor).__name__}: add processor_config.json, as "
+            "processor.save_pretrained writes it"
+        )
+    return processor
+
+
+def _without_video(processor: type) -> Any:
+    """A stock processor's class that does not ask for its video half, which needs torchvision."""
+
+    def get_attributes(cls) -> list[str]:
+        return [part for part in processor.get_attributes() if part != "video_processor"]  # type: ignore[attr-defined]
+
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(get_attributes)})
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """No progress bar while a local folder loads: it takes no time, and notebooks would keep the bar."""
+    from transformers.utils import logging
+
+    if not (quiet and logging.is_progress_bar_enabled()):
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,91 @@
+"""Several processes that work on one study together: which of them this is, where its model goes, how they meet."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embedlens.errors import EmbedLensError
+
+ALONE = "run `unset WORLD_SIZE` to work in one process, or start several with accelerate launch or torchrun"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How many run this together, and which of them this is."""
+
+    rank: int = 0
+    count: int = 1
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes; nobody goes on before everybody is here."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+
+def own_device() -> str | None:
+    """Where this process loads its model: its own GPU where a launcher started several processes; None: `load` chooses.
+
+    Without a GPU all processes share the CPU.
+
+    >>> own_device() is None
+    True
+    """
+    if _launched() == 1:
+        return None
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def meet(device: str) -> tuple[int, int]:
+    """(rank, number) of the processes that a launcher started; to be called before a model is loaded.
+
+    Loading may make accelerate look at the machine by itself, and without a GPU it then takes each for a single one.
+
+    Args:
+        device: kind of device that their models go to, "cpu" or "cuda".
+    """
+    together = processes(device)
+    return together.rank, together.count
+
+
+def _met() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _launched() -> int:
+    """How many processes there are by what a launcher left in the environment, in this run or in an earlier one."""
+    number, rank, host, port = (os.environ.get(n, "") for n in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if number in ("", "1"):
+        return 1
+    whole = number.isdecimal() and rank.isdecimal() and int(rank) < int(number) and host and port
+    if not whole and not _met():
+        raise EmbedLensError(
+            f"WORLD_SIZE={number} is in the environment without a RANK below it, MASTER_ADDR and MASTER_PORT: {ALONE}"
+        )
+    return int(number)
+
+
+def processes(device: str) -> Processes:
+    """This process alone, unless a launcher started several, for models on this kind of device."""
+    launched = _launched()
+    if launched == 1 and not _met():
+        return Processes()
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=device == "cpu")  # told nothing, it takes processes without a GPU for single ones
+    except (ValueError, RuntimeError) as error:  # of torch.distributed: a rank that is none, nobody to meet
+        why = " ".join(str(error).split())
+        raise EmbedLensError(f"WORLD_SIZE={launched}, but the processes cannot meet ({why}): {ALONE}") from error
+    if state.num_processes < launched:
+        raise EmbedLensError(
+            f"{launched} processes were launched but accelerate knows of {state.num_processes}: where the model is on "
+            "the CPU, make accelerate.PartialState(cpu=True) before anything else of accelerate, or let run make it"
+        )
+    return Processes(state.process_index, state.num_processes)

@@ -1,0 +1,348 @@
+"""Pruners as arms of a sweep: the same questions at the same budgets, before layer 0 and inside the language model.
+
+    table = at_budgets(model, items, shares_of(counts), {"codebook": book}, names=["FastV", "random", "codebook"])
+
+A budget is a share of each picture's own tokens. Rules in `INSIDE` drop tokens where they are published to, after some
+layers have run with all of them, so that a budget is either what is *left* at the end or the *average* over layers:
+
+    stages = INSIDE["FastV"].left(n=64, n_layers=8, budget=16)        # ((2, 16),): from layer 2 on, 16 tokens
+    plans = plans_inside(model, prompts, INSIDE["FastV"], [stages] * len(prompts))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from embedlens.codebook import Codebook, checked_budget
+from embedlens.cues import Features, attended, attention_of, features_of
+from embedlens.engine import intervene
+from embedlens.errors import EmbedLensError
+from embedlens.groups import Reference, token_groups_of
+from embedlens.interventions import LeaveAt, Prune
+from embedlens.patches import PatchGrid
+from embedlens.pruners import CODEBOOK, FASTV_LAYER, Context, Pruner, keep_highest, prune, usable
+from embedlens.sweep import BASELINE, SEEDS, Arm, Plan, run_arms
+from embedlens.tasks import Item
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from embedlens.vlm import Prompt, VisionLanguageModel
+else:
+    Prompt = VisionLanguageModel = object
+
+Stages: TypeAlias = tuple[tuple[int, int], ...]
+"""(layer, visual tokens that it and later ones have), in order of depth. Layers before the first have all."""
+
+
+def average_tokens(stages: Stages, n: int, n_layers: int) -> float:
+    """Visual tokens that a layer has on average, of a picture of n.
+
+    >>> average_tokens(((2, 64),), 576, 32)
+    96.0
+    """
+    borders = [*(layer for layer, _ in stages), n_layers]
+    total = n * borders[0]
+    for (layer, count), end in zip(stages, borders[1:], strict=True):
+        total += count * (end - layer)
+    return total / n_layers
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A rule that drops tokens inside the language model, by attention from the last position of the prompt.
+
+    At each of its layers a like share of the tokens goes, so that what a schedule is made for (a number left at the
+    end, or an average over layers) fixes all its stages.
+    """
+
+    name: str
+    at: Callable[[int], Sequence[int]]
+    """Layers of a model → the first blocks without the tokens of each stage, as published or as deep."""
+    ranked: int
+    """Whose attention ranks, counted from that block: -1 is the one before it, which has run."""
+    positions: str
+    """What becomes of rotary positions: "keep" or "renumber"."""
+    source: str
+
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        """Where tokens leave, each layer once, none before the first has run.
+
+        Raises:
+            EmbedLensError: a model of one layer has no inside.
+        """
+        if n_layers < 2:
+            raise EmbedLensError(
+                f"{self.name} drops tokens between layers, and the model has {n_layers}: use a pruner before layer 0"
+            )
+        return tuple(sorted({min(max(1, layer), n_layers - 1) for layer in self.at(n_layers)}))
+
+    def left(self, n: int, n_layers: int, budget: int) -> Stages:
+        """Stages after which exactly `budget` of n tokens are left."""
+        checked_budget(budget, n)
+        return self._stages(n, n_layers, budget / n)
+
+    def averaging(self, n: int, n_layers: int, budget: int) -> Stages | None:
+        """Stages with `budget` tokens a layer on average, to rounding; None where the layers with all have more."""
+        checked_budget(budget, n)
+        if average_tokens(self._stages(n, n_layers, 0), n, n_layers) > budget:
+            return None
+        low, high = 0.0, 1.0  # the share that is left at the end
+        for _ in range(40):
+            middle = (low + high) / 2
+            above = average_tokens(self._stages(n, n_layers, middle), n, n_layers) > budget
+            low, high = (low, middle) if above else (middle, high)
+        either = [self._stages(n, n_layers, share) for share in (low, high)]
+        return min(either, key=lambda stages: abs(average_tokens(stages, n, n_layers) - budget))
+
+    def _stages(self, n: int, n_layers: int, share: float) -> Stages:
+        layers = self.layers(n_layers)
+        counts = [max(1, round(n * share ** ((stage + 1) / len(layers)))) for stage in range(len(layers))]
+        return tuple(zip(layers, counts, strict=True))
+
+
+#: PyramidDrop's stages are published for 32 layers: 8, 16, 24, as deep here.
+INSIDE: Mapping[str, Inside] = {
+    rule.name: rule
+    for rule in (
+        Inside("FastV", lambda n: (FASTV_LAYER + 1,), -1, "keep", "ECCV 2024: K = 2 layers with all tokens"),
+        Inside(
+            "PyramidDrop",
+            lambda n: [round(n * quarter / 4) for quarter in (1, 2, 3)],
+            0,
+            "renumber",
+            "CVPR 2025: after each quarter of the layers, by the attention of the next one",
+        ),
+    )
+}
+
+
+@torch.no_grad()
+def plans_inside(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    rule: Inside,
+    stages: Sequence[Stages],
+    attention: Sequence[Float[Tensor, "layers _"]] | None = None,
+    batch_size: int = 32,
+) -> list[tuple[LeaveAt, ...]]:
+    """What leaves where: interventions of each prompt, a stage that drops nothing of its picture left out.
+
+    A stage ranks what the stages before it have left, by attention that is read with those gone.
+
+    Args:
+        model: from `embedlens.load`.
+        prompts: with their questions, which the choice depends on.
+        rule: of INSIDE.
+        stages: of each prompt, from `Inside.left` or `Inside.averaging`.
+        attention: of each prompt with all tokens, from `attended`, if it is there already.
+        batch_size: prompts that run together.
+
+    Raises:
+        EmbedLensError: as many stages as prompts are needed, and counts that the pictures have.
+    """
+    layers = rule.layers(model.n_layers)
+    if len(stages) != len(prompts) or any(tuple(layer for layer, _ in own) != layers for own in stages):
+        raise EmbedLensError(
+            f"{len(stages)} schedules for {len(prompts)} prompts: pass one per prompt, from {rule.name}'s `left` or "
+            "`averaging` for this model"
+        )
+    for own, prompt in zip(stages, prompts, strict=True):
+        for _, count in own:
+            checked_budget(count, len(prompt.grid))
+    # positions by row and column cannot close up: gaps stay there
+    closing = rule.positions if all(prompt.positions is None for prompt in prompts) else "keep"
+    gone = [torch.zeros(len(prompt.grid), dtype=torch.bool) for prompt in prompts]
+    plans: list[tuple[LeaveAt, ...]] = [()] * len(prompts)
+    before: list[LeaveAt] = []
+    for stage, layer in enumerate(layers):
+        if stage or attention is None:
+            with intervene(model, *before) if before else nullcontext():
+                upto = layer + rule.ranked + 1
+                attention = [own[:, -1] for own in attention_of(model, prompts, _last, upto, batch_size)]
+        masks = []
+        for i, (own, weights) in enumerate(zip(stages, attention, strict=True)):
+            weight = weights[layer + rule.ranked].cpu().masked_fill(gone[i], -torch.inf)
+            leaving = ~keep_highest(weight, own[stage][1]) & ~gone[i]
+            gone[i] = gone[i] | leaving
+            masks.append(leaving)
+            if bool(leaving.any()):
+                plans[i] = (*plans[i], LeaveAt(leaving, layer, closing))
+        if any(bool(mask.any()) for mask in masks):
+            before.append(LeaveAt(masks, layer, closing))
+    return plans
+
+
+def _last(prompt: Prompt) -> Int[Tensor, " 1"]:
+    return torch.tensor([len(prompt) - 1])
+
+
+# --- the same questions at the same budgets ------------------------------------------------------------------------
+
+SHARES = (1 / 3, 1 / 6, 1 / 9, 0.05)  # of the tokens: LLaVA-1.5's 192, 96, 64 and 29 of 576
+LEFT, AVERAGE = "R left", "mean R"  # the two budgets of a pruner inside the language model
+
+
+def budget_of(n: int, share: float) -> int:
+    """Tokens that a picture of n keeps of a share, at least one.
+
+    >>> budget_of(576, 1 / 6), budget_of(3, 0.05)
+    (96, 1)
+    """
+    if n < 1 or not 0 < share <= 1:
+        raise EmbedLensError(f"a share of {share} of {n} tokens: pass shares above 0 up to 1")
+    return max(1, round(n * share))
+
+
+def shares_of(counts: Sequence[int], shares: Sequence[float] = SHARES) -> list[float]:
+    """Shares, largest first, without those that leave every picture what a larger one does.
+
+    >>> [budget_of(64, share) for share in shares_of([64])], [budget_of(3, share) for share in shares_of([3])]
+    ([21, 11, 7, 3], [1])
+    """
+    if not counts or not shares:
+        raise EmbedLensError(f"{len(counts)} pictures, {len(shares)} shares: pass at least one of each")
+    found: dict[tuple[int, ...], float] = {}
+    for share in sorted(shares, reverse=True):
+        found.setdefault(tuple(budget_of(n, share) for n in counts), share)
+    return list(found.values())
+
+
+def budget_name(counts: Sequence[int], share: float) -> str:
+    """A budget as readers see it: tokens, or per cent where pictures have different numbers of them.
+
+    >>> budget_name([64, 64], 1 / 9), budget_name([96, 144], 1 / 9)
+    ('7', '11%')
+    """
+    return str(budget_of(counts[0], share)) if len(set(counts)) == 1 else f"{share:.0%}"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What pruners know of one picture and the first question about it."""
+
+    prompt: Prompt
+    features: Features
+    context: Context
+    inside: Mapping[str, tuple[LeaveAt, ...] | None]
+    """Arm of a rule of INSIDE → what leaves where; None: the layers with all tokens have more than the budget."""
+
+
+def seen(
+    model: VisionLanguageModel,
+    prompts: Sequence[Prompt],
+    reference: Reference | None = None,
+    share: float | None = None,
+    batch_size: int = 64,
+) -> list[Seen]:
+    """What the arms of `pruner_arms` choose by; pass it to `sweep.run_arms` as `groups`, with a share bound.
+
+    FastV, SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture.
+
+    Args:
+        reference: of the token groups; default: the model's own.
+        share: of its tokens that a picture keeps, for the rules of INSIDE; None: these are not read.
+    """
+    features = [one for _, batch in model.batches(prompts, batch_size) for one in features_of(model, batch)]
+    weights = attended(model, prompts)
+    groups = token_groups_of(model, prompts, reference=reference)
+    inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]
+    for rule in INSIDE.values() if share is not None and model.n_layers > 1 else ():
+        sizes = [(n := len(prompt.grid), model.n_layers, budget_of(n, share)) for prompt in prompts]  # type: ignore[arg-type]
+        for kind, schedule in ((LEFT, rule.left), (AVERAGE, rule.averaging)):
+            stages = [schedule(*size) for size in sizes]
+            there = [i for i, own in enumerate(stages) if own is not None]
+            asked, given = [prompts[i] for i in there], [stages[i] for i in there]
+            plans = plans_inside(model, asked, rule, given, [weights[i][0] for i in there], batch_size) if there else []  # type: ignore[arg-type]
+            found = dict(zip(there, plans, strict=True))
+            for i, own in enumerate(inside):
+                own[f"{rule.name} inside, {kind}"] = found.get(i)
+    return [
+        Seen(prompt, own, Context(weights[i][0], weights[i][1], group), inside[i])
+        for i, (prompt, own, group) in enumerate(zip(prompts, features, groups, strict=True))
+    ]
+
+
+def pruner_arms(
+    look: Seen,
+    share: float,
+    codebooks: Mapping[str, Codebook],
+    names: Sequence[str] | None = None,
+    seeds: int = SEEDS,
+) -> list[Arm]:
+    """Every pruner that a model can run, at one budget, as arms for `sweep.run_arms` with `seen` as its groups.
+
+    Args:
+        look: from `seen` of one picture of the model, with this share.
+        share: of a picture's own tokens that it keeps, from `shares_of`.
+        codebooks: name → codebook; each is a pruner of that name.
+        names: of PRUNERS; default: all.
+        seeds: of pruners that draw.
+    """
+    book = next(iter(codebooks.values()), None)
+    given: list[tuple[Pruner, Codebook | None]] = []
+    for pruner in usable(look.features, replace(look.context, codebook=book), names):
+        named = codebooks.items() if pruner is CODEBOOK else [(pruner.name, book)]
+        given += [(replace(pruner, name=name), own) for name, own in named]
+    arms = [
+        Arm(pruner.name, partial(_choice, pruner=pruner, share=share, codebook=own), seed)
+        for pruner, own in given
+        for seed in range(seeds if pruner.random else 1)
+    ]
+    return arms + [Arm(name, partial(_leaving, name=name)) for name, plan in look.inside.items() if plan is not None]
+
+
+def _choice(
+    look: Seen, grid: PatchGrid, rng: np.random.Generator, pruner: Pruner, share: float, codebook: Codebook | None
+) -> Plan:
+    context = replace(look.context, codebook=codebook, rng=rng)
+    chosen = prune(pruner, look.features, context, budget_of(len(grid), share))
+    if chosen.merged is not None or look.prompt.positions is not None or bool(chosen.keep.all()):
+        return chosen.prompt
+    return (Prune(~chosen.keep, positions="renumber"),)  # what prompts of a picture share runs once
+
+
+def _leaving(look: Seen, grid: PatchGrid, rng: np.random.Generator, name: str) -> Plan | None:
+    return look.inside[name]
+
+
+def at_budgets(
+    model: VisionLanguageModel,
+    items: Sequence[Item],
+    shares: Sequence[float],
+    codebooks: Mapping[str, Codebook],
+    reference: Reference | None = None,
+    names: Sequence[str] | None = None,
+    seeds: int = SEEDS,
+    inside: bool = True,
+) -> pd.DataFrame:
+    """`run_arms` of every pruner at every budget, and of the model with all tokens.
+
+    Args:
+        items: one question a picture, as `tasks.family_questions` gives them.
+        shares: of a picture's own tokens, from `shares_of`.
+        codebooks, names, seeds: as `pruner_arms` takes them.
+        reference: of the token groups; default: the model's own.
+        inside: also the rules of INSIDE, which run some layers with all tokens.
+
+    Returns:
+        The rows of `run_arms` with `share`; arm "baseline" has share 1.
+    """
+    import pandas as pd
+
+    tables = [run_arms(model, items, [BASELINE]).assign(share=1.0)]
+    first = model.prompt(items[0].sample.image, items[0].question.text)
+    for share in shares:
+        look = partial(seen, reference=reference, share=share if inside else None)
+        arms = pruner_arms(look(model, [first])[0], share, codebooks, names, seeds)
+        tables.append(run_arms(model, items, arms, look).assign(share=share))
+    return pd.concat(tables, ignore_index=True)

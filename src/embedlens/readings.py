@@ -1,0 +1,338 @@
+"""One prompt whose visual rows are exchanged: what its readings share runs once.
+
+A reading is one step of the language model on a prompt with some visual tokens, or with some replaced by one fixed
+vector. Readings of a picture share all rows before the first that differs. Their keys and values are kept when they
+run; what follows runs in batches. `embedlens.redundancy` says what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from embedlens.errors import EmbedLensError
+from embedlens.model_names import MINIATURE, unsigned
+from embedlens.vlm import QUESTION
+
+if TYPE_CHECKING:
+    from embedlens.vlm import Prompt, VisionLanguageModel
+else:
+    Prompt = VisionLanguageModel = object
+
+#: The released prompt for LLaVA-1.5.
+RELEASED_QUESTION = "What does this image show? You must provide a single word that best describes the image."
+ARTICLES = ("A", "a", "An", "an", "The", "the")
+RELEASED_ARTICLES = ("A",)
+REPLACEMENTS = ("row 0", "zeros", "mean token")
+HEAD = 50  # logits that the released top-1 probability is taken over
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How tokens are read. The defaults are the release's, but for articles."""
+
+    question: str = RELEASED_QUESTION
+    replacement: str = "row 0"
+    """What stands in for a removed token: "row 0" of the input embeddings (the release's padding id), "zeros", or the
+    "mean token" of the picture."""
+    articles: tuple[str, ...] = ARTICLES
+    """Words that are skipped where the answer begins with one."""
+    aligned: bool = True
+    """True: the run without the token is read after the article that the intact run wrote. False, as released: each
+    run skips its own article, so that two runs may be compared at different steps."""
+    head: int = HEAD
+    side: int = 3
+    """Of the square neighbourhood, in patches."""
+    k: int = 10
+    """Words of the intact run that the divergence compares."""
+    weights: tuple[float, float] = (1.0, 16.0)
+    """Of region and picture in the cascade."""
+
+    def __post_init__(self) -> None:
+        if self.replacement not in REPLACEMENTS:
+            names = ", ".join(map(repr, REPLACEMENTS))
+            raise EmbedLensError(f"unknown replacement {self.replacement!r}: use one of {names}")
+        if min(self.head, self.side, self.k) < 1:
+            raise EmbedLensError(f"head {self.head}, side {self.side} and k {self.k}: each is at least 1")
+
+
+RELEASED = Protocol(articles=RELEASED_ARTICLES, aligned=False)
+
+
+def describing(model: VisionLanguageModel) -> str:
+    """The question that asks this model for one word: the paper's, or the miniature's own, which it was trained with.
+
+    The miniature answers the paper's prompt with a caption, whose first word is no object.
+    """
+    return QUESTION if unsigned(model.name) == MINIATURE else RELEASED_QUESTION
+
+
+def prepared(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    places: Int[Tensor, " _"] | Sequence[int] | None,
+    protocol: Protocol | None,
+    batch_size: int,
+) -> tuple[Reader, Prompt, Int[Tensor, " m"]]:
+    """Who reads, the prompt with the protocol's question, and which tokens are read."""
+    protocol = Protocol(question=describing(model)) if protocol is None else protocol
+    if model.intervention is not None:
+        raise EmbedLensError("tokens are read without interventions: leave the intervene block first")
+    if batch_size < 1:
+        raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
+    if prompt.rows is not None:
+        raise EmbedLensError("this prompt has lost visual tokens already: pass the whole prompt")
+    prompt = prompt if prompt.question == protocol.question else model.asked(prompt, protocol.question)
+    n = len(prompt.grid)
+    at = torch.arange(n) if places is None else torch.as_tensor(places, dtype=torch.long)
+    if not len(at) or int(at.min()) < 0 or int(at.max()) >= n:
+        raise EmbedLensError(f"places {at.tolist()} in a picture of {n} tokens: pass some of 0 to {n - 1}")
+    # own positions or features added at depth: each reading is a prompt of its own
+    plain = prompt.positions is None and prompt.deep is None
+    return (Reader if plain else PromptReader)(model, prompt, protocol, batch_size), prompt, at
+
+
+#: Keys and values of each layer, of some rows of one prompt or of several.
+Bank = Sequence[tuple[Float[Tensor, "_ heads _ c"], Float[Tensor, "_ heads _ c"]]]
+TAIL = 8  # times `batch_size`: rows of a batch of readings that start at different rows
+
+
+class Reader:
+    """One prompt whose visual rows are exchanged: it keeps what readings share, and runs the rest."""
+
+    def __init__(self, model: VisionLanguageModel, prompt: Prompt, protocol: Protocol, batch_size: int) -> None:
+        self.model, self.protocol, self.batch_size, self.prompt = model, protocol, batch_size, prompt
+        self.embeds, self.visual = prompt.embeds, prompt.visual.nonzero()[:, 0].cpu()
+        self.start = int(self.visual[0])
+        self.tokens = prompt.embeds[prompt.visual]
+        self.blank = {
+            "row 0": model.input_embeddings[0],
+            "zeros": torch.zeros_like(self.tokens[0]),
+            "mean token": self.tokens.mean(0),
+        }[protocol.replacement].to(self.tokens)
+        skipped = [index for index, word in enumerate(model.tokens) if word.removeprefix("·") in protocol.articles]
+        self.articles = torch.tensor(skipped, dtype=torch.long)
+
+    @cached_property
+    def prefix(self) -> Bank:
+        """The text before the picture, which all readings begin with."""
+        return self._run(self.embeds[None, : self.start], keep=True)[1]
+
+    def read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
+    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
+        """Logits at the first content word: of prompts with some visual tokens, and of the same with some replaced.
+
+        Args:
+            at: which tokens a prompt has, in raster order; text between visual rows stays where it is.
+            source: prompts to read again, which share the rows before the first that is replaced.
+            gone: which of their tokens are replaced.
+        """
+        tails, columns = self._tails(at)
+        lost = torch.zeros(len(source), tails.shape[1], dtype=torch.bool).scatter_(1, columns[source], gone)
+        first = lost.int().argmax(1)
+        intact, without = (self._empty(len(rows)) for rows in (at, source))
+        for batch in _batches(torch.arange(len(at)), self.batch_size):
+            found, bank = self._run(tails[batch], [self.prefix], keep=True)
+            again = partial(self._further, found, [self.prefix, bank])
+            intact[batch], wrote = self._content(again, len(batch), None)
+            own = torch.isin(source, batch).nonzero()[:, 0]
+            own = own[first[own].argsort(stable=True)]  # those that differ early run together
+            for rows in _batches(own, max(1, TAIL * self.batch_size // tails.shape[1])):
+                of, shared = source[rows] - batch[0], int(first[rows].min())
+                tail = tails[source[rows], shared:]
+                tail[lost[rows, shared:].to(tail.device)] = self.blank
+                before = [self.prefix, [(keys[:, :, :shared], values[:, :, :shared]) for keys, values in bank]]
+                given = wrote[of] if self.protocol.aligned else None
+                without[rows], _ = self._content(partial(self._variants, tail, before, of), len(rows), given)
+        return intact, without
+
+    def _tails(self, at: Int[Tensor, "m w"]) -> tuple[Float[Tensor, "m s d"], Int[Tensor, "m w"]]:
+        """What follows the prefix, in order of position, and where in it the visual rows are."""
+        text = (~self.prompt.visual).nonzero()[:, 0].cpu()
+        text = text[text > self.start]
+        places = torch.cat([self.visual[at], text.expand(len(at), -1)], 1)
+        order = places.argsort(1)
+        return self.embeds[places.gather(1, order).to(self.embeds.device)], order.argsort(1)[:, : at.shape[1]]
+
+    def _further(
+        self, found: Float[Tensor, "m d"], before: Sequence[Bank], rows: Int[Tensor, " b"], words: Tensor | None
+    ) -> Float[Tensor, "b V"]:
+        """Logits of rows of a batch that has run, or after one more word each."""
+        if words is not None:
+            return self._logits(self._run(self._embedded(words), before, rows)[0])
+        return self._logits(found[rows.to(found.device)])
+
+    def _variants(
+        self,
+        tail: Float[Tensor, "m s d"],
+        before: Sequence[Bank],
+        of: Int[Tensor, " m"],
+        rows: Int[Tensor, " b"],
+        words: Tensor | None,
+    ) -> Float[Tensor, "b V"]:
+        """Logits of rows of a batch, or after one more word each."""
+        tail = tail[rows.to(tail.device)]
+        tail = tail if words is None else torch.cat([tail, self._embedded(words)], 1)
+        return self._logits(self._run(tail, before, of[rows])[0])
+
+    def _content(self, run: Any, m: int, wrote: Int[Tensor, " m"] | None) -> tuple[Float[Tensor, "m V"], Tensor]:
+        """Logits at the first content word of m readings, and the article before it (-1: none).
+
+        Args:
+            run: logits of some of them; and after a further word each, if such are given.
+            m: how many.
+            wrote: articles to read after; None: those that the readings begin with themselves.
+        """
+        logits, every = self._empty(m), torch.arange(m)
+        if wrote is None:
+            logits[every] = run(every, None)
+            best = logits.argmax(-1).cpu()
+            wrote = torch.where(torch.isin(best, self.articles), best, -1)
+        elif bool((wrote < 0).any()):
+            logits[wrote < 0] = run(every[wrote < 0], None)
+        if bool((wrote >= 0).any()):
+            logits[wrote >= 0] = run(every[wrote >= 0], wrote[wrote >= 0])
+        return logits, wrote
+
+    def _empty(self, m: int) -> Float[Tensor, "m V"]:
+        return torch.empty(m, self.model.unembed.n_rows, device=self.embeds.device)
+
+    def _embedded(self, words: Int[Tensor, " b"]) -> Float[Tensor, "b 1 d"]:
+        return self.model.input_embeddings[words.to(self.embeds.device)][:, None].to(self.embeds)
+
+    def _logits(self, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b V"]:
+        return self.model.unembed(hidden, norm=False).to(self.embeds.device).float()  # the decoder has normed it
+
+    def _run(
+        self, tail: Float[Tensor, "b s d"], before: Sequence[Bank] = (), of: Tensor | None = None, keep: bool = False
+    ) -> tuple[Float[Tensor, "b d"], Bank]:
+        """What the decoder says after the last row of each tail, and the keys and values of all its rows, if kept.
+
+        Args:
+            tail: rows to run.
+            before: what stands before them, one after the other; of one prompt, or of several.
+            of: which of several stands before each tail.
+            keep: whether later runs need keys and values.
+        """
+        from transformers.cache_utils import Cache
+
+        last = self.model.n_layers - 1
+        layers = [_before_class()([bank[layer] for bank in before], of, keep) for layer in range(last + 1)]
+
+        def cut(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (args[0][:, -1:],)
+
+        # Nothing reads the last block's other rows. Its MLP, of one row, is added to all of them: they are wrong.
+        with self.model.lock:
+            hook = self.model.part(last, "mlp_norm").register_forward_pre_hook(cut)
+            try:
+                output = self.model.decoder(inputs_embeds=tail, past_key_values=Cache(layers=layers), use_cache=True)
+            finally:
+                hook.remove()
+        return output.last_hidden_state[:, -1], [layer.own for layer in layers] if keep else []
+
+
+@cache
+def _before_class() -> Any:
+    """The class of a cache layer that puts what is remembered before new rows, where a dynamic one takes them in.
+
+    Nothing is copied for the rows of a batch but for the time that one layer computes.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class Before(DynamicLayer):
+        def __init__(self, parts: Bank, of: Tensor | None, keep: bool) -> None:
+            super().__init__()
+            self.parts, self.of, self.keep = parts, of, keep
+            self.own: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            own = (key_states, value_states)
+            self.own = own if self.keep else None
+            keys, values = (self._joined([part[side] for part in self.parts], own[side]) for side in range(2))
+            return keys, values
+
+        def _joined(self, parts: list[Tensor], new: Tensor) -> Tensor:
+            laid = [part.expand(len(new), -1, -1, -1) if len(part) == 1 else part[self.of] for part in parts]
+            return torch.cat([*laid, new], -2)
+
+        def get_seq_length(self) -> int:
+            return sum(keys.shape[-2] for keys, _ in self.parts)
+
+    return Before
+
+
+class PromptReader(Reader):
+    """The same readings as whole prompts, by the model's own way of running them: slower, and right for any family.
+
+    Models whose visual rows have positions of their own, or features that are added at depth, are read like this.
+    """
+
+    def read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
+    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
+        intact, wrote = self._prompts([self._shorter(places) for places in at], None)
+        shorter = [self._shorter(at[row], lost) for row, lost in zip(source, gone, strict=True)]
+        return intact, self._prompts(shorter, wrote[source] if self.protocol.aligned else None)[0]
+
+    def _shorter(self, places: Int[Tensor, " w"], gone: Bool[Tensor, " w"] | None = None) -> Prompt:
+        """The prompt with some of its tokens, of which some are replaced."""
+        rows = self.tokens[places]
+        if gone is not None:
+            rows[gone] = self.blank
+        absent = torch.ones(len(self.visual), dtype=torch.bool, device=self.prompt.visual.device)
+        absent[places] = False
+        prompt = self.prompt.without(absent) if bool(absent.any()) else self.prompt
+        embeds = prompt.embeds.clone()
+        embeds[prompt.visual] = rows
+        deep = None
+        if prompt.deep is not None:  # what replaces a token brings no features of its own
+            deep = prompt.deep * (rows != self.blank).any(-1)[:, None].to(prompt.deep)
+        return replace(prompt, embeds=embeds, deep=deep)
+
+    def _prompts(self, prompts: list[Prompt], wrote: Int[Tensor, " m"] | None) -> tuple[Float[Tensor, "m V"], Tensor]:
+        logits, articles = self._empty(len(prompts)), torch.full((len(prompts),), -1)
+        for keep in _batches(torch.arange(len(prompts)), self.batch_size):
+            run = partial(self._whole, [prompts[row] for row in keep])
+            logits[keep], articles[keep] = self._content(run, len(keep), None if wrote is None else wrote[keep])
+        return logits, articles
+
+    def _whole(self, prompts: list[Prompt], rows: Int[Tensor, " b"], words: Tensor | None) -> Float[Tensor, "b V"]:
+        """Logits of some of these prompts, or after one more word each."""
+        chosen = [prompts[row] for row in rows]
+        if words is not None:
+            chosen = [_with_word(self.model, prompt, int(word)) for prompt, word in zip(chosen, words, strict=True)]
+        with self.model.running(chosen) as entered:
+            embeds, mask = self.model.padded(entered)
+            output = self.model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        ends = torch.tensor([len(prompt) - 1 for prompt in entered], device=output.last_hidden_state.device)
+        return self._logits(output.last_hidden_state[torch.arange(len(ends), device=ends.device), ends])
+
+
+def _batches(rows: Int[Tensor, " m"], size: int) -> Sequence[Int[Tensor, " _"]]:
+    return rows.split(size) if len(rows) else ()
+
+
+def _with_word(model: VisionLanguageModel, prompt: Prompt, word: int) -> Prompt:
+    """A prompt that goes on with one more word."""
+
+    def grown(rows: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([rows, last.to(rows)[None]])
+
+    return replace(
+        prompt,
+        ids=grown(prompt.ids, torch.tensor(word)),
+        embeds=grown(prompt.embeds, model.input_embeddings[word]),
+        visual=grown(prompt.visual, torch.tensor(False)),
+        rows=None if prompt.rows is None else grown(prompt.rows, prompt.rows.max() + 1),
+        positions=None
+        if prompt.positions is None
+        else torch.cat([prompt.positions, prompt.positions.max(1, keepdim=True).values + 1], 1),
+    )

@@ -1,0 +1,264 @@
+"""Promises of attention maps, words in context and the explorer's page, on a twin of every family."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+from twins import BY_FAMILY, TWINS, save_twin
+
+import embedlens as el
+from embedlens import EmbedLensError, Prune, attention_maps, intervene
+from embedlens.__main__ import app
+from embedlens.explorer import Explorer, _steps, alone
+from embedlens.groups import discover
+
+QUESTION = "what is in the picture ?"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def picture(size=(90, 60), seed=0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module", params=BY_FAMILY.values(), ids=BY_FAMILY)
+def twin(request, tmp_path_factory):
+    folder = save_twin(tmp_path_factory.mktemp("explored") / request.param, request.param)
+    return TWINS[request.param], folder, el.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def bank(miniature):
+    samples = el.samples.load("miniworld", n=40, seed=7)
+    return el.ContextLens.build(miniature, [text for s in samples for text in s.captions], layers=[2, 5], per_word=6)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_attention_is_the_stock_models_own(twin):
+    _, folder, model = twin
+    prompt, ids = model.prompt(picture(), QUESTION), [5, 9, 11]
+    found = el.attention(model, prompt, ids)
+    assert found.shape[0] == model.n_layers and found.shape[2:] == (4, int(prompt.visual.sum()))
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    whole = attention_maps._followed_by(model, prompt, torch.tensor(ids))
+    kinds = {"input_ids": whole.ids[None], "pixel_values": prompt.pixel_values, **prompt.beside}
+    token = model.family.image_token_id(model.hf)
+    if "image_grid_thw" in prompt.beside:
+        kinds["mm_token_type_ids"] = (whole.ids[None] == token).long()
+    expected = stock(**kinds, output_attentions=True).attentions
+    for layer, weights in enumerate(expected):
+        assert_close(found[layer], weights[0, :, -4:][..., whole.visual], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(found[:, :, 0], found[:, :, 3], atol=1e-4)  # and the queries do look elsewhere
+
+
+def test_attention_under_prune_is_that_of_the_shorter_sequence_and_0_where_removed(miniature):
+    prompt = miniature.prompt(el.samples.load("miniworld", n=1, seed=3)[0].image, QUESTION)
+    mask = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.4
+    with intervene(miniature, Prune(mask, positions="renumber")):
+        pruned = el.attention(miniature, prompt, "cat")
+    assert bool((pruned[..., mask] == 0).all())
+    assert_close(pruned[..., ~mask], el.attention(miniature, prompt.without(mask), "cat"), atol=1e-5, rtol=1e-4)
+
+
+def test_generated_tokens_are_those_of_the_answer(miniature):
+    for sample in el.samples.load("miniworld", n=4, seed=1):
+        prompt = miniature.prompt(sample.image, "What is in the picture?")
+        ids = attention_maps.generated(miniature, prompt)
+        assert miniature.tokenizer.decode(ids, skip_special_tokens=True).strip() == miniature.answer(prompt)
+
+
+def test_an_empty_answer_or_an_unreadable_kernel_is_one_sentence(miniature):
+    prompt = miniature.prompt(picture(), QUESTION)
+    with pytest.raises(EmbedLensError, match="the answer is empty"):
+        el.attention(miniature, prompt, "")
+
+
+# --- words in context ------------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_words_in_context_are_those_of_a_brute_force_ranking(miniature, bank):
+    prompt = miniature.prompt(picture(), QUESTION)
+    h = miniature.hidden_states(prompt)[3, prompt.visual]
+    unit = torch.nn.functional.normalize
+    every = unit(h.float(), dim=-1) @ unit(bank.vectors.float(), dim=-1).T
+    scores, rows = bank.topk(h, k=4)
+    assert_close(scores, every.gather(1, rows), atol=1e-5, rtol=1e-5)
+    assert_close(scores, every.sort(dim=1, descending=True).values[:, :4], atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_of_the_bank_is_its_word_in_its_sentence(miniature, bank):
+    """Run through the stock model by itself, the text of a row ends in that row's vector."""
+    for index in (0, 17, len(bank.tokens) - 1):
+        text = bank.sentences(bank.vectors[index : index + 1].float(), k=1)[0][0].replace("«", "").replace("»", "")
+        ids = [miniature.tokenizer.bos_token_id, *miniature.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        with torch.no_grad(), miniature.recording() as layers:
+            miniature.decoder(inputs_embeds=miniature.hf.get_input_embeddings()(torch.tensor([ids])), use_cache=False)
+        own = layers[int(bank.layer[index])][0, -1]
+        assert_close(own, bank.vectors[index].float(), atol=2e-2, rtol=2e-2)
+        assert text.endswith(bank.tokens[index])
+
+
+def test_no_word_stands_in_the_bank_twice_for_one_beginning_or_more_often_than_allowed(miniature):
+    lens = el.ContextLens.build(miniature, ["a red dog", "a red cat", "a red dog", "red"], layers=[1], per_word=2)
+    assert lens.tokens == ["a", "red", "dog", "cat", "red"]
+    assert len(el.ContextLens.build(miniature, ["a red dog"] * 3, layers=[1, 2], most=4).tokens) == 4
+
+
+def test_a_saved_bank_reads_the_same_and_another_models_is_refused(miniature, tiny, bank, tmp_path):
+    file = bank.save(tmp_path / "bank.safetensors")
+    again = el.ContextLens.load(file, miniature)
+    h = miniature.input_embeddings[50:60]
+    assert torch.equal(again.topk(h)[1], bank.topk(h)[1]) and again.sentences(h) == bank.sentences(h)
+    with pytest.raises(EmbedLensError, match="build a bank of it"):
+        el.ContextLens.load(file, tiny)
+    with pytest.raises(EmbedLensError, match="no bank at"):
+        el.ContextLens.load(tmp_path / "none", miniature)
+    (tmp_path / "other.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(EmbedLensError, match="cannot be read"):
+        el.ContextLens.load(tmp_path / "other.safetensors", miniature)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_alone_is_the_prompt_without_the_others(miniature):
+    prompt = miniature.prompt(picture(), QUESTION)
+    sure, ids = alone(miniature, prompt, k=2)
+    others = torch.arange(64) != 20
+    expected = miniature.logits(prompt.without(others))[-1].softmax(-1).topk(2)
+    assert torch.equal(ids[20], expected.indices)
+    assert_close(sure[20], expected.values, atol=1e-4, rtol=1e-3)
+
+
+def test_every_family_can_be_explored(twin):
+    facts, _, model = twin
+    reference = discover(model, el.samples.load("miniworld", n=4, seed=0))
+    page = el.explore(model, picture(facts.sizes[1]), QUESTION, reference=reference)
+    scene = page.scenes[0]
+    n = len(model.prompt(picture(facts.sizes[1]), QUESTION).grid)
+    assert [lens["name"] for lens in scene["lenses"]] == ["EmbedLens", "LogitLens", "Alone"]
+    assert scene["lenses"][0]["ids"].shape[:2] == (model.n_layers + 1, n)
+    assert sum(view["rows"] * view["cols"] for view in scene["views"]) == n
+    assert page.twin.width > page.twin.height
+
+
+def test_wrong_layers_patches_and_endings_are_named(miniature, tmp_path):
+    with pytest.raises(EmbedLensError, match="no layer 9 in miniature: pass 0 to 8"):
+        el.explore(miniature, picture(), layer=9)
+    with pytest.raises(EmbedLensError, match="no patch 64"):
+        el.explore(miniature, picture(), patch=64)
+    with pytest.raises(EmbedLensError, match="no picture to explore"):
+        el.explore(miniature, [])
+    with pytest.raises(EmbedLensError, match="no ending .html or .png"):
+        el.explore(miniature, picture()).save(tmp_path / "page.txt")
+
+
+def made_up(n: int, layers: int, heads: int, k: int, words: int, answer: int) -> Explorer:
+    rng, side = np.random.default_rng(0), int(n**0.5)
+
+    def noise(*shape, kind=np.uint8):
+        return _steps(torch.from_numpy(rng.random(shape, dtype=np.float32)), kind)
+
+    def lens(name, depth):
+        ids = rng.integers(0, words, (depth, n, k)).astype(np.uint32)
+        return {"name": name, "about": "", "ids": ids, "scores": noise(depth, n, k)}
+
+    scene = {
+        "name": "<script>alert(1)</script>.png",
+        "question": "<b>what</b>?",
+        "answer": "<i>x</i>",
+        "said": ["<i>"] * answer,
+        "layers": layers,
+        "views": [{"start": 0, "rows": side, "cols": side, "picture": "data:image/png;base64,"}],
+        "bars": np.zeros(n, dtype=np.uint8),
+        "lenses": [lens("EmbedLens", layers + 1), lens("LogitLens", layers + 1), lens("Alone", 1)],
+        "group": ["alive"] * n,
+        "why": {"alive": "</script><img src=x onerror=alert(1)>"},
+        "norm": noise(layers + 1, n, kind=np.uint16),
+        "similar": noise(n, n),
+        "looks": noise(layers, answer, n, kind=np.uint16),
+        "heads": noise(layers, heads, 1, n),
+        "relative": noise(layers, n, kind=np.uint16),
+    }
+    return Explorer(
+        [scene], ["<b>bold</b>", "שלום", *(f"word{i}" for i in range(words - 2))], "</title>", Image.new("RGB", (8, 4))
+    )
+
+
+def test_a_page_of_576_tokens_and_32_layers_stays_below_3_megabytes():
+    """Of noise, which does not compress: what a model gives does."""
+    assert len(made_up(576, 32, 32, 3, 20_000, 8).html.encode()) < 3e6
+
+
+def opened(page: str, folder, script: str = "") -> tuple[str, str]:
+    """(the page after its script and ours, what Chromium's console said)."""
+    file = folder / "page.html"
+    ours = (
+        "<script>const wait = setInterval(() => { if (document.body.dataset.ready) { clearInterval(wait); "
+        f"{script}; document.body.dataset.tried = 'yes' }} }}, 20)</script></html>"
+    )
+    file.write_text(page.replace("</html>", ours), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    options += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert 'data-tried="yes"' in done.stdout, done.stderr[-2000:]
+    return done.stdout.partition('id="blob"')[0], "\n".join(
+        line for line in done.stderr.splitlines() if "CONSOLE" in line
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_the_page_is_used_by_keyboard_alone_without_a_request_or_an_error(miniature, tmp_path):
+    page = el.explore(miniature, [s.image for s in el.samples.load("miniworld", n=2, seed=0)], patch=9).html
+    keys = """
+      const press = key => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}));
+      document.querySelector('.c.at').focus();
+      ['ArrowRight', 'ArrowDown', 'Enter', 'ArrowRight'].forEach(press);
+      const layer = document.getElementById('layer'); layer.value = 3; layer.dispatchEvent(new Event('input'));
+      const find = document.getElementById('find'); find.value = 'top'; find.dispatchEvent(new Event('input'));
+      for (const colour of ['group', 'norm', 'similarity', 'attention', 'relative', 'word']) {
+        const chosen = document.getElementById('colour');
+        chosen.value = colour; chosen.dispatchEvent(new Event('change'));
+      }
+      document.querySelector('#said button').click();
+      const asked = performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:'));
+      document.body.dataset.requests = asked.length;
+    """
+    dom, console = opened(page, tmp_path, keys)
+    assert not console
+    assert 'data-requests="0"' in dom
+    assert "Pinned patch 18 (row 2, column 2)" in dom and "Patch 19 (row 2, column 3)" in dom
+    assert '<output id="layername">3</output>' in dom
+    assert 'aria-pressed="true"' in dom.partition('id="said"')[2]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def test_markup_in_words_and_names_is_text(tmp_path):
+    dom, console = opened(made_up(16, 2, 2, 2, 2, 2).html, tmp_path)
+    assert not console
+    assert "&lt;b&gt;bold&lt;/b&gt;" in dom and "<b>bold" not in dom
+    assert "<img src=x" not in dom and "<script>alert" not in dom
+    assert "שלום" in dom and "&lt;script&gt;alert(1)&lt;/script&gt;.png" in dom
+
+
+def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    picture().save("some.jpg")
+    done = CliRunner().invoke(app, ["explore", "some.jpg"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "some-explored.html").is_file() and (tmp_path / "some-explored.png").is_file()
+    assert "knows only the drawn world" in done.output
