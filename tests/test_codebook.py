@@ -35,8 +35,6 @@ def scores(low: torch.Tensor, n: int) -> TokenScores:
         torch.arange(n),
         torch.zeros(n, dtype=torch.long),
         probability,
-        probability,
-        probability,
         region,
         region,
         (1.0, 16.0),

@@ -210,7 +210,7 @@ def test_the_front_page_says_what_its_numbers_say():
     assert anywhere[2] < min(dead[1], ground[1])  # things are missed, background is not
     cosine, chance = glued("01", "e07", "s0_null")
     assert cosine[0] > 0.9 < chance[0]  # a cosine near one proves little
-    attention, likeness = glued("08", "rho_attention_probability", "rho_similarity_probability")
+    attention, likeness = glued("08", "rho_attention", "rho_cls")
     assert attention[1] > 0 > likeness[2]  # the first knows, the second has it backwards
     work, late, middle = glued("07", "both_change", "e53", "e54")
     assert work[2] < 0 > late[2] and middle[2] < 0

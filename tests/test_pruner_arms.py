@@ -126,7 +126,7 @@ def test_what_draws_is_seeded_by_picture_pruner_and_seed(tiny, asking):
 
 
 def test_every_budget_is_asked_and_all_tokens_once(tiny, items, reference, asking):
-    table = at_budgets(tiny, items, [6 / 16, 2 / 16], asking[0], reference, ["random", "strided"], 2, inside=False)
+    table = at_budgets(tiny, items, [6 / 16, 2 / 16], asking[0], reference, ["random", "strided"], 2)
     tokens = table.groupby(["arm", "share"])["tokens"].agg(["size", "max"])
     assert tokens.loc[("baseline", 1.0)].tolist() == [3, 0]
     assert {at: row.tolist() for at, row in tokens.drop("baseline").iterrows()} == {
@@ -145,7 +145,8 @@ def test_pictures_of_different_numbers_of_tokens_are_pruned_by_their_own(items, 
     ]
     counts = [len(model.prompt(item.sample.image, "?").grid) for item in resized]
     assert len(set(counts)) > 1
-    table = at_budgets(model, resized, [1 / 3], {}, discover(model, [i.sample for i in resized]), ["strided"], 1)
+    reference = discover(model, [item.sample for item in resized])
+    table = at_budgets(model, resized, [1 / 3], {}, reference, ["strided"], 1, inside=[1 / 3])
     rows = table[table["arm"] == "strided"].sort_values("item")
     assert rows["tokens"].tolist() == [n - budget_of(n, 1 / 3) for n in counts]
     assert "FastV inside, R left" in set(table["arm"])

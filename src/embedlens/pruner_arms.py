@@ -323,7 +323,7 @@ def at_budgets(
     reference: Reference | None = None,
     names: Sequence[str] | None = None,
     seeds: int = SEEDS,
-    inside: bool = True,
+    inside: Sequence[float] = (),
 ) -> pd.DataFrame:
     """`run_arms` of every pruner at every budget, and of the model with all tokens.
 
@@ -332,7 +332,7 @@ def at_budgets(
         shares: of a picture's own tokens, from `shares_of`.
         codebooks, names, seeds: as `pruner_arms` takes them.
         reference: of the token groups; default: the model's own.
-        inside: also the rules of INSIDE, which run some layers with all tokens.
+        inside: of the shares, those at which the rules of INSIDE are asked as well; they take several times as long.
 
     Returns:
         The rows of `run_arms` with `share`; arm "baseline" has share 1.
@@ -342,7 +342,7 @@ def at_budgets(
     tables = [run_arms(model, items, [BASELINE]).assign(share=1.0)]
     first = model.prompt(items[0].sample.image, items[0].question.text)
     for share in shares:
-        look = partial(seen, reference=reference, share=share if inside else None)
+        look = partial(seen, reference=reference, share=share if share in inside else None)
         arms = pruner_arms(look(model, [first])[0], share, codebooks, names, seeds)
         tables.append(run_arms(model, items, arms, look).assign(share=share))
     return pd.concat(tables, ignore_index=True)

@@ -195,9 +195,6 @@ class TokenScores:
     """Likeliest first word of the token alone."""
     probability: Float[Tensor, " m"]
     """Its probability over the head vocabulary, which thresholds are calibrated to."""
-    probability_full: Float[Tensor, " m"]
-    """Over the whole vocabulary."""
-    logit: Float[Tensor, " m"]
     region: Float[Tensor, "m 2"]
     """Divergence of the region, "released" and "textbook"."""
     picture: Float[Tensor, "m 2"]
@@ -219,13 +216,10 @@ def scored(readings: Readings) -> TokenScores:
     def both(intact: Tensor, without: Tensor) -> Tensor:
         return torch.stack([divergence(intact, without, variant, protocol.k) for variant in VARIANTS], -1)
 
-    logit, word = readings.alone.max(-1)
     return TokenScores(
         places=readings.places,
-        word=word,
+        word=readings.alone.argmax(-1),
         probability=top_probability(readings.alone, protocol.head),
-        probability_full=top_probability(readings.alone, None),
-        logit=logit,
         region=both(readings.region, readings.region_without),
         picture=both(readings.picture, readings.picture_without),
         weights=protocol.weights,
