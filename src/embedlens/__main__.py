@@ -121,8 +121,8 @@ def explore(
     """Write a page to look inside PICTURE: each visual token's words, group and attention, layer by layer."""
     from embedlens.errors import EmbedLensError
     from embedlens.explorer import explore as explored
-    from embedlens.pictures import open_picture
     from embedlens.loading import load
+    from embedlens.pictures import open_picture
 
     out = out if out is not None else Path(f"{picture.stem}-explored.html")
     if out.suffix.lower() not in (".html", ".htm") or not out.resolve().parent.is_dir():

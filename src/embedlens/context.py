@@ -130,14 +130,14 @@ class ContextLens(EmbedLens):
         return f"{self._texts[text][: stop - len(word)]}«{word}»"
 
     def reading(self, model: VisionLanguageModel, prompt: Prompt, k: int) -> Int[Tensor, "layers tokens k"]:
-        """Vocabulary ids of the k nearest words of each visual token at every layer, as `label_hits` takes a reading.
+        """Vocabulary ids of the k nearest words of each visual token by layer, as `label_hits` takes a reading."""
+        return self.vocabulary_ids(model)[self.topk(model.hidden_states(prompt)[:, prompt.visual], k)[1].cpu()]
 
-        A word that is no single entry of the vocabulary counts as the token that begins a text.
-        """
+    def vocabulary_ids(self, model: VisionLanguageModel) -> Int[Tensor, " rows"]:
+        """The vocabulary entry of each row's word; where it is no single one, the token that begins a text."""
         known, none = model.tokenizer.get_vocab(), model.tokenizer.bos_token_id or 0
         forms = ([space + word for space in ("", "Ġ", "▁") if space + word in known] for word in self.tokens)
-        ids = torch.tensor([known[found[0]] if found else none for found in forms])
-        return ids[self.topk(model.hidden_states(prompt)[:, prompt.visual], k)[1].cpu()]
+        return torch.tensor([known[found[0]] if found else none for found in forms])
 
     def save(self, file: Path | str) -> Path:
         """Write the bank to one .safetensors file, with the model it is of."""
