@@ -202,11 +202,15 @@ def test_a_chapter_records_every_parameter_that_its_numbers_depend_on(page):
     declared = set(book.declared_parameters(page)) - elsewhere
     source = "\n".join(cell["source"] for cell in book.read(page)["cells"] if cell["cell_type"] == "code")
     ends = {"sign_off", "write", "Chapter"}
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    nodes = list(ast.walk(ast.parse(source)))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     writes = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in ends]
     kept = {word.arg for call in writes for word in call.keywords} | {
         arg.id for call in writes for arg in call.args if isinstance(arg, ast.Name)
     }
+    spread = {ast.unparse(word.value) for call in writes for word in call.keywords if word.arg is None}
+    dicts = [node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in spread]
+    kept |= {ast.literal_eval(key) for given in dicts if isinstance(given, ast.Dict) for key in given.keys}
     assert declared <= kept
     main = ROOT / "results" / "miniature" / f"{page.stem}.json"
     assert set(records.read(main).parameters if main.is_file() else ()) == declared

@@ -151,6 +151,8 @@ def front_page_and_search(html, front):
     preview = {tag["property"]: tag["content"] for tag in front.find_all("meta", property=True)}
     assert (html / "book" / preview["og:image"]).resolve().is_file()
     assert (html / "book" / front.find("link", rel="icon")["href"]).resolve().is_file()
+    shared = BeautifulSoup((html / "index.html").read_text(encoding="utf-8"), "html.parser")
+    assert (html / shared.find("meta", property="og:image")["content"]).is_file()
     index = (html / "searchindex.js").read_text(encoding="utf-8")
     for stem in ("norm", "imag", "cosin", "prune"):
         assert re.search(rf'"{stem}": (\d+|\[[\d, ]+\])', index), f"the search does not know {stem}"
@@ -208,7 +210,7 @@ def test_the_front_page_says_what_its_numbers_say():
     assert anywhere[2] < min(dead[1], ground[1])  # things are missed, background is not
     cosine, chance = glued("01", "e07", "s0_null")
     assert cosine[0] > 0.9 < chance[0]  # a cosine near one proves little
-    attention, likeness = glued("08", "rho_attention_probability", "rho_similarity_probability")
+    attention, likeness = glued("08", "rho_attention", "rho_cls")
     assert attention[1] > 0 > likeness[2]  # the first knows, the second has it backwards
     work, late, middle = glued("07", "both_change", "e53", "e54")
     assert work[2] < 0 > late[2] and middle[2] < 0
@@ -235,7 +237,7 @@ def test_the_controls_run_as_printed_and_print_what_they_name(capsys):
 
 
 @pytest.mark.slow
-def test_the_picture_of_the_front_page_is_what_its_script_draws(tmp_path, monkeypatch):
+def test_the_picture_of_the_front_page_is_what_its_script_draws(tmp_path):
     from importlib.util import module_from_spec, spec_from_file_location
 
     import numpy as np
@@ -244,12 +246,11 @@ def test_the_picture_of_the_front_page_is_what_its_script_draws(tmp_path, monkey
     spec = spec_from_file_location("hero", BOOK / "hero.py")
     hero = module_from_spec(spec)
     spec.loader.exec_module(hero)
-    committed = np.asarray(Image.open(hero.FILE).convert("RGB"), dtype=int)
-    monkeypatch.setattr(hero, "FILE", tmp_path / "hero.png")
-    hero.main()
-    drawn = np.asarray(Image.open(hero.FILE).convert("RGB"), dtype=int)
-    assert drawn.shape == committed.shape
-    assert (abs(drawn - committed).max(-1) > 60).mean() < 0.001  # words and ticks are pixels; antialiasing may differ
+    hero.main(tmp_path)
+    for file in hero.FILES:
+        committed, drawn = (np.asarray(Image.open(f / file).convert("RGB"), dtype=int) for f in (hero.FOLDER, tmp_path))
+        assert drawn.shape == committed.shape
+        assert (abs(drawn - committed).max(-1) > 60).mean() < 0.001  # words and ticks; antialiasing may differ
 
 
 def test_guarantees_name_tests_that_exist():
@@ -286,13 +287,13 @@ def test_a_mark_that_names_nothing_is_an_error_that_says_what_there_is(tmp_path)
     page = tmp_path / "book" / "api.md"
     page.write_text("<!-- api: no_such_name -->")
     with pytest.raises(book_rules.BookError, match=r"no_such_name, which the package does not have"):
-        book_pages.completed(tmp_path)
+        book_pages.completed(tmp_path, [Path("book/api.md")])
     page.write_text("<!-- figure: 04_dead_tokens | a map of nothing -->")
     with pytest.raises(book_rules.BookError, match="no chapter"):
-        book_pages.completed(tmp_path)
+        book_pages.completed(tmp_path, [Path("book/api.md")])
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
     with pytest.raises(book_rules.BookError, match=r"'a map of nothing'; there is: \w+"):
-        book_pages.completed(tmp_path)
+        book_pages.completed(tmp_path, [Path("book/api.md")])
 
 
 def test_the_package_page_names_every_public_name():

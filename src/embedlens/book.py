@@ -342,7 +342,7 @@ def build(
             faults += run_faults(notebook, str(page))
             if page_to_explore := explored(notebook):
                 (source / "book" / "_static" / "explorer.html").write_text(page_to_explore, encoding="utf-8")
-        completed(source)
+        completed(source, pages(source))
         demand(faults + glue_faults(source, pages(source)))
 
         html, old, told = folder / "html", folder / "html.old", folder / "html.digest"

@@ -11,10 +11,12 @@ from __future__ import annotations
 import inspect
 import re
 from base64 import b64decode
+from collections.abc import Iterable
 from functools import partial
 from html import unescape
 from importlib import import_module
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 from embedlens import __version__
@@ -26,13 +28,13 @@ EXPLORER = re.compile(r'<iframe srcdoc="([^"]+)"')
 FIGURE = re.compile(r"<!-- figure: (\w+) \| (.+?) -->")
 
 
-def completed(source: Path) -> None:
-    """Fill the marks in the staged pages of `source/book`.
+def completed(source: Path, pages: Iterable[Path]) -> None:
+    """Fill the marks in staged pages, given relative to `source`.
 
     Raises:
         BookError: a mark that names nothing that is there.
     """
-    for page in sorted((source / "book").glob("*.md")):
+    for page in (source / page for page in pages if page.suffix == ".md"):
         text = page.read_text(encoding="utf-8")
         filled = API.sub(lambda mark: "\n\n".join(map(entry, mark[1].split())), text)
         filled = FIGURE.sub(partial(_figure, source, page), filled)
@@ -92,7 +94,7 @@ def entry(name: str) -> str:
         name: as in `el.NAME`, or a path in the package such as clusters.matched_null.
 
     >>> print(entry("centroids").splitlines()[0])
-    :::{dropdown} `el.centroids` · Mean directions of clusters, unit length.
+    :::{dropdown} `el.centroids` · ...
 
     Raises:
         BookError: the package has no such name, or it has no docstring.
@@ -102,13 +104,42 @@ def entry(name: str) -> str:
     if not text:
         raise BookError(f"book/api.md names {name}, which has no docstring: write one")
     first, _, rest = text.partition("\n\n")
-    signature = _signature(thing, shown)
-    parts = [
-        f":::{{dropdown}} `{shown}` · {' '.join(first.split())}",
-        f"```python\n{signature}\n```" if signature else "",
-    ]
-    parts += [f"````text\n{rest.strip()}\n````" if rest.strip() else ""]
-    return "\n".join([*filter(None, parts), ":::"])
+    call = _signature(thing, shown)
+    parts = [f":::{{dropdown}} `{shown}` · {_plain(first)}", f"```python\n{call}\n```" if call else "", written(rest)]
+    return "\n\n".join([*filter(None, parts), ":::"])
+
+
+def written(docstring: str) -> str:
+    """The rest of a docstring in MyST: prose reflowed, what each argument means as a list, examples as code.
+
+    >>> print(written("Two\\nlines.\\n\\nArgs:\\n    k: how\\n        many *words*."))
+    Two lines.
+    <BLANKLINE>
+    **Args**
+    <BLANKLINE>
+    - `k`: how many \\*words\\*.
+    """
+    shown = []
+    for block in re.split(r"\n[ \t]*\n", docstring.strip("\n")):
+        section, _, inside = block.partition("\n")
+        if block.lstrip().startswith(">>>"):
+            shown.append(f"```python\n{dedent(block)}\n```")
+        elif re.fullmatch(r"[A-Z]\w+:", section) and inside:
+            shown.append(f"**{section[:-1]}**")
+            items = re.split(r"\n(?! )", dedent(inside))
+            named = [re.fullmatch(r"([\w*, ]+?): (.+)", item, re.S) for item in items]
+            shown.append(
+                "\n".join(f"- `{m[1]}`: {_plain(m[2])}" if m else _plain(i) for m, i in zip(named, items, strict=True))
+            )
+        else:
+            shown.append(f"````text\n{dedent(block)}\n````" if block.startswith(" ") else _plain(block))
+    return "\n\n".join(filter(None, shown))
+
+
+def _plain(text: str) -> str:
+    """Prose on one line, with nothing in it that Markdown would take for its own but the code in backticks."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*_{}\[\]<>$#|~])", r"\\\1", part) for part in parts)
 
 
 def _found(name: str) -> tuple[Any, str]:
@@ -141,6 +172,7 @@ def _signature(thing: Any, shown: str) -> str:
         r"\b(?:embedlens|torch|PIL\.Image|collections\.abc|pathlib|numpy|pandas)(?:\.\w+)*\.(?=[A-Z])", "", call
     )
     call = re.sub(r"\(self(?:, )?", "(", call, count=1)
+    call = call.removesuffix(" -> None") if inspect.isclass(thing) else call
     inside, arrow, gives = call[1:].rpartition(") -> ")
     if not arrow:
         inside, gives = call[1:-1], ""

@@ -13,14 +13,10 @@ import pandas as pd
 from embedlens import rules
 from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE, kind_of_result
-from embedlens.records import Finding, claims, main_records, read, results, write
-from embedlens.rules import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE, VERDICTS
+from embedlens.records import Finding, claims, main_records, read, results, write  # noqa: F401 - pages read them here
+from embedlens.rules import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE, VERDICTS  # noqa: F401
 from embedlens.stats import Estimate
 
-__all__ = [
-    "FAILS", "HOLDS", "MINIATURE", "PARTLY", "UNDECIDED", "UNTESTABLE", "VERDICTS", "Card", "Chapter", "Finding",
-    "claims", "kind_of_result", "overview", "read", "results", "verdict_table", "write",
-]  # fmt: skip
 UNMEASURED = "not measured yet"
 
 
@@ -32,7 +28,6 @@ class Chapter:
         chapter.sign_off(out)
 
     Attributes:
-        parameters: what else the chapter was asked for and its numbers depend on, such as `dataset`.
         findings: claim id → what was found, in the order they were judged.
         numbers: what the record keeps beside them.
     """

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from csv import DictReader
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from embedlens.book import find_root
 from embedlens.errors import EmbedLensError, writing
 from embedlens.rules import UNTESTABLE, VERDICTS
 
-PACKAGES = ("torch", "transformers", "numpy")  # whose versions a number may depend on
+PACKAGES = ("torch", "transformers", "numpy")
 DECIMALS = 4
 FIELDS = ("model", "chapter", "n_images", "seed", "parameters", "machine", "versions", "claims", "numbers")
 
@@ -43,18 +43,14 @@ class Claim:
     sentence: str
     """What the paper says, for a reader who does not know its symbols."""
     headline: str
-    """Of the abstract: its own words; empty for what only the text says."""
+    """The abstract's own words; empty for what only the text says."""
     by_construction: str
     """Why no run could refute it; empty where one could. Such a claim is shown, and not counted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a run found about one claim: a number with its interval, and a verdict.
-
-    >>> Finding(0.93, 0.92, 0.94, n=200, verdict="holds", note="Dead tokens are a third of all.").verdict
-    'holds'
-    """
+    """What a run found about one claim: a number with its interval, and a verdict."""
 
     value: float | None
     low: float | None
@@ -62,7 +58,6 @@ class Finding:
     n: int
     verdict: str
     note: str
-    """One sentence."""
     rule: str = ""
     """What the verdict was judged by, as `embedlens.rules` reads it."""
     text: str = ""
@@ -70,11 +65,7 @@ class Finding:
 
     @property
     def here(self) -> str:
-        """Number and interval for tables.
-
-        >>> Finding(0.93, 0.92, 0.94, 200, "holds", "Of all.", text="93 % (92–94)").here
-        '93 % (92–94)'
-        """
+        """Number and interval for tables."""
         if self.value is None or self.low is None or self.high is None:
             return "–"
         return self.text or f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
@@ -88,9 +79,7 @@ class Finding:
         if self.verdict == UNTESTABLE and numbers == (None, None, None):
             return
         if any(number is None or not math.isfinite(number) for number in numbers):
-            raise EmbedLensError(
-                f"a verdict needs a finite value with its interval, not {numbers}: mend the measurement"
-            )
+            raise EmbedLensError(f"a verdict needs a finite value and interval, not {numbers}: mend the measurement")
         if not self.low <= self.value <= self.high:  # type: ignore[operator]  # None is refused above
             raise EmbedLensError(f"the value {self.value} lies outside its interval {self.low} to {self.high}")
         if self.n < 1:
@@ -110,7 +99,6 @@ class Record:
     claims: Mapping[str, Finding]
     numbers: Mapping[str, float]
     parameters: Mapping[str, str | float] = field(default_factory=dict)
-    """What else the chapter was asked for, such as `dataset`; a record of before they were kept has none."""
 
     @property
     def asked(self) -> dict[str, str | float]:
@@ -133,10 +121,8 @@ def machine() -> str:
     """What the run ran on, without the machine's name."""
     import torch
 
-    cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    if not torch.cuda.is_available():
-        return f"{cores}, no GPU"
-    return f"{cores}, {torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpus}"
 
 
 def results(folder: Path | str | None = None) -> Path:
@@ -176,13 +162,9 @@ def write(
     Args:
         folder: the book's `results`; empty: where `results` finds it.
         model: the name of what `embedlens.load` gave; a quantised model has a folder of its own.
-        chapter: the notebook's name, such as "02_embedlens_vs_logitlens".
-        claims: claim id → what was found.
+        chapter: the notebook's name.
         numbers: anything else that other pages or tests read, by name.
         parameters: what else the chapter was asked for and its numbers depend on, such as `dataset`.
-
-    Returns:
-        The file.
 
     Raises:
         EmbedLensError: unknown claim, a number that is not finite, or a disk that refuses.
@@ -261,13 +243,8 @@ def _checked(content: Any, name: str) -> Record:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package).split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one version
-        except PackageNotFoundError:
-            continue
-    return found
+    """Of the packages that a number may depend on; 2.13.0+cpu and 2.13.0+cu130 are one."""
+    return {package: version(package).split("+")[0] for package in PACKAGES}
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
