@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 import embedlens as el
 from embedlens import samples
 from embedlens.errors import EmbedLensError
-from embedlens.groups import QUESTION, discover, token_groups_of
+from embedlens.groups import discover, token_groups_of
 from embedlens.lenses import EmbedLens
 from embedlens.measures.dead import (
     GROUPS,
@@ -30,6 +30,7 @@ from embedlens.measures.dead import (
     pairwise_cosine,
 )
 from embedlens.tracing import trace
+from embedlens.vlm import QUESTION
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:

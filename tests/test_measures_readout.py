@@ -12,7 +12,7 @@ from torch import nn
 
 from embedlens import samples, stats
 from embedlens.errors import EmbedLensError
-from embedlens.groups import QUESTION, discover
+from embedlens.groups import discover
 from embedlens.lenses import EmbedLens
 from embedlens.measures.readout import (
     COLOURS,
@@ -27,6 +27,7 @@ from embedlens.measures.readout import (
     token_table,
 )
 from embedlens.patches import Frame, PatchGrid
+from embedlens.vlm import QUESTION
 
 NAMES = list(COLOURS)
 
