@@ -71,7 +71,7 @@ def cell(rows, picture, part, group, name):
     return own.sort_values("layer")[name].dropna().tolist()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 def test_pairwise_cosine_is_the_mean_over_pairs(seed):
     tokens = seeded(2, 9, 5, seed=seed) + 0.5
     tokens[0, 3] = 0
@@ -88,7 +88,7 @@ def test_pairwise_cosine_is_the_mean_over_pairs(seed):
                 assert math.isnan(float(found[layer, group]))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 def test_entropy_is_its_definition_and_survives_impossible_entries(seed):
     logits = 5 * seeded(4, 11, seed=seed)
     logits[0, 3] = -torch.inf
