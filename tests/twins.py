@@ -98,8 +98,9 @@ def sentencepiece(with_byte_letter: bool) -> str:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *longer, *letters]
     merges = [tuple(pair) for pair in model["merges"] if "Ġ" not in "".join(pair)]
     made = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True,
-                   byte_fallback=True)  # fmt: skip
+        models.BPE(
+            {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )  # fmt: skip
     )
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
@@ -120,9 +121,7 @@ def byte_level(tokens: tuple[str, ...]) -> str:
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     text = [f" {line}" for line in lines()]
-    made.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
-    )
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False))
     made.add_tokens([AddedToken(token, special=token not in ORDINARY, normalized=False) for token in tokens])
     return made.to_str()
 
@@ -165,31 +164,21 @@ class Twin:
     dtype: torch.dtype = torch.bfloat16
 
 
+# fmt: off
 SPECIALS = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
 LLAVA = Twin(
     processor="LlavaProcessor",
     config={
-        "architectures": ["LlavaForConditionalGeneration"],
-        "ignore_index": -100,
-        "image_token_index": "<image>",
-        "model_type": "llava",
-        "pad_token_id": "<pad>",
-        "projector_hidden_act": "gelu",
+        "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": "<image>",
+        "model_type": "llava", "pad_token_id": "<pad>", "projector_hidden_act": "gelu",
         "text_config": TEXT | {"model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": "rows"},
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "vision_config": CLIP,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vocab_size": "rows",
+        "tie_word_embeddings": False, "torch_dtype": "float16", "vision_config": CLIP, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", "vocab_size": "rows",
     },
     pixels=PIXELS
     | {
-        "crop_size": {"height": 56, "width": 56},
-        "do_center_crop": True,
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "size": {"shortest_edge": 56},
+        "crop_size": {"height": 56, "width": 56}, "do_center_crop": True, "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor", "size": {"shortest_edge": 56},
     },
     words=LLAMA_WORDS | {"processor_class": "LlavaProcessor"},
     tokens=(),
@@ -198,14 +187,10 @@ LLAVA = Twin(
     generation=SPECIALS | {"_from_model_config": True},
     sizes=((56, 56), (112, 70), (70, 112)),  # a patch of bar alone beside a whole one would norm up what seeps in
     said={
-        "image_token": "<image>",
-        "num_additional_image_tokens": 1,
-        "patch_size": 14,
-        "processor_class": "LlavaProcessor",
-        "vision_feature_select_strategy": "default",
+        "image_token": "<image>", "num_additional_image_tokens": 1, "patch_size": 14,
+        "processor_class": "LlavaProcessor", "vision_feature_select_strategy": "default",
     },
-    renamed=LEGACY,
-    dtype=torch.float16,
+    renamed=LEGACY, dtype=torch.float16,
 )
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 VICUNA_NEXT = replace(
@@ -213,18 +198,13 @@ VICUNA_NEXT = replace(
     processor="LlavaNextProcessor",
     config=LLAVA.config
     | {
-        "architectures": ["LlavaNextForConditionalGeneration"],
-        "model_type": "llava_next",
-        "image_grid_pinpoints": PINPOINTS,
-        "use_image_newline_parameter": True,
+        "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+        "image_grid_pinpoints": PINPOINTS, "use_image_newline_parameter": True,
     },
     pixels=LLAVA.pixels
     | {
-        "aspect_ratio_setting": "anyres",
-        "do_pad": True,
-        "image_grid_pinpoints": PINPOINTS,
-        "image_processor_type": "LlavaNextImageProcessor",
-        "processor_class": "LlavaNextProcessor",
+        "aspect_ratio_setting": "anyres", "do_pad": True, "image_grid_pinpoints": PINPOINTS,
+        "image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor",
     },
     words=LLAMA_WORDS | {"processor_class": "LlavaNextProcessor"},
     sizes=((112, 112), (200, 90), (80, 150)),
@@ -238,31 +218,20 @@ QWEN_ENDS |= {"pad_token_id": "<|endoftext|>", "do_sample": True}
 ONEVISION_TWIN = Twin(
     processor="LlavaOnevisionProcessor",
     config={
-        "architectures": ["LlavaOnevisionForConditionalGeneration"],
-        "image_grid_pinpoints": VIEWS,
-        "image_token_index": "<image>",
-        "model_type": "llava_onevision",
-        "projector_hidden_act": "gelu",
+        "architectures": ["LlavaOnevisionForConditionalGeneration"], "image_grid_pinpoints": VIEWS,
+        "image_token_index": "<image>", "model_type": "llava_onevision", "projector_hidden_act": "gelu",
         "text_config": QWEN_TEXT | {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "use_image_newline_parameter": True,
-        "video_token_index": "<video>",
-        "vision_aspect_ratio": "anyres_max_9",
+        "tie_word_embeddings": False, "torch_dtype": "float16", "use_image_newline_parameter": True,
+        "video_token_index": "<video>", "vision_aspect_ratio": "anyres_max_9",
         "vision_config": TOWER
         | {"image_size": 32, "model_type": "siglip_vision_model", "patch_size": 10, "vision_use_head": False},
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
     },
     pixels=PIXELS
     | {
-        "do_pad": True,
-        "image_grid_pinpoints": VIEWS,
-        "image_mean": HALF,
-        "image_processor_type": "LlavaOnevisionImageProcessor",
-        "image_std": HALF,
-        "processor_class": "LlavaOnevisionProcessor",
-        "size": {"height": 32, "width": 32},
+        "do_pad": True, "image_grid_pinpoints": VIEWS, "image_mean": HALF,
+        "image_processor_type": "LlavaOnevisionImageProcessor", "image_std": HALF,
+        "processor_class": "LlavaOnevisionProcessor", "size": {"height": 32, "width": 32},
     },
     words=QWEN_WORDS | {"processor_class": "LlavaOnevisionProcessor"},
     tokens=(*CHAT, "<image>", "<video>"),
@@ -271,15 +240,10 @@ ONEVISION_TWIN = Twin(
     generation=QWEN_ENDS | {"repetition_penalty": 1.1, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
     sizes=((60, 62), (95, 64), (90, 94), (31, 33)),
     said={
-        "image_token": "<image>",
-        "num_image_tokens": 9,
-        "processor_class": "LlavaOnevisionProcessor",
-        "video_token": "<video>",
-        "vision_aspect_ratio": "anyres_max_9",
-        "vision_feature_select_strategy": "full",
+        "image_token": "<image>", "num_image_tokens": 9, "processor_class": "LlavaOnevisionProcessor",
+        "video_token": "<video>", "vision_aspect_ratio": "anyres_max_9", "vision_feature_select_strategy": "full",
     },
-    renamed=LEGACY,
-    dtype=torch.float16,
+    renamed=LEGACY, dtype=torch.float16,
 )
 QWEN_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
 QWEN_IDS |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
@@ -288,52 +252,26 @@ QWEN2_5_VL = Twin(
     config=TEXT  # flat: no text_config
     | QWEN_IDS
     | {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "bos_token_id": "<|endoftext|>",
-        "eos_token_id": "<|im_end|>",
-        "hidden_act": "silu",
-        "model_type": "qwen2_5_vl",
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "bos_token_id": "<|endoftext|>",
+        "eos_token_id": "<|im_end|>", "hidden_act": "silu", "model_type": "qwen2_5_vl", "rms_norm_eps": 1e-06,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rope_theta": 1000000.0,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
         "vision_config": {
-            "depth": 3,
-            "fullatt_block_indexes": [1],
-            "hidden_act": "silu",
-            "hidden_size": 24,
-            "in_chans": 3,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-            "tokens_per_second": 2,
-            "window_size": 56,
+            "depth": 3, "fullatt_block_indexes": [1], "hidden_act": "silu", "hidden_size": 24, "in_chans": 3,
+            "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14, "spatial_merge_size": 2,
+            "spatial_patch_size": 14, "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 56,
         },
-        "vision_token_id": "<|vision_pad|>",
-        "vocab_size": "rows",
+        "vision_token_id": "<|vision_pad|>", "vocab_size": "rows",
     },
     pixels={
-        "image_mean": CLIP_MEAN,
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "image_std": CLIP_STD,
-        "max_pixels": 28 * 28 * 64,
-        "merge_size": 2,
-        "min_pixels": 56 * 56,
-        "patch_size": 14,
-        "processor_class": "Qwen2_5_VLProcessor",
-        "temporal_patch_size": 2,
+        "image_mean": CLIP_MEAN, "image_processor_type": "Qwen2VLImageProcessor", "image_std": CLIP_STD,
+        "max_pixels": 28 * 28 * 64, "merge_size": 2, "min_pixels": 56 * 56, "patch_size": 14,
+        "processor_class": "Qwen2_5_VLProcessor", "temporal_patch_size": 2,
     },
     words=QWEN_WORDS,
     tokens=tuple(QWEN_TOKENS),
     rows=399,  # 152064 rows, <|file_sep|> is 151664
-    template=QWEN2_5,
-    template_file="chat_template.json",
+    template=QWEN2_5, template_file="chat_template.json",
     generation=QWEN_ENDS | {"repetition_penalty": 1.05, "temperature": 0.000001},
     sizes=((112, 84), (60, 150), (170, 120)),
 )
@@ -341,49 +279,27 @@ QWEN3_VL = Twin(
     processor="Qwen3VLProcessor",
     config=QWEN_IDS
     | {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl",
         "text_config": TEXT
         | {
-            "attention_bias": False,
-            "bos_token_id": "<|endoftext|>",
-            "dtype": "bfloat16",
-            "eos_token_id": "<|im_end|>",
-            "head_dim": 8,
-            "hidden_act": "silu",
-            "model_type": "qwen3_vl_text",
-            "num_hidden_layers": 4,
+            "attention_bias": False, "bos_token_id": "<|endoftext|>", "dtype": "bfloat16", "eos_token_id": "<|im_end|>",
+            "head_dim": 8, "hidden_act": "silu", "model_type": "qwen3_vl_text", "num_hidden_layers": 4,
             "rms_norm_eps": 1e-06,
             "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "rope_type": "default"},
-            "rope_theta": 5000000,
-            "vocab_size": "rows",
+            "rope_theta": 5000000, "vocab_size": "rows",
         },
         "tie_word_embeddings": False,
         "vision_config": {
-            "deepstack_visual_indexes": [0, 1],
-            "depth": 3,
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": 24,
-            "in_channels": 3,
-            "intermediate_size": 48,
-            "model_type": "qwen3_vl",
-            "num_heads": 2,
-            "num_position_embeddings": 16,
-            "out_hidden_size": 32,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
+            "deepstack_visual_indexes": [0, 1], "depth": 3, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 24,
+            "in_channels": 3, "intermediate_size": 48, "model_type": "qwen3_vl", "num_heads": 2,
+            "num_position_embeddings": 16, "out_hidden_size": 32, "patch_size": 8, "spatial_merge_size": 2,
             "temporal_patch_size": 2,
         },
     },
     pixels={
-        "image_mean": HALF,
-        "image_processor_type": "Qwen2VLImageProcessorFast",
-        "image_std": HALF,
-        "merge_size": 2,
-        "patch_size": 8,
-        "processor_class": "Qwen3VLProcessor",
-        "size": {"longest_edge": 16 * 16 * 64, "shortest_edge": 32 * 32},
-        "temporal_patch_size": 2,
+        "image_mean": HALF, "image_processor_type": "Qwen2VLImageProcessorFast", "image_std": HALF, "merge_size": 2,
+        "patch_size": 8, "processor_class": "Qwen3VLProcessor",
+        "size": {"longest_edge": 16 * 16 * 64, "shortest_edge": 32 * 32}, "temporal_patch_size": 2,
     },
     words=QWEN_WORDS,
     tokens=tuple(QWEN3_TOKENS),
@@ -395,56 +311,32 @@ QWEN3_VL = Twin(
 INTERNVL3 = Twin(
     processor="InternVLProcessor",
     config={  # no tie_word_embeddings
-        "architectures": ["InternVLForConditionalGeneration"],
-        "downsample_ratio": 0.5,
-        "image_seq_length": 16,
-        "image_token_id": "<IMG_CONTEXT>",
-        "model_type": "internvl",
-        "projector_hidden_act": "gelu",
+        "architectures": ["InternVLForConditionalGeneration"], "downsample_ratio": 0.5, "image_seq_length": 16,
+        "image_token_id": "<IMG_CONTEXT>", "model_type": "internvl", "projector_hidden_act": "gelu",
         "text_config": QWEN_TEXT | {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"},
         "torch_dtype": "bfloat16",
         "vision_config": TOWER
         | {
-            "attention_bias": True,
-            "hidden_act": "gelu",
-            "image_size": [56, 56],
-            "layer_scale_init_value": 0.1,
-            "model_type": "internvl_vision",
-            "norm_type": "layer_norm",
-            "patch_size": [7, 7],
-            "use_absolute_position_embeddings": True,
-            "use_mask_token": False,
-            "use_mean_pooling": True,
+            "attention_bias": True, "hidden_act": "gelu", "image_size": [56, 56], "layer_scale_init_value": 0.1,
+            "model_type": "internvl_vision", "norm_type": "layer_norm", "patch_size": [7, 7],
+            "use_absolute_position_embeddings": True, "use_mask_token": False, "use_mean_pooling": True,
             "use_qk_norm": False,
         },
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "default",
     },
     pixels=PIXELS
     | {
-        "crop_size": None,
-        "crop_to_patches": False,
-        "data_format": "channels_first",
-        "default_to_square": True,
-        "do_center_crop": None,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_processor_type": "GotOcr2ImageProcessorFast",
-        "image_std": [0.229, 0.224, 0.225],
-        "max_patches": 6,
-        "min_patches": 1,
-        "processor_class": "InternVLProcessor",
-        "size": {"height": 56, "width": 56},
+        "crop_size": None, "crop_to_patches": False, "data_format": "channels_first", "default_to_square": True,
+        "do_center_crop": None, "image_mean": [0.485, 0.456, 0.406],
+        "image_processor_type": "GotOcr2ImageProcessorFast", "image_std": [0.229, 0.224, 0.225], "max_patches": 6,
+        "min_patches": 1, "processor_class": "InternVLProcessor", "size": {"height": 56, "width": 56},
     },
     words=QWEN_WORDS
     | {
-        "context_image_token": "<IMG_CONTEXT>",
-        "end_image_token": "</img>",
-        "start_image_token": "<img>",
+        "context_image_token": "<IMG_CONTEXT>", "end_image_token": "</img>", "start_image_token": "<img>",
         "video_token": "<video>",
         "extra_special_tokens": {
-            "context_image_token": "<IMG_CONTEXT>",
-            "end_image_token": "</img>",
-            "start_image_token": "<img>",
+            "context_image_token": "<IMG_CONTEXT>", "end_image_token": "</img>", "start_image_token": "<img>",
             "video_token": "<video>",
         },
         "processor_class": "InternVLProcessor",
@@ -456,6 +348,7 @@ INTERNVL3 = Twin(
     sizes=((60, 60), (120, 50), (70, 110)),
     said={"image_seq_length": 16, "processor_class": "InternVLProcessor"},
 )
+# fmt: on
 
 #: Repository → its facts. Sizes apart, siblings of 13B, 3B and less are the same but where it says.
 TWINS = {
@@ -565,5 +458,3 @@ def save_twin(folder: Path, name: str) -> Path:
         file.unlink()
     scratch.rmdir()
     return folder
-
-

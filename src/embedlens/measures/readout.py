@@ -27,20 +27,9 @@ from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
 
 #: sRGB of plain colour names, the eleven basic ones of English and cyan.
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "black": (20, 20, 20),
-    "white": (245, 245, 245),
-    "grey": (128, 128, 128),
-    "red": (205, 40, 40),
-    "orange": (240, 135, 35),
-    "yellow": (245, 215, 55),
-    "green": (50, 150, 60),
-    "cyan": (70, 200, 215),
-    "blue": (40, 80, 200),
-    "purple": (125, 60, 165),
-    "pink": (245, 145, 190),
-    "brown": (130, 85, 50),
-}
+COLOURS = {"black": (20, 20, 20), "white": (245, 245, 245), "grey": (128, 128, 128), "red": (205, 40, 40)}
+COLOURS |= {"orange": (240, 135, 35), "yellow": (245, 215, 55), "green": (50, 150, 60), "cyan": (70, 200, 215)}
+COLOURS |= {"blue": (40, 80, 200), "purple": (125, 60, 165), "pink": (245, 145, 190), "brown": (130, 85, 50)}
 #: What is asked of a token: the mean colour of its patch, the object in whose box its centre lies, and, of tokens in no
 #: box, the object whose box is nearest.
 QUESTIONS = ("colour of the patch", "object it lies in", "nearest object beside it")
