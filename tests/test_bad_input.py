@@ -147,12 +147,6 @@ def test_the_model_sees_what_the_file_shows(tiny, folder, name):
     assert (pixels_of(tiny, other) - expected.pixel_values).abs().max() > 0.1  # another picture is told apart
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_the_model_says_why_it_cannot_see(tiny, folder, name):
-    with pytest.raises(EmbedLensError, match=UNREADABLE[name][1]):
-        tiny.prompt(folder / name, QUESTION)
-
-
 @pytest.mark.parametrize(("size", "shown"), [((1, 100), "column"), ((100, 1), "row"), ((1, 1), "all")])
 def test_patches_of_a_thin_picture_are_where_its_pixels_are(tiny, size, shown):
     grid = tiny.prompt(Image.new("RGB", size, "red"), QUESTION).grid

@@ -59,16 +59,14 @@ def planted(sizes, d=64, noise=0.02, seed=0):
     return lengths * (middles[bundle] + noise * torch.randn(len(bundle), d, generator=generator)), bundle
 
 
-@pytest.mark.parametrize("order", ["greedy", "raster"])
-@pytest.mark.parametrize("seed", range(12))
-def test_clusters_are_those_of_plain_loops(seed, order):
-    tokens = scattered(seed)
-    threshold = (0.95, 0.9, 0.8, 0.5)[seed % 4]
-    assert members(anchor_clusters(tokens, threshold, order)) == by_hand(tokens, threshold, order)
-
-
-def test_the_order_of_anchors_matters_somewhere():
-    assert any(by_hand(scattered(seed), 0.9, "greedy") != by_hand(scattered(seed), 0.9, "raster") for seed in range(12))
+def test_clusters_are_those_of_plain_loops_and_the_order_of_anchors_matters_somewhere():
+    differ = False
+    for seed, threshold in enumerate((0.95, 0.9, 0.8, 0.5)):
+        found = [by_hand(scattered(seed), threshold, order) for order in ("greedy", "raster")]
+        for order, clusters in zip(("greedy", "raster"), found, strict=True):
+            assert members(anchor_clusters(scattered(seed), threshold, order)) == clusters
+        differ |= found[0] != found[1]
+    assert differ
 
 
 @pytest.mark.parametrize("order", ["greedy", "raster"])
@@ -79,7 +77,7 @@ def test_planted_bundles_are_the_clusters_largest_first(order):
     assert torch.equal(anchor_clusters(1000 * tokens, 0.9, order), labels)  # only directions count
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_where_tokens_stand_does_not_matter_but_for_ties(seed):
     generator = torch.Generator().manual_seed(seed)
     tokens, _ = planted([20, 9, 4, 2], seed=seed)
@@ -93,13 +91,7 @@ def test_where_tokens_stand_does_not_matter_but_for_ties(seed):
     assert sizes[0] == sizes[1]
 
 
-def test_greedy_clusters_come_by_size_and_each_holds_its_anchors_neighbours():
-    labels = anchor_clusters(scattered(3, n=60), 0.8)
-    counts = labels.bincount()
-    assert (counts[:-1] >= counts[1:]).all() and counts.sum() == 60 and counts.min() >= 1
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(3))
 def test_equal_directions_are_one_cluster_at_every_threshold_and_zero_vectors_are_alone(seed):
     row = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
     tokens = torch.cat([row * torch.arange(1, 7)[:, None], torch.zeros(2, 50)])
@@ -108,7 +100,7 @@ def test_equal_directions_are_one_cluster_at_every_threshold_and_zero_vectors_ar
     assert centroids(tokens, anchor_clusters(tokens))[1].abs().sum() == 0
 
 
-@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.0001, 90, float("nan")])
+@pytest.mark.parametrize("threshold", [0.0, 1.0001, float("nan")])
 def test_a_threshold_that_is_no_cosine_above_zero_is_refused(threshold):
     with pytest.raises(EmbedLensError, match="above 0 and at most 1"):
         anchor_clusters(torch.eye(3), threshold)
@@ -132,7 +124,7 @@ def test_an_unknown_order_is_refused():
         anchor_clusters(torch.eye(3), 0.9, "random")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_centroid_is_the_mean_direction_of_its_members(seed):
     tokens = scattered(seed, d=5)
     labels = anchor_clusters(tokens, 0.8)

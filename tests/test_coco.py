@@ -77,23 +77,12 @@ def test_the_seed_draws_the_pictures_and_fewer_are_the_first_of_more(folder):
     assert len({tuple(ids(6, seed)) for seed in range(5)}) == 5
 
 
-def test_the_order_of_the_file_does_not_matter(folder):
-    before = samples.load(f"coco:{folder}", n=4)
-    rewrite(folder, lambda content: content["images"].reverse())
-    assert samples.load(f"coco:{folder}", n=4) == before
-
-
 def test_pictures_are_opened_on_first_use(folder):
     shutil.rmtree(folder / "val2017")
     (folder / "val2017").mkdir()
     sample = samples.load(f"coco:{folder}", n=1)[0]
     with pytest.raises(EmbedLensError, match=r"no picture 0+\d.png in .*val2017.*https://cocodataset.org/#download"):
         sample.image  # noqa: B018
-
-
-def test_captions_are_optional(folder):
-    (folder / "annotations" / "captions_val2017.json").unlink()
-    assert all(sample.captions == () for sample in samples.load(f"coco:{folder}", n=6))
 
 
 def test_crowds_stay_but_are_no_labels(folder):
@@ -149,14 +138,9 @@ def first(content, **change):
             lambda f: (f / "annotations" / "instances_val2017.json").write_text("[1,"),
             "instances_val2017.json cannot be read as JSON .*: get it again",
         ),
-        (
-            lambda f: (f / "annotations" / "instances_val2017.json").write_bytes(b"\xff\xfe\x00"),
-            "cannot be read as JSON",
-        ),
         (lambda f: (f / "annotations" / "instances_val2017.json").write_text("[]"), "has no list 'images'"),
         (lambda f: (f / "annotations" / "captions_val2017.json").write_text("{"), "captions_val2017.json cannot be"),
         (lambda f: rewrite(f, lambda c: c.pop("categories")), "has no list 'categories'"),
-        (lambda f: rewrite(f, lambda c: c["images"].clear()), "n is 6, but .* lists 0 pictures"),
         (lambda f: rewrite(f, lambda c: c["images"].pop()), "n is 6, but .* lists 5 pictures"),
         (
             lambda f: rewrite(f, lambda c: first(c, category_id=999)),
@@ -164,11 +148,6 @@ def first(content, **change):
         ),
         (lambda f: rewrite(f, lambda c: first(c, bbox=[1, 2])), r"has the box \[1, 2\]: write \[x, y, width, height\]"),
         (lambda f: rewrite(f, lambda c: c["annotations"][0].pop("bbox")), r"annotation \d+ of .* has no 'bbox'"),
-        (
-            lambda f: rewrite(f, lambda c: c["annotations"][0].pop("image_id")),
-            r"annotation \d+ of .* has no 'image_id'",
-        ),
-        (lambda f: rewrite(f, lambda c: [i.pop("width") for i in c["images"]]), r"picture \d of .* has no 'width'"),
         (lambda f: rewrite(f, lambda c: c["categories"][0].pop("name")), "category .* has no 'name'"),
     ],
 )
@@ -204,12 +183,6 @@ def test_numbers_as_text_are_the_same_numbers(folder):
     assert after[0].image.size == (after[0].width, after[0].height)
 
 
-def test_a_crowd_as_text_is_a_crowd(folder):
-    rewrite(folder, lambda content: [entry.update(iscrowd="1") for entry in content["annotations"]])
-    read = samples.load(f"coco:{folder}", n=6)
-    assert all(e["iscrowd"] == 1 for sample in read for e in sample.annotations) and not any(s.labels for s in read)
-
-
 def test_a_category_named_by_a_number_has_it_for_its_name(folder):
     rewrite(folder, lambda content: [category.update(name=category["id"]) for category in content["categories"]])
     assert all(
@@ -240,14 +213,11 @@ def test_captions_without_text_are_left_out_and_counted(folder):
         (lambda c: first(c, image_id=[1]), r"annotation \d+ of .* has the image_id \[1\]: write a whole number"),
         (lambda c: first(c, category_id=None), r"annotation \d+ of .* has category None, which the file does not list"),
         (lambda c: first(c, bbox=None), r"annotation \d+ of .* has the box None: write \[x, y"),
-        (lambda c: first(c, bbox=["1", 2, 3, 4]), r"has the box \['1', 2, 3, 4\]: write \[x, y"),
         (lambda c: first(c, iscrowd="no"), "has the iscrowd 'no': write 0 or 1"),
         (lambda c: c["categories"][0].update(name=None), r"category \d+ of .* has the name None: write a word"),
-        (lambda c: c["categories"][0].update(name=" "), "has the name ' ': write a word"),
         (lambda c: [i.update(width=None) for i in c["images"]], r"picture \d of .* has the width None: write a whole"),
         (lambda c: [i.update(height=0) for i in c["images"]], "has the height 0: write a whole number above 0"),
         (lambda c: [i.update(width=96.5) for i in c["images"]], "has the width 96.5: write a whole number"),
-        (lambda c: [i.update(file_name=7) for i in c["images"]], "has the file_name 7: save the picture in .*own"),
         (lambda c: [i.update(file_name=None) for i in c["images"]], "has the file_name None: save the picture in"),
         (
             lambda c: [i.update(file_name="https://x.org/1.jpg") for i in c["images"]],
@@ -289,8 +259,7 @@ def test_the_owner_of_another_set_is_not_sent_to_cocos(folder):
     assert "cocodataset" not in str(no.value)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff"])
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation, suffix", zip(range(1, 9), ["jpg", "png", "tiff"] * 3, strict=False))
 def test_boxes_are_on_stored_pixels_whatever_turn_exif_asks_for(folder, orientation, suffix):
     """A red box at one place of a stored picture, which viewers would turn."""
     x, y, w, h = 8, 40, 24, 16

@@ -21,7 +21,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups
 from embedlens.lenses import EmbedLens
 from embedlens.measures.clusters import by_group, cluster_study
-from embedlens.measures.labels import QUESTION
+from embedlens.vlm import QUESTION
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 import embedlens as el
 from embedlens import samples
 from embedlens.errors import EmbedLensError
-from embedlens.groups import QUESTION, discover, token_groups_of
+from embedlens.groups import discover, token_groups_of
 from embedlens.lenses import EmbedLens
 from embedlens.measures.dead import (
     GROUPS,
@@ -30,6 +30,7 @@ from embedlens.measures.dead import (
     pairwise_cosine,
 )
 from embedlens.tracing import trace
+from embedlens.vlm import QUESTION
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,7 +71,7 @@ def cell(rows, picture, part, group, name):
     return own.sort_values("layer")[name].dropna().tolist()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 def test_pairwise_cosine_is_the_mean_over_pairs(seed):
     tokens = seeded(2, 9, 5, seed=seed) + 0.5
     tokens[0, 3] = 0
@@ -87,7 +88,7 @@ def test_pairwise_cosine_is_the_mean_over_pairs(seed):
                 assert math.isnan(float(found[layer, group]))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(2))
 def test_entropy_is_its_definition_and_survives_impossible_entries(seed):
     logits = 5 * seeded(4, 11, seed=seed)
     logits[0, 3] = -torch.inf

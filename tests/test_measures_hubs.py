@@ -23,8 +23,7 @@ def lens_of(embeddings: torch.Tensor) -> EmbedLens:
     return EmbedLens(embeddings, [f"t{index}" for index in range(len(embeddings))])
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("seed, k", [(0, 1), (1, 3)])
 def test_occurrences_count_every_answer_once(seed, k):
     embeddings, h = random_directions(30, 8, seed), random_directions(4 * 25, 8, seed + 50).view(4, 25, 8)
     counted = np.zeros((4, 30), dtype=int)
@@ -37,7 +36,7 @@ def test_occurrences_count_every_answer_once(seed, k):
     assert occurrences(lens_of(embeddings), h.flatten(0, 1), k).tolist() == counted.sum(0).tolist()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_skewness_is_the_third_standardised_moment(seed):
     counts = np.random.default_rng(seed).poisson(3, (2, 40))
     for row, found in zip(counts, skewness(counts), strict=True):

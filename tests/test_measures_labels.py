@@ -111,18 +111,11 @@ def test_what_is_found_by_accident_is_what_pairs_of_different_pictures_give_also
 
 
 def test_chance_equals_recall_where_retrieval_knows_nothing_of_the_picture():
-    gaps = [random_hits(seed).beyond().loc[0, 0] for seed in range(20)]
+    gaps = [random_hits(seed).beyond().loc[0, 0] for seed in range(8)]
     assert abs(np.mean(gaps)) < 3 * np.std(gaps) / len(gaps) ** 0.5 + 1e-9
     assert max(map(abs, gaps)) < 0.06  # 0.02 is one standard error of 700 pairs
     planted = stats.estimates(random_hits(0, planted=0.5).beyond())
     assert planted[1] > 0.2 and planted[0] < 0.2
-
-
-def test_two_lenses_are_compared_on_the_same_pictures():
-    weak, strong = random_hits(4).beyond(), random_hits(4, planted=0.5).beyond()
-    lead = stats.estimate(strong[1] - weak[1], 300)
-    apart = [stats.estimate(part[1], 300) for part in (strong, weak)]
-    assert lead > 0 and lead.high - lead.low < sum(part.high - part.low for part in apart)
 
 
 def test_labels_that_no_picture_has_are_refused():

@@ -10,8 +10,8 @@ import embedlens as el
 from embedlens import samples
 from embedlens.groups import Reference
 from embedlens.lenses import EmbedLens
-from embedlens.measures.labels import QUESTION
 from embedlens.measures.norms import SCALES, by_layer, first_block
+from embedlens.vlm import QUESTION
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -117,12 +116,14 @@ def test_colour_rows_are_those_of_each_part_and_layer(miniature):
     lens = EmbedLens.from_model(miniature)
     rows = tr.colour_rows(miniature, drawn, {"EmbedLens": lens}, k=200)
     states = tr.content_states(miniature, drawn)
-    held = tr.by_part(drawn, tr.colours_held(lens, miniature.tokenizer, states, k=200))
-    nearest = tr.by_part(drawn, tr.nearest_colour(lens, miniature.tokenizer, states))
+    held = tr.colours_held(lens, miniature.tokenizer, states, k=200)
+    nearest = tr.nearest_colour(lens, miniature.tokenizer, states)
     assert len(rows) == 3 * len(drawn) * (miniature.n_layers + 1) and rows.held.any() and rows.nearest.any()
     for (part, id, layer), own in rows.groupby(["part", "id", "layer"]):
         at = [p.id for p in drawn].index(id)
-        assert own.held.tolist() == [held[part][at, layer]] and own.nearest.tolist() == [nearest[part][at, layer]]
+        colour = {INK: drawn[at].ink, GROUND: drawn[at].ground, SURROUND: drawn[at].surround}[part]
+        shown = (at, layer, list(COLOURS).index(colour))
+        assert (own.held.tolist(), own.nearest.tolist()) == ([held[shown]], [nearest[shown]])
 
 
 class Words:
@@ -145,8 +146,3 @@ def test_colours_are_found_among_the_best_words_and_the_nearest_is_one_of_them()
             for c, colour in enumerate(COLOURS):
                 assert held[i, layer, c] == (colour in order[:3])
                 assert nearest[i, layer, c] == (colour == next(word for word in order if word in COLOURS))
-    pictures = [picture for picture in patchbench.pictures(20) if picture.group != OBJECT][:3]
-    parts = tr.by_part(pictures, held)
-    for i, picture in enumerate(pictures):
-        for part, colour in ((INK, picture.ink), (GROUND, picture.ground), (SURROUND, picture.surround)):
-            assert np.array_equal(parts[part][i], held[i, :, list(COLOURS).index(colour)])

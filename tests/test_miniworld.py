@@ -90,7 +90,7 @@ def test_pycocotools_loads_what_is_written(tmp_path):
 def test_training_never_shows_what_is_held_out():
     seen: Counter[str] = Counter()
     for split in ("train", "heldout"):
-        for index in range(1500):
+        for index in range(600):
             drawn = miniworld.scene_of(index, split)
             seen[split, "pair"] += sum(
                 thing.colour is not None and scene.is_heldout_pair(thing.category, thing.colour)
@@ -98,7 +98,7 @@ def test_training_never_shows_what_is_held_out():
             )
             seen[split, "word"] += sum(scene.is_heldout_word(word.text) for word in drawn.words)
     assert seen["train", "pair"] == seen["train", "word"] == 0
-    assert seen["heldout", "pair"] > 20 and seen["heldout", "word"] > 50
+    assert seen["heldout", "pair"] > 8 and seen["heldout", "word"] > 20
 
 
 def test_splits_and_seeds_draw_different_pictures():
@@ -113,7 +113,7 @@ def test_splits_and_seeds_draw_different_pictures():
 
 def test_questions_are_answered_by_the_layout():
     asked: Counter[str] = Counter()
-    for index in range(300):
+    for index in range(120):
         item = miniworld.sample(index)
         names = Counter(item.category_names[entry["category_id"]] for entry in item.annotations)
         for question in item.questions:

@@ -8,7 +8,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-from embedlens import EmbedLensError, book, launch, parameters, vlm
+from embedlens import EmbedLensError, book, launch, loading, parameters
 from embedlens.parameters import check
 
 ROOT = Path(__file__).parents[1]
@@ -68,9 +68,9 @@ def test_an_impossible_value_is_refused_with_what_to_pass(changed, sentence):
     ],
 )
 def test_quantisation_needs_a_gpu_to_run_on_and_its_package(device, packages, sentence, monkeypatch):
-    monkeypatch.setattr(vlm.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(vlm.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(vlm, "find_spec", lambda name: object() if name in packages else None)
+    monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(loading, "find_spec", lambda name: object() if name in packages else None)
     with nullcontext() if sentence is None else pytest.raises(EmbedLensError, match=sentence):
         check({**SOUND, "device": device, "quantize": "4bit"})
 

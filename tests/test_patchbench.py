@@ -17,7 +17,7 @@ from embedlens.samples import patchbench
 from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS
 from embedlens.samples.patchbench import AXES, GROUND, GROUPS, INK, OBJECT, OCR, OCR_BACKGROUND, SURROUND
 
-GRIDS = [(112, 14), (336, 14), (56, 14), (224, 16), (384, 14), (30, 15)]
+GRIDS = [(112, 14), (336, 14), (224, 16), (30, 15)]
 
 
 def pixels(picture) -> np.ndarray:
@@ -46,14 +46,6 @@ def test_content_lies_only_in_its_cell(side, patch):
         assert shown[y0:y1, x0:x1].any()
         shown[y0:y1, x0:x1] = False
         assert not shown.any()
-
-
-def test_moving_the_content_by_a_pixel_would_be_seen():
-    picture = patchbench.pictures(7)[5]
-    x0, y0, x1, y1 = picture.box
-    moved = (np.roll(pixels(picture), 1, axis=1) != COLOURS[picture.surround]).any(-1)
-    moved[y0:y1, x0:x1] = False
-    assert moved.any()
 
 
 def test_seventy_pictures_are_the_papers_thirty_twenty_twenty_with_three_questions_each():
@@ -178,11 +170,6 @@ def test_only_the_expected_answer_or_its_synonym_is_right():
     ]
     answers = {question.answer for question in named}
     assert len({patchbench.canonical(answer) for answer in answers}) == len(answers)  # synonyms join no two answers
-
-
-def test_what_is_written_has_no_synonyms():
-    picture = replace(next(picture for picture in patchbench.pictures() if picture.text), text="MAN")
-    assert patchbench.correct(picture.questions[0], "man") and not patchbench.correct(picture.questions[0], "person")
 
 
 def test_what_an_answer_follows_is_found_for_every_colour():

@@ -1,4 +1,4 @@
-"""Promises of the wrapper: the stock model's numbers bit for bit, the right patch for each token, no silent guess."""
+"""Promises of the wrapper around the miniature and LLaVA-1.5; those of all families are in test_families.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from PIL import Image
 from tiny_llava import save_tiny_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from conftest import little_memory
 from embedlens import EmbedLensError, claims, load, loading, pictures
 from embedlens.families import llava
 from embedlens.patches import PREPROCESSINGS
@@ -64,30 +63,22 @@ def stock_miniature(miniature):
     return Stock(_locate("miniature"))
 
 
-@pytest.fixture(params=["tiny", "miniature"])
-def pair(request):
-    """A wrapped model and the same folder through transformers alone."""
-    names = {"tiny": ("tiny", "stock"), "miniature": ("miniature", "stock_miniature")}[request.param]
-    return tuple(request.getfixturevalue(name) for name in names)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_wrapped_forward_is_the_stock_forward_bit_for_bit(pair, size):
-    model, stock = pair
-    image = picture(size)
-    prompt, expected = model.prompt(image, QUESTION), stock.forward(image)
-    inputs = stock.inputs(image)
-    assert torch.equal(prompt.ids, inputs["input_ids"][0])
-    assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
-    assert torch.equal(model.logits(prompt), expected.logits[0, :, : len(model.input_embeddings)])
-    layers = model.hidden_states(prompt)
-    assert layers.shape == (model.n_layers + 1, len(prompt), model.width)
-    for index in range(model.n_layers):
-        assert torch.equal(layers[index], expected.hidden_states[index][0]), f"layer {index}"
-    # Hugging Face norms its last hidden state; ours is the one before.
-    with torch.no_grad():
-        assert torch.equal(model.unembed.final_norm(layers[-1]), expected.hidden_states[-1][0])
-    assert not torch.equal(layers[-1], expected.hidden_states[-1][0])
+def test_the_miniature_is_the_stock_model_bit_for_bit(miniature, stock_miniature):
+    model, stock = miniature, stock_miniature
+    for seed, size in enumerate(SIZES):
+        image = picture(size, seed)
+        prompt, expected, inputs = model.prompt(image, QUESTION), stock.forward(image), stock.inputs(image)
+        assert torch.equal(prompt.ids, inputs["input_ids"][0])
+        assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
+        assert torch.equal(model.logits(prompt), expected.logits[0, :, : len(model.input_embeddings)])
+        layers = model.hidden_states(prompt)
+        for index in range(model.n_layers):
+            assert torch.equal(layers[index], expected.hidden_states[index][0]), f"layer {index}"
+        with torch.no_grad():  # Hugging Face norms its last hidden state; ours is the one before
+            assert torch.equal(model.unembed.final_norm(layers[-1]), expected.hidden_states[-1][0])
+        assert model.answer(prompt) == stock.answer(image)
+        assert int((prompt.ids == model.tokenizer.bos_token_id).sum()) == 1
+    assert model.prompts([], []) == [] and model.answers([]) == [] and model.hidden_states_of([]) == []
 
 
 def test_the_wrapper_reads_the_model_that_answers(tiny_folder):
@@ -100,18 +91,6 @@ def test_the_wrapper_reads_the_model_that_answers(tiny_folder):
     after = model.hidden_states(prompt)
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, False, False]
     assert not torch.equal(logits, model.logits(prompt))
-
-
-def test_answer_is_what_stock_generate_says(pair):
-    model, stock = pair
-    answers = set()
-    for seed, size in enumerate(SIZES):
-        image = picture(size, seed)
-        answer = model.answer(model.prompt(image, QUESTION))
-        assert answer == stock.answer(image)
-        answers.add(answer)
-    if model.name != "miniature":  # a trained model may well say the same of four blurs
-        assert len(answers) > 1
 
 
 def test_the_miniature_answers_a_picture_in_under_a_third_of_a_second(miniature):
@@ -135,38 +114,6 @@ def test_answer_stops_at_the_length_asked_for(tiny, stock):
         tiny.answer(prompt, max_new_tokens=0)
 
 
-def test_a_batch_gives_what_one_by_one_gives(pair):
-    model, _ = pair
-    questions = [QUESTION, "how many dogs are there in the green grass ?", "a cat ?", QUESTION]
-    images = [picture(size, seed) for seed, size in enumerate(SIZES)]
-    together = model.prompts(images, questions)
-    alone = [model.prompt(image, question) for image, question in zip(images, questions, strict=True)]
-    assert len({len(prompt) for prompt in alone}) > 1  # there is something to pad
-    for one, other in zip(together, alone, strict=True):
-        assert torch.equal(one.ids, other.ids) and torch.equal(one.visual, other.visual)
-        torch.testing.assert_close(one.embeds, other.embeds, atol=1e-4, rtol=1e-4)  # same sums, other blocking
-    assert model.answers(alone, batch_size=3) == [model.answer(prompt) for prompt in alone]
-    for stream, prompt in zip(model.hidden_states_of(alone, batch_size=3), alone, strict=True):
-        single = model.hidden_states(prompt)
-        assert stream.shape == single.shape
-        torch.testing.assert_close(stream, single, atol=1e-3, rtol=1e-3)  # the padded batch takes the masked kernel
-    features = torch.stack(model.visual_features_of(images, batch_size=3))
-    for row, prompt in zip(features, alone, strict=True):
-        torch.testing.assert_close(row, prompt.embeds[prompt.visual], atol=1e-4, rtol=1e-4)
-    assert model.prompts([], []) == [] and model.answers([]) == [] and model.hidden_states_of([]) == []
-
-
-def test_visual_tokens_are_one_run_of_one_per_patch(pair):
-    model, _ = pair
-    prompt = model.prompt(picture(), QUESTION)
-    positions = prompt.visual.nonzero().squeeze(-1)
-    assert len(positions) == len(prompt.grid) == int(positions[-1] - positions[0]) + 1
-    text = ~prompt.visual
-    assert torch.equal(prompt.embeds[text], model.input_embeddings[prompt.ids[text]])
-    tokenizer = model.tokenizer
-    assert int((prompt.ids == tokenizer.bos_token_id).sum()) == 1 and prompt.ids[0] == tokenizer.bos_token_id
-
-
 def token_changes(model, image: Image.Image, index: int, grid, question=QUESTION) -> torch.Tensor:
     """How far each visual token moves when a bright square fills patch `index`."""
     x0, y0, x1, y1 = grid.box(index)
@@ -174,19 +121,6 @@ def token_changes(model, image: Image.Image, index: int, grid, question=QUESTION
     bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
     before, after = model.visual_features_of([image, Image.fromarray(bright)])
     return (after - before).norm(dim=-1)
-
-
-@pytest.mark.parametrize("size", [(112, 112), (160, 120), (120, 160), (200, 110)])
-@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
-def test_a_bright_square_changes_its_own_token_most(tiny_folder, preprocessing, size):
-    model = load(tiny_folder, device="cpu", preprocessing=preprocessing)
-    image = Image.new("RGB", size, (90, 90, 90))
-    grid = model.prompt(image, QUESTION).grid
-    shown = [index for index in range(len(grid)) if grid.box(index) == grid.cell(index)]
-    assert len(shown) >= 4
-    for index in shown:
-        changes = token_changes(model, image, index, grid)
-        assert int(changes.argmax()) == index, f"square at patch {index}, token {int(changes.argmax())} moved most"
 
 
 @pytest.mark.parametrize("size", [(112, 112), (112, 84), (63, 112)])
@@ -214,18 +148,12 @@ def test_letterbox_is_the_default_also_where_the_saved_processor_crops(tmp_path)
     assert boxed.grid.padded.any()
 
 
-CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 PLAIN = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3}
-# What preprocessor_config.json of published checkpoints of the class says, at the size of the tiny tower.
-PUBLISHED = {
-    "llava-1.5-7b-hf": PLAIN
-    | CLIP
-    | {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}, "do_convert_rgb": True}
-    | {"crop_size": {"height": 56, "width": 56}, "do_center_crop": True, "processor_class": "LlavaProcessor"},
-    "with SigLIP": PLAIN
-    | {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}}
-    | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "LlavaProcessor"},
-}
+PLAIN |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "processor_class": "LlavaProcessor"}
+# As preprocessor_config.json of published checkpoints says, at the size of the tiny tower.
+CLIP = PLAIN | {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}, "do_center_crop": True}
+CLIP |= {"crop_size": {"height": 56, "width": 56}, "do_convert_rgb": True}
+SIGLIP = PLAIN | {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}}
 
 
 def republished(source, folder, **fields):
@@ -238,36 +166,33 @@ def republished(source, folder, **fields):
     return folder
 
 
-@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
-@pytest.mark.parametrize("published", PUBLISHED)
-def test_a_published_image_processor_shows_the_picture_where_the_grid_says(
-    tiny_folder, tmp_path, published, preprocessing
-):
+@pytest.mark.parametrize("fields", [CLIP, SIGLIP], ids=["CLIP", "SigLIP"])
+def test_published_image_processors_show_the_picture_where_the_grid_says(tiny_folder, tmp_path, fields):
     """None of them can pad by itself."""
-    folder = republished(tiny_folder, tmp_path / "hub", **PUBLISHED[published])
-    model = load(folder, device="cpu", preprocessing=preprocessing)
-    assert type(model.processor.image_processor).__name__.startswith(PUBLISHED[published]["image_processor_type"])
-    for size in [(160, 120), (110, 200)]:
-        image = Image.new("RGB", size, (90, 90, 90))
+    whole = load(republished(tiny_folder, tmp_path / "hub", **fields), device="cpu")
+    assert type(whole.processor.image_processor).__name__.startswith(fields["image_processor_type"])
+    image = Image.new("RGB", (160, 120), (90, 90, 90))
+    for model in (whole, whole.with_preprocessing("centre-crop"), whole.with_preprocessing("stretch")):
         grid = model.prompt(image, QUESTION).grid
         shown = [index for index in range(len(grid)) if grid.box(index) == grid.cell(index)]
         assert len(shown) >= 4
-        moved = [int(token_changes(model, image, index, grid).argmax()) for index in shown]
-        assert moved == shown
+        assert [int(token_changes(model, image, index, grid).argmax()) for index in shown] == shown
 
 
-@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
-def test_what_can_pad_and_what_cannot_give_the_same_pixels(tiny_folder, tmp_path, preprocessing):
-    folder = republished(tiny_folder, tmp_path / "hub", **PUBLISHED["llava-1.5-7b-hf"])
-    models = [load(source, device="cpu", preprocessing=preprocessing) for source in (folder, tiny_folder)]
-    for size in SIZES:
-        first, second = (model.prompt(picture(size), QUESTION).pixel_values for model in models)
-        assert torch.equal(first, second)
+def test_what_can_pad_and_what_cannot_give_the_same_pixels(tiny, tiny_folder, tmp_path):
+    own = json.loads((tiny_folder / "processor_config.json").read_text())["image_processor"]
+    same = CLIP | {name: own[name] for name in ("image_mean", "image_std")}
+    crops = load(republished(tiny_folder, tmp_path / "hub", **same), device="cpu")
+    for way in PREPROCESSINGS:
+        first, second = (model.with_preprocessing(way) for model in (crops, tiny))
+        for size in SIZES:
+            prompts = [model.prompt(picture(size), QUESTION) for model in (first, second)]
+            assert torch.equal(prompts[0].pixel_values, prompts[1].pixel_values)
 
 
 @pytest.mark.parametrize("wrong", [{"do_normalize": False}, {"do_rescale": False}])
 def test_an_image_processor_that_cannot_be_made_right_is_refused(tiny_folder, tmp_path, wrong):
-    folder = republished(tiny_folder, tmp_path / "hub", **PUBLISHED["llava-1.5-7b-hf"] | wrong)
+    folder = republished(tiny_folder, tmp_path / "hub", **CLIP | wrong)
     with pytest.raises(EmbedLensError, match="under 'letterbox' its CLIPImage.* take preprocessor_config") as caught:
         load(folder, device="cpu")
     assert "\n" not in str(caught.value)
@@ -275,7 +200,7 @@ def test_an_image_processor_that_cannot_be_made_right_is_refused(tiny_folder, tm
 
 def test_an_image_processor_of_another_layout_is_refused(tiny_folder, tmp_path):
     """It cuts tiles, five axes of pixels for the four that the tower reads."""
-    fields = PUBLISHED["llava-1.5-7b-hf"] | {"image_processor_type": "LlavaNextImageProcessor"}
+    fields = CLIP | {"image_processor_type": "LlavaNextImageProcessor"}
     with pytest.raises(EmbedLensError, match="its LlavaNextImage.* does not show a picture where"):
         load(republished(tiny_folder, tmp_path / "hub", **fields), device="cpu")
 
@@ -284,24 +209,8 @@ def test_an_image_processor_of_another_layout_is_refused(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
-def test_any_picture_takes_little_memory(tiny_folder, tmp_path, preprocessing):
-    model = load(tiny_folder, device="cpu", preprocessing=preprocessing)
-    for size in [(30_000, 1), (1, 30_000), (16_000, 800), (9_000, 6_000)]:
-        Image.new("RGB", size, "red").save(path := tmp_path / "large.png")
-        with little_memory(beside=4 * size[0] * size[1]):
-            prompt, features = model.prompt(path, QUESTION), model.visual_features_of([path])
-        assert prompt.image.size == size == (prompt.grid.frame.width, prompt.grid.frame.height)
-        middle = prompt.grid.patch_at(size[0] / 2, size[1] / 2)
-        there = model.prompt(Image.new("RGB", (80, 80), "red"), QUESTION).pixel_values
-        row, col = (14 * place for place in divmod(middle, 4))
-        shown = prompt.pixel_values[0, 0, row : row + 14, col : col + 14]
-        assert shown.max() > 0.3 * there.max()  # of a strip as thin as a hair something is left
-        assert torch.equal(features[0], prompt.embeds[prompt.visual])
-
-
-@pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
-def test_a_picture_up_to_4096_px_is_the_stock_one_bit_for_bit(tiny_folder, stock, preprocessing):
-    model, side = load(tiny_folder, device="cpu", preprocessing=preprocessing), {"height": 56, "width": 56}
+def test_a_picture_up_to_4096_px_is_the_stock_one_bit_for_bit(tiny, stock, preprocessing):
+    model, side = tiny.with_preprocessing(preprocessing), {"height": 56, "width": 56}
     settings = {
         "letterbox": {"do_pad": True, "do_center_crop": False, "size": side},
         "centre-crop": {"do_pad": False, "do_center_crop": True, "size": {"shortest_edge": 56}},
@@ -313,9 +222,9 @@ def test_a_picture_up_to_4096_px_is_the_stock_one_bit_for_bit(tiny_folder, stock
 
 
 @pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
-def test_a_larger_picture_shows_what_all_its_pixels_would(tiny_folder, preprocessing):
+def test_a_larger_picture_shows_what_all_its_pixels_would(tiny, preprocessing):
     """Up to what averaging before interpolating changes; and every token is still the patch of the original picture."""
-    model = load(tiny_folder, device="cpu", preprocessing=preprocessing)
+    model = tiny.with_preprocessing(preprocessing)
     large = picture((4200, 3150))
     seen = model.prompt(large, QUESTION)
     with pytest.MonkeyPatch.context() as patch:

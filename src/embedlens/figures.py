@@ -83,33 +83,14 @@ def set_style() -> None:
     import pandas
 
     pandas.set_option("display.width", 160, "display.max_colwidth", None, "display.max_columns", 20)
-    matplotlib.rcParams.update(
-        {
-            "figure.figsize": (WIDTH, 4.0),
-            "figure.dpi": DPI,
-            "figure.facecolor": "white",
-            "figure.constrained_layout.use": True,
-            "axes.facecolor": "white",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 13,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.labelsize": 12,
-            "axes.grid": True,
-            "grid.color": "#E6E6E6",
-            "axes.axisbelow": True,
-            "font.size": 12,
-            "font.family": ["DejaVu Sans"],  # ships with matplotlib, so that figures are the same everywhere
-            "xtick.labelsize": 11,
-            "ytick.labelsize": 11,
-            "legend.fontsize": 11,
-            "legend.frameon": False,
-            "lines.linewidth": 2.0,
-            "lines.markersize": 6,
-            "svg.hashsalt": "embedlens",
-        }
-    )
+    look: Any = {"figure.figsize": (WIDTH, 4.0), "figure.dpi": DPI, "figure.constrained_layout.use": True}
+    look |= {"figure.facecolor": "white", "axes.facecolor": "white", "axes.spines.top": False}
+    look |= {"axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True}
+    look |= {"axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 12}
+    look |= {"font.size": 12, "xtick.labelsize": 11, "ytick.labelsize": 11, "legend.fontsize": 11}
+    look |= {"legend.frameon": False, "lines.linewidth": 2.0, "lines.markersize": 6, "svg.hashsalt": "embedlens"}
+    look["font.family"] = ["DejaVu Sans"]  # ships with matplotlib, so that figures are the same everywhere
+    matplotlib.rcParams.update(look)
 
 
 def sign(figure: Figure, model: str, of: str) -> None:
@@ -134,12 +115,7 @@ def headline(figure: Figure, title: str) -> None:
 
 
 def stacked_bars(axes: Axes, parts: Mapping[str, Mapping[str, float]], looks: Mapping[str, Look]) -> None:
-    """What each whole consists of: one lying bar a whole, shares that sum to one, large ones written in per cent.
-
-    Args:
-        parts: name of the whole → name of the part → share; a part that is missing is 0.
-        looks: colour and hatch of each part, in the order they are stacked.
-    """
+    """What each whole consists of: a lying bar to each, shares that sum to one, stacked in the order of the looks."""
     rows = np.arange(len(parts))[::-1]
     left = np.zeros(len(parts))
     for name, look in looks.items():
@@ -287,18 +263,14 @@ def group_figure(
     words: Sequence[str],
     title: str,
     footer: str = "",
-    called: Mapping[str, str] | None = None,
 ) -> Figure:
     """A picture whose patches are outlined by group, with the group's letter in a corner and a word at the foot.
 
     Args:
         groups: name in GROUPS → patches, as `TokenGroups.named` gives them. A group without a patch is left out.
-        words: one per patch.
-        footer: what kind of result it is, on which model; the legend stands beside it.
-        called: what the legend calls a group, where its patches only stand in for it; default: the group's name.
     """
     present = {name: np.asarray(mask) for name, mask in groups.items() if bool(np.asarray(mask).any())}
-    legend = ", ".join(f"{INITIALS[name]} = {(called or {}).get(name, name)}" for name in present)
+    legend = ", ".join(f"{INITIALS[name]} = {name}" for name in present)
     drawn = patch_words(image, grid, words, groups=present)
     return _pixel_figure(drawn, title, f"{legend} | {footer}" if footer else legend)
 
@@ -314,8 +286,6 @@ def patch_words(
 
     Args:
         image: upright RGB, original size.
-        grid: which patch of the picture each visual token is.
-        words: one per patch.
         marked: patches to outline thickly in green.
         groups: name in GROUPS → patches to outline in the group's colour, with its letter.
     """

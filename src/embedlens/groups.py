@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +32,8 @@ from torch import Tensor
 from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
+from embedlens.prompts import looked_at
 from embedlens.samples import Sample, load, readable
-from embedlens.vlm import QUESTION
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
@@ -198,7 +198,7 @@ def discover(
     largest: list[Float[np.ndarray, "layers m"]] = []
     first = np.zeros(0)
     distant: list[tuple[int, int] | None] = []
-    for prompts in _prompts(model, samples, batch_size):
+    for _, prompts in looked_at(model, samples, batch_size):
         norms += [states[-1].float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
         for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
             ratio = ratios(states).cpu()
@@ -223,7 +223,7 @@ def _with_words(
         return measured
     sums = torch.zeros(2, model.width)
     counts, tokens = [0, 0], 0
-    for prompts in _prompts(model, samples, batch_size):
+    for _, prompts in looked_at(model, samples, batch_size):
         for kind, masks in enumerate(_sinks(model, prompts, measured, lens, "measured")):
             for prompt, mask in zip(prompts, masks, strict=True):
                 rows = prompt.embeds[prompt.visual][mask.to(prompt.embeds.device)].float().cpu()
@@ -235,11 +235,6 @@ def _with_words(
     if measured.sink_dims:
         notes["LLM sink"] += f" {counts[1] / tokens:.1%} of the visual tokens exceed it."
     return replace(measured, vit_sink_id=nearest[0], llm_sink_id=nearest[1], notes=notes)
-
-
-def _prompts(model: VisionLanguageModel, samples: Sequence[Sample], batch_size: int) -> Iterator[list[Prompt]]:
-    for _, batch in model.batches(samples, batch_size):
-        yield model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
 
 
 def _vit_norm(norms: Iterable[Float[np.ndarray, " _"]]) -> tuple[float | None, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from types import ModuleType
 from typing import Any, Literal, cast
 
@@ -16,8 +17,10 @@ from embedlens.errors import EmbedLensError
 from embedlens.families.plain import OWN, Features
 from embedlens.patches import Frame, PatchGrid, within
 from embedlens.pictures import LARGEST, natural_side, resized, squared
+from embedlens.samples import Sample, readable
 
 Side = Literal["left", "right"]
+QUESTION = "What is in the picture?"  # where only the picture matters: visual tokens stand before it and cannot see it
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +99,27 @@ class Prompt:
         whole = torch.zeros_like(self.visual)
         whole[self.visual] = mask.to(whole.device)
         return whole
+
+
+def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
+    """QUESTION about the picture of each sample."""
+    return model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+
+
+def looked_at(
+    model: Any, samples: Iterable[Sample], batch_size: int = 8
+) -> Iterator[tuple[list[Sample], list[Prompt]]]:
+    """Batches of the samples that can be read, with `prompts_of` them; pictures are opened batch by batch.
+
+    Raises:
+        EmbedLensError: no samples.
+    """
+    stream, some = readable(samples), False
+    while batch := list(islice(stream, batch_size)):
+        some = True
+        yield batch, prompts_of(model, batch)
+    if not some:
+        raise EmbedLensError("no samples: pass at least one picture")
 
 
 def written(model: Any, picture: Image, question: str) -> tuple[Int[Tensor, " s"], dict[str, Tensor]]:

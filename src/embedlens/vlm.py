@@ -25,6 +25,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
 from embedlens.families.plain import Features
 from embedlens.pictures import Picture, in_memory, open_picture
+from embedlens.prompts import QUESTION as QUESTION
 from embedlens.prompts import Prompt, Side, assembled, carried, grid_of, padded, placed, shown, written
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import and is not needed before a model is loaded
     PreTrainedModel = PreTrainedTokenizerFast = object
 
-QUESTION = "What is in the picture?"  # where only the picture matters: visual tokens stand before it and cannot see it
 Admitting: TypeAlias = AbstractContextManager[Sequence[Prompt]]
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # one for all wrappers of a Hugging Face model
 

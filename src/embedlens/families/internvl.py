@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,11 +23,6 @@ from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import shows_patch as shows_patch
 from embedlens.patches import Frame, ManyViews, PatchGrid
-
-if TYPE_CHECKING:
-    from transformers import InternVLForConditionalGeneration, InternVLProcessor
-else:  # transformers takes seconds to import and is not needed before a model is loaded
-    InternVLForConditionalGeneration = InternVLProcessor = object
 
 NAME = "InternVL3"
 CLASSES = ("InternVLForConditionalGeneration",)
@@ -43,12 +38,12 @@ LIMITS = (
 )
 
 
-def canvas_side(hf: InternVLForConditionalGeneration, processor: InternVLProcessor) -> int:
+def canvas_side(hf: Any, processor: Any) -> int:
     """Side of a tile, px."""
     return hf.config.vision_config.image_size[0]
 
 
-def set_preprocessing(processor: InternVLProcessor, hf: InternVLForConditionalGeneration, preprocessing: str) -> None:
+def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Cut tiles also where the image processor is called without its processor, which asks for them at each call."""
     processor.image_processor.crop_to_patches = True
 
@@ -58,18 +53,13 @@ def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     return plain.smaller(size, 2 * processor.image_processor.max_patches * canvas_side(hf, processor) ** 2)
 
 
-def patch_pixels(hf: InternVLForConditionalGeneration, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
     """What the vision tower reads of each visual token's 2x2 patches."""
-    config: Any = hf.config
+    config = hf.config
     return plain.cut(one["pixel_values"], 2 * config.vision_config.patch_size[0]).flatten(0, 1)
 
 
-def patch_grid(
-    hf: InternVLForConditionalGeneration,
-    processor: InternVLProcessor,
-    preprocessing: str,
-    picture_size: tuple[int, int],
-) -> PatchGrid:
+def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
     """The grids of a picture of (width, height) px: tiles in raster order, then the thumbnail; a grid for one tile."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
@@ -99,18 +89,18 @@ def tokens_across(hf: Any) -> int:
     return int(tower.image_size[0] // tower.patch_size[0] * hf.config.downsample_ratio)
 
 
-def visual_features(hf: InternVLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
     """Shuffled and projected visual tokens, by the model's own method, picture by picture: they differ in tiles."""
     return [Features(hf.get_image_features(one["pixel_values"]).pooler_output.flatten(0, 1)) for one in inputs]
 
 
-def tower_states(hf: InternVLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, as the model's own shuffle.
 
     Index 0 is the tower's embedding, l leaves block l; CLS is left out.
     """
-    config: Any = hf.config
-    tower: Any = hf.get_submodule(MODULES["vision_tower"])
+    config = hf.config
+    tower = hf.get_submodule(MODULES["vision_tower"])
     side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
     found = []
     for one in inputs:
@@ -122,14 +112,14 @@ def tower_states(hf: InternVLForConditionalGeneration, inputs: Sequence[Inputs])
     return found
 
 
-def check_config(hf: InternVLForConditionalGeneration, processor: InternVLProcessor, name: str) -> None:
+def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose settings would break the order of tokens.
 
     Raises:
         EmbedLensError: CLS is kept, tiles have another size than the tower reads, another number of tokens is written,
             or the shuffle is not 2x2.
     """
-    config: Any = hf.config
+    config = hf.config
     if config.vision_feature_select_strategy != "default":
         raise EmbedLensError(
             f"{name} keeps the CLS token among the patches (vision_feature_select_strategy "

@@ -6,10 +6,11 @@ Source: `transformers.models.llava` (module names of transformers 5) and LLaVA-1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
@@ -23,12 +24,6 @@ from embedlens.patches import PREPROCESSINGS as PREPROCESSINGS
 from embedlens.patches import Frame, PatchGrid
 from embedlens.pictures import LARGEST, natural_side, resized, squared
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
-else:  # transformers takes seconds to import and is not needed before a model is loaded
-    LlavaForConditionalGeneration = LlavaProcessor = object
-
 NAME = "LLaVA-1.5"
 CLASSES = ("LlavaForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
@@ -39,12 +34,12 @@ MODULES = dict(plain.MODULES)
 LIMITS: tuple[str, ...] = ()
 
 
-def canvas_side(hf: LlavaForConditionalGeneration, processor: LlavaProcessor) -> int:
+def canvas_side(hf: Any, processor: Any) -> int:
     """Side of the square that the vision tower reads, px."""
     return hf.config.vision_config.image_size
 
 
-def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGeneration, preprocessing: str) -> None:
+def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Make the stock image processor do one of the three preprocessings, as far as it can; `shown` does the rest.
 
     LLaVA-1.5 was trained on letterboxed pictures (padded with the mean colour, `image_aspect_ratio: pad`); the
@@ -61,7 +56,7 @@ def set_preprocessing(processor: LlavaProcessor, hf: LlavaForConditionalGenerati
     images.size = SizeDict(shortest_edge=side) if preprocessing == "centre-crop" else SizeDict(height=side, width=side)
 
 
-def shown(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, preprocessing: str, picture: Image) -> Image:
+def shown(hf: Any, processor: Any, preprocessing: str, picture: Image) -> Image:
     """The square that the vision tower reads, which the image processor then only normalises.
 
     It is drawn here because the processors of published checkpoints differ in what they can do: `LlavaImageProcessor`
@@ -84,46 +79,44 @@ def shown(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, preproce
     return resized(picture, (side, side), images.resample)
 
 
-def patch_pixels(hf: LlavaForConditionalGeneration, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
+def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
     """What the vision tower reads of each visual token's patch."""
     return plain.cut(one["pixel_values"], hf.config.vision_config.patch_size)[0]
 
 
-def patch_grid(
-    hf: LlavaForConditionalGeneration, processor: LlavaProcessor, preprocessing: str, picture_size: tuple[int, int]
-) -> PatchGrid:
+def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
     """The grid of a picture of (width, height) px."""
     side = canvas_side(hf, processor)
     frame = Frame.of(preprocessing, *picture_size, side=side)
     return PatchGrid.of_canvas(frame, canvas=(side, side), patch=hf.config.vision_config.patch_size)
 
 
-def visual_features(hf: LlavaForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
     """Projected visual tokens: CLIP's layer -2 without CLS through the projector, by the model's own method."""
     return [Features(rows) for rows in hf.get_image_features(pixel_values=side_by_side(inputs)).pooler_output]
 
 
-def tower_states(hf: LlavaForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Patch rows of every layer of the vision tower: index 0 is its embedding, l leaves block l. CLS is left out.
 
     Towers without CLS (SigLIP) have nothing to leave out. Nothing is normed that the tower does not norm: CLIP's norm
     after the last block works on CLS alone.
     """
-    config: Any = hf.config
+    config = hf.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    tower: Any = hf.get_submodule(MODULES["vision_tower"])
+    tower = hf.get_submodule(MODULES["vision_tower"])
     layers = tower(side_by_side(inputs), output_hidden_states=True).hidden_states
     return list(torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1))
 
 
-def check_config(hf: LlavaForConditionalGeneration, processor: LlavaProcessor, name: str) -> None:
+def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose settings would break the one-token-per-patch order.
 
     Raises:
         EmbedLensError: CLS is kept among the visual tokens, a patch is dropped as if it were CLS, or the processor
             lacks its patch size.
     """
-    config: Any = hf.config  # its type says that vision_config may be None
+    config = hf.config
     strategy = config.vision_feature_select_strategy
     with_cls = config.vision_config.model_type.startswith("clip")
     if with_cls and strategy != "default":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,6 @@ from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
 from embedlens.patches import Frame, ManyViews, PatchGrid, Span, UnevenGrid
 
-if TYPE_CHECKING:
-    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
-else:  # transformers takes seconds to import and is not needed before a model is loaded
-    LlavaNextForConditionalGeneration = LlavaNextProcessor = object
-
 NAME = "LLaVA-NeXT"
 CLASSES = ("LlavaNextForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf")
@@ -41,7 +36,7 @@ LIMITS = (
 )
 
 
-def canvas_side(hf: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor) -> int:
+def canvas_side(hf: Any, processor: Any) -> int:
     """Side of the square that the vision tower reads, px: of the whole view, and of each tile."""
     return hf.config.vision_config.image_size
 
@@ -113,12 +108,7 @@ def whole_view(hf: Any, picture_size: tuple[int, int]) -> PatchGrid:
     return PatchGrid.of_canvas(Frame.stretch(*picture_size), canvas=(side, side), patch=patch)
 
 
-def patch_grid(
-    hf: LlavaNextForConditionalGeneration,
-    processor: LlavaNextProcessor,
-    preprocessing: str,
-    picture_size: tuple[int, int],
-) -> ManyViews:
+def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> ManyViews:
     """The grids of a picture of (width, height) px: the whole view, then the tiles."""
     return ManyViews.of([whole_view(hf, picture_size), tiles_grid(hf, picture_size)])
 
@@ -148,12 +138,12 @@ def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
     return torch.cat([torch.ones(len(whole), dtype=torch.bool), lines.flatten()])
 
 
-def visual_features(hf: LlavaNextForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
     """Projected visual tokens and newlines, by the model's own method, picture by picture: they differ in tiles."""
     return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
 
 
-def tower_states(hf: LlavaNextForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
 
     Index 0 is the tower's embedding, l leaves block l; CLS is left out.
@@ -168,14 +158,14 @@ def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Flo
     return [layer[:, layer.shape[1] - patches :] for layer in layers]
 
 
-def check_config(hf: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, name: str) -> None:
+def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose settings would break the order of tokens.
 
     Raises:
         EmbedLensError: several tower layers are read at once, CLS is kept, or processor and model cut differently.
     """
     check_tiles(hf, processor, name)
-    config: Any = hf.config
+    config = hf.config
     if config.vision_config.model_type.startswith("clip") and config.vision_feature_select_strategy != "default":
         raise EmbedLensError(
             f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,11 +30,6 @@ from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
 from embedlens.patches import ManyViews, Span, UnevenGrid
-
-if TYPE_CHECKING:
-    from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
-else:  # transformers takes seconds to import and is not needed before a model is loaded
-    LlavaOnevisionForConditionalGeneration = LlavaOnevisionProcessor = object
 
 NAME = "LLaVA-OneVision"
 CLASSES = ("LlavaOnevisionForConditionalGeneration",)
@@ -66,12 +61,7 @@ def thinned(spans: Sequence[Span], count: int) -> list[Span]:
     return [(edge(i * step, False), edge((i + 1) * step, True)) for i in range(count)]
 
 
-def patch_grid(
-    hf: LlavaOnevisionForConditionalGeneration,
-    processor: LlavaOnevisionProcessor,
-    preprocessing: str,
-    picture_size: tuple[int, int],
-) -> ManyViews:
+def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> ManyViews:
     """The grids of a picture of (width, height) px: the whole view, then the tiles, thinned out if they are many."""
     whole, tiles = whole_view(hf, picture_size), tiles_grid(hf, picture_size)
     ratio = math.sqrt(tiles.rows * tiles.cols / (_most_views(hf) * whole.rows**2))
@@ -86,9 +76,7 @@ def _most_views(hf: Any) -> int:
     return int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
 
 
-def tower_states(
-    hf: LlavaOnevisionForConditionalGeneration, inputs: Sequence[Inputs]
-) -> list[Float[Tensor, "layers n v"]]:
+def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
 
     Index 0 is the tower's embedding, l leaves block l. In large pictures rows are mixed as tokens are.
@@ -109,14 +97,14 @@ def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
     return pack(hf, patches.flatten(2), one).unflatten(1, patches.shape[2:])
 
 
-def check_config(hf: LlavaOnevisionForConditionalGeneration, processor: LlavaOnevisionProcessor, name: str) -> None:
+def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose settings would break the order of tokens.
 
     Raises:
         EmbedLensError: several tower layers are read, or processor and model cut or count differently.
     """
     check_tiles(hf, processor, name)
-    config: Any = hf.config
+    config = hf.config
     if not config.vision_aspect_ratio.startswith("anyres_max_"):
         raise EmbedLensError(
             f"{name} has vision_aspect_ratio {config.vision_aspect_ratio!r}, which this wrapper does not support: "

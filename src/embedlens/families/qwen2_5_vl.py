@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,11 +23,6 @@ from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
 from embedlens.families.plain import shows_patch as shows_patch
 from embedlens.patches import Frame, PatchGrid
-
-if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-else:  # transformers takes seconds to import and is not needed before a model is loaded
-    Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLProcessor = object
 
 NAME = "Qwen2.5-VL"
 CLASSES = ("Qwen2_5_VLForConditionalGeneration",)
@@ -93,19 +88,19 @@ def positions(hf: Any, ids: Int[Tensor, " s"], beside: Inputs) -> Int[Tensor, "3
     return places[:, 0]
 
 
-def visual_features(hf: Qwen2_5_VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
     """Merged and projected visual tokens, by the model's own method, picture by picture: they differ in size."""
     return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
 
 
-def tower_states(hf: Qwen2_5_VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger.
 
     Index 0 is the tower's embedding, l leaves block l. Windows are undone.
     """
     from transformers.vision_utils import get_vision_window_index
 
-    config: Any = hf.config.vision_config
+    config = hf.config.vision_config
     found = []
     for one in inputs:
         order, _ = get_vision_window_index(

@@ -7,7 +7,7 @@ Source: `transformers.models.qwen3_vl`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,11 +29,6 @@ from embedlens.families.qwen2_5_vl import patch_grid as patch_grid
 from embedlens.families.qwen2_5_vl import patch_pixels as patch_pixels
 from embedlens.families.qwen2_5_vl import positions as positions
 
-if TYPE_CHECKING:
-    from transformers import Qwen3VLForConditionalGeneration
-else:  # transformers takes seconds to import and is not needed before a model is loaded
-    Qwen3VLForConditionalGeneration = object
-
 NAME = "Qwen3-VL"
 CLASSES = ("Qwen3VLForConditionalGeneration",)
 EXAMPLES = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-4B-Instruct")
@@ -46,11 +41,11 @@ LIMITS = (
 )
 
 
-def visual_features(hf: Qwen3VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Features]:
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
     """Merged and projected visual tokens, and what joins them later, by the model's own method, picture by picture."""
     found = []
     for one in inputs:
-        seen: Any = hf.get_image_features(**one)
+        seen = hf.get_image_features(**one)
         found.append(Features(seen.pooler_output[0], torch.stack([layer[0] for layer in seen.deepstack_features])))
     return found
 
@@ -60,6 +55,6 @@ def deep_inputs(visual: Bool[Tensor, "b s"], deep: Float[Tensor, "joins n d"]) -
     return {"visual_pos_masks": visual, "deepstack_visual_embeds": list(deep)}
 
 
-def tower_states(hf: Qwen3VLForConditionalGeneration, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
+def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger."""
     return [torch.stack(merged_rows(hf, one)) for one in inputs]

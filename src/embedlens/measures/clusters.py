@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from embedlens.clusters import MOST, anchor_clusters, cluster_means, matched_null, text_centroid
-from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, token_groups_of
 from embedlens.lenses import EmbedLens, unit_vectors
-from embedlens.samples import Sample, readable
+from embedlens.prompts import looked_at, prompts_of
+from embedlens.samples import Sample
 from embedlens.sweep import generator
-from embedlens.vlm import QUESTION, VisionLanguageModel
+from embedlens.vlm import VisionLanguageModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +132,8 @@ def cluster_study(
     text = text_centroid(model)
     parts: dict[tuple[float, str], list[dict[str, object]]] = {}
     total = torch.zeros(model.width, dtype=torch.float64)
-    seen, stream = 0, readable(samples)
-    while batch := list(islice(stream, batch_size)):
-        prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
+    seen = 0
+    for batch, prompts in looked_at(model, samples, batch_size):
         for sample, prompt in zip(batch, prompts, strict=True):
             tokens = prompt.embeds[prompt.visual].float()
             total += unit_vectors(tokens).mean(0).double().cpu()
@@ -147,8 +145,6 @@ def cluster_study(
                     part = {"ids": sample.id, **_kept(tokens, labels, padded, lens, text, sets, most)}
                     parts.setdefault((threshold, order), []).append(part)
             seen += 1
-    if not seen:
-        raise EmbedLensError("no samples: pass at least one picture")
     center = (total / seen).float()
     return {(t, order): _study(t, order, found, center) for (t, order), found in parts.items()}
 
@@ -204,7 +200,7 @@ def by_group(
         per sample, one row per group: share of the tokens and, where the group has any, to_text (mean cosine to the
         centroid of the vocabulary) and inside (share whose patch centre lies in the box of an object; crowds are none).
     """
-    prompts = model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+    prompts = prompts_of(model, samples)
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
     text = text_centroid(model)
     rows = []
@@ -232,7 +228,7 @@ def joint_map(
     from sklearn.manifold import TSNE
 
     rng = np.random.default_rng(seed)
-    prompts = model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+    prompts = prompts_of(model, samples)
     kinds = np.concatenate([groups.names for groups in token_groups_of(model, prompts, reference)])
     tokens = torch.cat([prompt.embeds[prompt.visual].float().cpu() for prompt in prompts])
     kept, words = (np.sort(rng.choice(n, min(most, n), False)) for n in (len(tokens), len(model.tokens)))

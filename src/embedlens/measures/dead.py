@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from embedlens.errors import EmbedLensError
-from embedlens.groups import QUESTION, RARE, Reference, TokenGroups, near_word, token_groups_of
+from embedlens.groups import RARE, Reference, TokenGroups, near_word, token_groups_of
 from embedlens.lenses import EmbedLens, LogitLens
-from embedlens.samples import Sample, readable
+from embedlens.prompts import looked_at, prompts_of
+from embedlens.samples import Sample
 from embedlens.sweep import generator, random_tokens
 from embedlens.tracing import traces
 from embedlens.vlm import Prompt, VisionLanguageModel
@@ -125,9 +125,9 @@ def common(
     """
     sums: dict[str, dict[str, Tensor]] = {"stream": {}, "tower": {}}
     counts: dict[str, int] = {}
-    pictures, stream = 0, readable(samples)
-    while batch := list(islice(stream, batch_size)):
-        prompts, named = _named(model, batch, reference, seed)
+    pictures = 0
+    for batch, prompts in looked_at(model, samples, batch_size):
+        named = _named(model, batch, prompts, reference, seed)
         towers, streams = model.tower_states_of(prompts), model.hidden_states_of(prompts, len(prompts))
         for prompt, groups, tower, states in zip(prompts, named, towers, streams, strict=True):
             masks = groups | {"all": torch.ones_like(groups["dead"])}
@@ -139,8 +139,6 @@ def common(
             for name, mask in masks.items():
                 counts[name] = counts.get(name, 0) + int(mask.sum())
         pictures += len(prompts)
-    if not pictures:
-        raise EmbedLensError("no samples: pass at least one picture to take means of")
     means = {
         where: {name: (total / counts[name]).float() for name, total in of.items() if counts[name]}
         for where, of in sums.items()
@@ -172,7 +170,8 @@ def by_group(
     """
     lens, reader = EmbedLens.from_model(model), LogitLens.from_model(model)
     words = torch.tensor([is_word(entry) for entry in model.tokens])
-    prompts, named = _named(model, samples, reference, seed)
+    prompts = prompts_of(model, samples)
+    named = _named(model, samples, prompts, reference, seed)
     masks = [
         {name: prompt.spread(mask) for name, mask in groups.items()} | {"all": prompt.visual}
         for prompt, groups in zip(prompts, named, strict=True)
@@ -223,12 +222,11 @@ def by_group(
 
 
 def _named(
-    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, seed: int
-) -> tuple[list[Prompt], list[dict[str, Bool[Tensor, " n"]]]]:
-    """Prompts, and the masks of GROUPS for each."""
-    prompts = model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
+    model: VisionLanguageModel, samples: Sequence[Sample], prompts: Sequence[Prompt], reference: Reference, seed: int
+) -> list[dict[str, Bool[Tensor, " n"]]]:
+    """The masks of GROUPS for each picture."""
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
-    return prompts, [masks(groups, sample.id, seed) for groups, sample in zip(found, samples, strict=True)]
+    return [masks(groups, sample.id, seed) for groups, sample in zip(found, samples, strict=True)]
 
 
 def masks(groups: TokenGroups, picture: int, seed: int = 0) -> dict[str, Bool[Tensor, " n"]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +24,10 @@ from embedlens import stats
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens, Lens, LogitLens
 from embedlens.patches import PatchGrid
-from embedlens.samples import Sample, readable
+from embedlens.prompts import looked_at
+from embedlens.samples import Sample
 from embedlens.samples.miniworld.language import IRREGULAR, plural
-from embedlens.vlm import QUESTION, Prompt
+from embedlens.vlm import Prompt
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -104,16 +104,14 @@ class LabelHits:
 
     def token_rows(self) -> pd.DataFrame:
         """One row per picture and layer, for `embedlens.stats`: grounded, object_tokens, tokens."""
+        return self._rows(grounded=self.grounded, object_tokens=self.object_tokens, tokens=self.tokens)
+
+    def _rows(self, **columns: np.ndarray) -> pd.DataFrame:
+        """Columns [layers, pictures], or [pictures] for all layers alike, as rows of picture and layer."""
         layers, pictures = self.grounded.shape
-        return pd.DataFrame(
-            {
-                "id": np.tile(np.arange(pictures), layers),
-                "layer": np.repeat(np.arange(layers), pictures),
-                "grounded": self.grounded.reshape(-1),
-                "object_tokens": np.tile(self.object_tokens, layers),
-                "tokens": np.tile(self.tokens, layers),
-            }
-        )
+        flat = {name: np.broadcast_to(values, (layers, pictures)).ravel() for name, values in columns.items()}
+        at = {"id": np.tile(np.arange(pictures), layers), "layer": np.repeat(np.arange(layers), pictures)}
+        return pd.DataFrame(at | flat)
 
     def label_rows(self) -> pd.DataFrame:
         """One row per picture and layer, for `embedlens.stats`: asked (labels of the picture), found, by_accident.
@@ -123,20 +121,12 @@ class LabelHits:
         has two sides: a picture's part of it is what its labels find elsewhere and what its tokens find of labels
         elsewhere, less the mean of one side, so that drawing pictures draws both.
         """
-        layers, pictures, _ = self.retrieved.shape
+        pictures = len(self.present)
         own = (self.retrieved & self.present).sum(-1)  # [layers, pictures]
         asks = np.einsum("pn,ln->lp", self.present, self.retrieved.sum(1)) - own
         answers = np.einsum("lpn,n->lp", self.retrieved, self.present.sum(0)) - own
         accident = (asks + answers - asks.mean(1, keepdims=True)) / max(1, pictures - 1)
-        return pd.DataFrame(
-            {
-                "id": np.tile(np.arange(pictures), layers),
-                "layer": np.repeat(np.arange(layers), pictures),
-                "asked": np.tile(self.present.sum(-1), layers),
-                "found": own.reshape(-1),
-                "by_accident": accident.reshape(-1),
-            }
-        )
+        return self._rows(asked=self.present.sum(-1), found=own, by_accident=accident)
 
     def beyond(self, seed: int = 0) -> pd.DataFrame:
         """Share of labels found less what is found by accident, by layer, as `stats.drawn` gives it."""
@@ -182,11 +172,9 @@ def label_hits(
     readers = {lens.__name__: lens.from_model(model) for lens in LENSES} if lenses is None else dict(lenses)
     tables: dict[str, tuple[tuple[str, ...], Bool[Tensor, "V labels"]]] = {}
     parts: dict[tuple[str, int, str], list[dict[str, np.ndarray]]] = {}
-    stream = readable(samples)
-    while batch := list(islice(stream, batch_size)):
+    for batch, prompts in looked_at(model, samples, batch_size):
         if not tables:
             tables = {rule: _table(model, batch[0].category_names, rule) for rule in rules}
-        prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
         for sample, prompt, states in zip(batch, prompts, model.hidden_states_of(prompts, batch_size), strict=True):
             entries = [entry for entry in sample.annotations if not entry["iscrowd"]]
             objects = [(sample.category_names[entry["category_id"]], entry["bbox"]) for entry in entries]
@@ -205,8 +193,6 @@ def label_hits(
                     for k in ks:
                         found = table[ids[..., :k]].any(-2)  # [layers, tokens, labels]
                         parts.setdefault((reader, k, rule), []).append(_part(found, on, labels, named))
-    if not parts:
-        raise EmbedLensError("no samples: pass at least one picture")
     return {key: _together(tables[key[2]][0], found) for key, found in parts.items()}
 
 
@@ -284,13 +270,6 @@ def _part(
 
 def _together(labels: tuple[str, ...], parts: list[dict[str, np.ndarray]]) -> LabelHits:
     stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    return LabelHits(
-        labels=labels,
-        present=stacked["present"],
-        retrieved=stacked["retrieved"].swapaxes(0, 1),
-        tokens=stacked["tokens"],
-        object_tokens=stacked["object_tokens"],
-        grounded=stacked["grounded"].T,
-        label_tokens=stacked["label_tokens"].sum(0),
-        retrieving=stacked["retrieving"].sum(0),
-    )
+    stacked["retrieved"], stacked["grounded"] = stacked["retrieved"].swapaxes(0, 1), stacked["grounded"].T
+    stacked |= {name: stacked[name].sum(0) for name in ("label_tokens", "retrieving")}
+    return LabelHits(labels, **stacked)

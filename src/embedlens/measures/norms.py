@@ -17,9 +17,10 @@ from torch.nn.functional import cosine_similarity
 
 from embedlens.groups import Reference, token_groups_of
 from embedlens.lenses import Lens
+from embedlens.prompts import prompts_of
 from embedlens.samples import Sample
 from embedlens.tracing import traces
-from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 SCALES = (1.0, 0.3, 0.1, 0.03, 0.01)  # the paper scales by 0.01
 
@@ -43,7 +44,7 @@ def by_layer(
         after the mean over the positions is taken out) and, of unscaled visual tokens with a lens, renamed: the share
         whose nearest word changes.
     """
-    prompts = _prompts(model, samples)
+    prompts = prompts_of(model, samples)
     masks = [_positions(prompt) for prompt in prompts]
     if reference is not None:
         found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
@@ -75,7 +76,7 @@ def first_block(
         update is from the unscaled one, as a share of that one's norm; the MLP reads token and attention update added
         up, so the factor reaches it).
     """
-    prompts = _prompts(model, samples)
+    prompts = prompts_of(model, samples)
     plain = _updates(model, prompts, 1.0)
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for scale in scales:
@@ -92,10 +93,6 @@ def first_block(
                 }
             )
     return rows
-
-
-def _prompts(model: VisionLanguageModel, samples: Sequence[Sample]) -> list[Prompt]:
-    return model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
 
 
 def _positions(prompt: Prompt) -> dict[str, Bool[Tensor, " s"]]:

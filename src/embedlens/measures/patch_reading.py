@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.measures.labels import QUESTION, label_ids
+from embedlens.measures.labels import label_ids
 from embedlens.prefix import Case, answers
+from embedlens.prompts import QUESTION
 from embedlens.samples.miniworld.sprites import COLOURS
 from embedlens.samples.patchbench import (
     AXES,
@@ -149,14 +150,16 @@ def colour_rows(
         one row per picture, lens, part (INK, GROUND, SURROUND) and layer: held (the k best words have the part's
         colour) and nearest (of all names of colours it is the best).
     """
-    states, found = content_states(model, pictures), []
+    states, found, names = content_states(model, pictures), [], list(COLOURS)
+    shown = {INK: "ink", GROUND: "ground", SURROUND: "surround"}
+    n, layers = states.shape[:2]
+    where = {"id": np.repeat([p.id for p in pictures], layers), "layer": np.tile(np.arange(layers), n)}
     for name, lens in lenses.items():
-        held = by_part(pictures, colours_held(lens, model.tokenizer, states, k))
-        nearest = by_part(pictures, nearest_colour(lens, model.tokenizer, states))
-        for part in held:
-            n, layers = held[part].shape
-            where = {"id": np.repeat([p.id for p in pictures], layers), "layer": np.tile(np.arange(layers), n)}
-            values = {"held": held[part].reshape(-1), "nearest": nearest[part].reshape(-1)}
+        columns = {"held": colours_held(lens, model.tokenizer, states, k)}
+        columns["nearest"] = nearest_colour(lens, model.tokenizer, states)
+        for part, of in shown.items():
+            at = [names.index(str(getattr(picture, of))) for picture in pictures]
+            values = {column: table[np.arange(n), :, at].reshape(-1) for column, table in columns.items()}
             found.append(pd.DataFrame({"lens": name, "part": part, **where, **values}))
     return pd.concat(found, ignore_index=True)
 
@@ -269,26 +272,3 @@ def nearest_colour(
         no = scores.new_full(scores.shape[:-1], -torch.inf)
         best.append(torch.stack([scores[..., list(row)].amax(-1) if row else no for row in ids], -1).argmax(-1))
     return (torch.stack(best)[..., None].cpu() == torch.arange(len(ids))).numpy()
-
-
-def by_part(
-    pictures: Sequence[OnePatch], colours: Bool[np.ndarray, "pictures layers colours"]
-) -> dict[str, Bool[np.ndarray, "pictures layers"]]:
-    """Of what each state gives per colour, that of the content, of the patch background and of the surround.
-
-    >>> from dataclasses import replace
-    >>> from embedlens.samples.patchbench import pictures
-    >>> picture = replace(pictures(4)[3], ink="red", ground="white", surround="orange")
-    >>> {part: found.tolist() for part, found in by_part([picture], np.eye(10, dtype=bool)[None, :2]).items()}
-    {'content': [[True, False]], 'patch background': [[False, False]], 'surround': [[False, True]]}
-    """
-    names = list(COLOURS)
-    parts: dict[str, list[str | None]] = {
-        INK: [picture.ink for picture in pictures],
-        GROUND: [picture.ground for picture in pictures],
-        SURROUND: [picture.surround for picture in pictures],
-    }
-    return {
-        part: np.stack([colours[i, :, names.index(str(colour))] for i, colour in enumerate(shown)])
-        for part, shown in parts.items()
-    }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -21,26 +20,16 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
-from embedlens.groups import QUESTION, Reference, token_groups_of
+from embedlens.groups import Reference, token_groups_of
 from embedlens.patches import PatchGrid
-from embedlens.samples import Sample, readable
+from embedlens.prompts import looked_at
+from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
 
 #: sRGB of plain colour names, the eleven basic ones of English and cyan.
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "black": (20, 20, 20),
-    "white": (245, 245, 245),
-    "grey": (128, 128, 128),
-    "red": (205, 40, 40),
-    "orange": (240, 135, 35),
-    "yellow": (245, 215, 55),
-    "green": (50, 150, 60),
-    "cyan": (70, 200, 215),
-    "blue": (40, 80, 200),
-    "purple": (125, 60, 165),
-    "pink": (245, 145, 190),
-    "brown": (130, 85, 50),
-}
+COLOURS = {"black": (20, 20, 20), "white": (245, 245, 245), "grey": (128, 128, 128), "red": (205, 40, 40)}
+COLOURS |= {"orange": (240, 135, 35), "yellow": (245, 215, 55), "green": (50, 150, 60), "cyan": (70, 200, 215)}
+COLOURS |= {"blue": (40, 80, 200), "purple": (125, 60, 165), "pink": (245, 145, 190), "brown": (130, 85, 50)}
 #: What is asked of a token: the mean colour of its patch, the object in whose box its centre lies, and, of tokens in no
 #: box, the object whose box is nearest.
 QUESTIONS = ("colour of the patch", "object it lies in", "nearest object beside it")
@@ -154,9 +143,8 @@ def token_table(
     Raises:
         EmbedLensError: no samples.
     """
-    states, parts, stream = [], [], readable(samples)
-    while batch := list(islice(stream, batch_size)):
-        prompts = model.prompts([sample.image for sample in batch], [QUESTION] * len(batch))
+    states, parts = [], []
+    for batch, prompts in looked_at(model, samples, batch_size):
         found = token_groups_of(model, prompts, reference, batch_size=batch_size)
         for sample, prompt, groups, tower in zip(batch, prompts, found, model.tower_states_of(prompts), strict=True):
             rng = np.random.default_rng((seed, sample.id))
@@ -165,8 +153,6 @@ def token_table(
             known = [patch_colours(sample.image, prompt.grid), *patch_objects(sample, prompt.grid)]
             states.append(tower[model.feature_layer][torch.from_numpy(chosen).to(tower.device)].float().cpu())
             parts.append([np.full(len(chosen), sample.id), *(column[chosen] for column in (*masks, *known))])
-    if not parts:
-        raise EmbedLensError("no samples: pass at least one picture")
     picture, dead, alive, *answers = (np.concatenate(column) for column in zip(*parts, strict=True))
     groups_of = {"dead": dead, "alive": alive}
     return TokenTable(torch.cat(states), picture, groups_of, dict(zip(QUESTIONS, answers, strict=True)))

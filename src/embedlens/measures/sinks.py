@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,12 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, fence, phi, ratios, reference_of, token_groups_of
 from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
-from embedlens.samples import Sample, readable
+from embedlens.prompts import looked_at, prompts_of
+from embedlens.samples import Sample
 from embedlens.stats import Estimate, drawn_pairs, estimates
 from embedlens.sweep import generator, random_tokens
 from embedlens.tracing import traces
-from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 KINDS = ("ViT sink", "LLM sink")
 FEW = 5  # tokens followed through the network, as in the paper's Figure 4
@@ -90,16 +90,13 @@ class Spread:
 
 def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: int = 8) -> Spread:
     """Norms and excited dimensions of all tokens of some pictures, read a batch at a time."""
-    norms, largest, first, stream = [], [], None, iter(readable(samples))
-    while batch := list(islice(stream, batch_size)):
-        prompts = _prompts(model, batch)
+    norms, largest, first = [], [], np.zeros((0, 0))
+    for _, prompts in looked_at(model, samples, batch_size):
         norms += [states.float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
         for states in model.hidden_states_of(prompts, batch_size):
             ratio = ratios(states).cpu()
-            first = ratio[:, 0].numpy() if first is None else first
+            first = first if len(first) else ratio[:, 0].numpy()  # one for all pictures: nothing stands before it
             largest.append(ratio[:, 1:].amax(-1).numpy())
-    if first is None:
-        raise EmbedLensError("no samples: pass at least one picture")
     return Spread(np.concatenate(norms, axis=1), np.concatenate(largest, axis=1), first)
 
 
@@ -117,7 +114,7 @@ def by_sublayer(
         after MLP-2; kept, the share of them among the first FEW at each sublayer.
     """
     reference = reference_of(model) if reference is None else reference
-    prompts = _prompts(model, samples)
+    prompts = prompts_of(model, samples)
     groups = token_groups_of(model, prompts, reference, batch_size=len(prompts))
     masks = [_masks(prompt, found) for prompt, found in zip(prompts, groups, strict=True)]
     rows: list[list[dict[str, Any]]] = []
@@ -162,7 +159,7 @@ def by_arm(
         to BOS. None for a picture that has no such token, or more of them than others.
     """
     reference = reference_of(model) if reference is None else reference
-    prompts = _prompts(model, samples)
+    prompts = prompts_of(model, samples)
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
     own = [groups.named[kind].cpu() for groups in found]
     some = [at for at, mask in enumerate(own) if 0 < int(mask.sum()) < int((~mask).sum())]
@@ -262,9 +259,8 @@ def entries(
         EmbedLensError: no picture has such a token.
     """
     reference = reference_of(model) if reference is None else reference
-    lens, stream, parts = EmbedLens.from_model(model), iter(readable(samples)), []
-    while batch := list(islice(stream, batch_size)):
-        prompts = _prompts(model, batch)
+    lens, parts = EmbedLens.from_model(model), []
+    for batch, prompts in looked_at(model, samples, batch_size):
         found = token_groups_of(model, prompts, reference, batch_size=batch_size)
         for sample, prompt, groups in zip(batch, prompts, found, strict=True):
             mask = groups.met[kind].cpu()
@@ -362,10 +358,6 @@ def queries_of(prompt: Prompt) -> Bool[Tensor, " s"]:
     """Text that sees the whole picture: the positions after its last visual token."""
     last = int(prompt.visual.nonzero()[-1, 0])
     return prompt.text & (torch.arange(len(prompt), device=prompt.visual.device) > last)
-
-
-def _prompts(model: VisionLanguageModel, samples: Sequence[Sample]) -> list[Prompt]:
-    return model.prompts([sample.image for sample in samples], [QUESTION] * len(samples))
 
 
 def _masks(prompt: Prompt, groups: TokenGroups) -> dict[str, Bool[Tensor, " s"]]:

@@ -46,13 +46,8 @@ LENGTHS = (1, 1, 2, 2, 3)  # characters of a string
 SMALLEST = 8  # px; a letter in a smaller patch is no letter
 
 #: What an answer about a colour follows, best first.
-INK, GROUND, SURROUND, OTHER, NO_COLOUR = FOLLOWS = (
-    "content",
-    "patch background",
-    "surround",
-    "another colour",
-    "no colour",
-)
+FOLLOWS = ("content", "patch background", "surround", "another colour", "no colour")
+INK, GROUND, SURROUND, OTHER, NO_COLOUR = FOLLOWS
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "airplane": ("plane", "aeroplane", "aircraft", "jet"),
     "bicycle": ("bike",),

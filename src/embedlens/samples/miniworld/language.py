@@ -12,26 +12,10 @@ from embedlens.samples.miniworld.sprites import BY_GROUP, CATEGORIES
 
 Family = Literal["general", "ocr", "grounding", "hallucination"]
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
-IRREGULAR = {
-    "person": "people",
-    "bus": "buses",
-    "sheep": "sheep",
-    "knife": "knives",
-    "wine glass": "wine glasses",
-    "sandwich": "sandwiches",
-    "broccoli": "broccoli",
-    "couch": "couches",
-    "scissors": "scissors",
-}
-GROUNDS = {
-    "grass": "on grass",
-    "sky": "in the sky",
-    "water": "on water",
-    "sand": "on sand",
-    "brick": "on a brick wall",
-    "wood": "on wood",
-    "noise": "on noise",
-}
+IRREGULAR = {"person": "people", "bus": "buses", "sheep": "sheep", "knife": "knives", "wine glass": "wine glasses"}
+IRREGULAR |= {"sandwich": "sandwiches", "broccoli": "broccoli", "couch": "couches", "scissors": "scissors"}
+GROUNDS = {kind: f"on {kind}" for kind in ("grass", "water", "sand", "wood", "noise")}
+GROUNDS |= {"sky": "in the sky", "brick": "on a brick wall"}
 
 
 @dataclass(frozen=True)
@@ -291,31 +275,10 @@ def ask_box(scene: Scene, rng: random.Random) -> Question | None:
     return Question(f"Give the box of {reference}.", box_text(padded_box(thing, scene)), "grounding", "box")
 
 
-ASK = {
-    "object": ask_object,
-    "colour": ask_colour,
-    "existence": ask_existence,
-    "count": ask_count,
-    "where": ask_where,
-    "relation": ask_relation,
-    "choice": ask_choice,
-    "text": ask_text,
-    "text_colour": ask_text_colour,
-    "box": ask_box,
-}
-KINDS = (
-    "object",
-    "colour",
-    "existence",
-    "count",
-    "where",
-    "relation",
-    "choice",
-    "character",
-    "word",
-    "text_colour",
-    "box",
-)
+_ASKED = (ask_object, ask_colour, ask_existence, ask_count, ask_where, ask_relation, ask_choice, ask_text)
+ASK = {ask.__name__.removeprefix("ask_"): ask for ask in (*_ASKED, ask_text_colour, ask_box)}
+KINDS = (*(kind for kind in ASK if kind not in ("text", "text_colour", "box")), "character", "word")
+KINDS = (*KINDS, "text_colour", "box")
 
 
 def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
