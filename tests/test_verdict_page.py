@@ -89,3 +89,11 @@ def test_seven_claims_are_the_abstracts_and_what_no_run_can_refute_is_not_counte
     assert len([claim for claim in listed if claim.headline]) == 7
     assert {claim.id for claim in listed if claim.by_construction} == {"R11", "R12", "R13", "R14"}
     assert all(claim.sentence.endswith(".") for claim in listed)
+
+
+def test_each_card_has_its_claim_as_anchor(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    page = tmp_path / "notebooks/05_alive_sparsity.html"
+    page.write_text("<p><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> stands in prose</p>")
+    book.anchor_cards(tmp_path)
+    assert page.read_text() == '<p id="e40"><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> stands in prose</p>'
