@@ -89,3 +89,26 @@ def test_seven_claims_are_the_abstracts_and_what_no_run_can_refute_is_not_counte
     assert len([claim for claim in listed if claim.headline]) == 7
     assert {claim.id for claim in listed if claim.by_construction} == {"R11", "R12", "R13", "R14"}
     assert all(claim.sentence.endswith(".") for claim in listed)
+
+
+def test_each_card_has_its_claim_as_anchor(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    page = tmp_path / "notebooks/05_alive_sparsity.html"
+    page.write_text("<p><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p>")
+    book.anchor_cards(tmp_path)
+    assert page.read_text() == '<p id="e40"><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p>'
+
+
+@pytest.mark.parametrize("model", ["", "org/other"])
+def test_the_page_is_made_of_whatever_records_there_are(tmp_path, model, monkeypatch):
+    glued = {}
+    monkeypatch.setattr("embedlens.book.glue", glued.__setitem__)
+    if model:
+        found = claims.Finding(0.1, 0.0, 0.2, 9, FAILS, "10 % (0–20) of all", rule="x > 0", text="10 % (0–20)")
+        records.write(tmp_path, model, "07_decoupling", 9, 0, {"E51": found}, {})
+    space = {"results": str(tmp_path)}
+    for name, cell in CELLS.items():
+        if cell["cell_type"] == "code" and name.startswith("v") and name != "v1":
+            exec(compile(cell["source"], name, "exec"), space)
+    said = "1 does not hold and 2 cannot" if model else "claims that were judged, 2 cannot"
+    assert said in glued["found_first"] and glued["main_model"] == (model or "the miniature")

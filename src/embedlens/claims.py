@@ -156,8 +156,8 @@ def overview(folder: Path | str | None = None) -> pd.DataFrame:
         folder: the book's `results`: one folder per model, one record per chapter; empty: where `results` finds it.
 
     Returns:
-        one row for each model that a claim was judged on, and one for a claim that none was judged on (verdict "not
-        measured yet"): what `claims.csv` says of it, then model, chapter, here, n, verdict, note, rule.
+        one row for each model a claim was judged on, or one with the verdict "not measured yet": what `claims.csv` says
+        of it, then model, chapter, here, n, verdict, note, rule.
 
     Raises:
         EmbedLensError: a record that cannot be read, or two that judge one claim on one model.

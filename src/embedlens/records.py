@@ -23,7 +23,6 @@ from embedlens.book import find_root
 from embedlens.errors import EmbedLensError, writing
 from embedlens.rules import UNTESTABLE, VERDICTS
 
-PACKAGES = ("torch", "transformers", "numpy")
 DECIMALS = 4
 FIELDS = ("model", "chapter", "n_images", "seed", "parameters", "machine", "versions", "claims", "numbers")
 
@@ -244,7 +243,7 @@ def _checked(content: Any, name: str) -> Record:
 
 def versions() -> dict[str, str]:
     """Of the packages that a number may depend on; 2.13.0+cpu and 2.13.0+cu130 are one."""
-    return {package: version(package).split("+")[0] for package in PACKAGES}
+    return {package: version(package).split("+")[0] for package in ("torch", "transformers", "numpy")}
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
