@@ -6,10 +6,7 @@ things. This module puts the four together.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np

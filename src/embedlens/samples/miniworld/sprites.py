@@ -41,8 +41,7 @@ COLOURS |= {"white": (246, 246, 246), "black": (28, 28, 32)}
 # what captions and questions write is upper case: c/C, o/O, s/S ... look the same at 12 px
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "23456789"  # 0 and 1 look like O and I
-FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf")
-FONTS = (*FONTS, "STIXGeneralBol.ttf")
+FONTS = (*(f"DejaVu{face}.ttf" for face in ("Sans", "Sans-Bold", "Serif-Bold", "SansMono-Bold")), "STIXGeneralBol.ttf")
 
 
 @lru_cache(maxsize=1)
