@@ -126,10 +126,7 @@ def compare(
 
 
 def scored(table: pd.DataFrame, arm: str, of: str = "accuracy", resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """The score of one arm with its 95 % interval over pictures, by the rules of `compare`.
-
-    Two such intervals that overlap say little about a difference: use `compare`.
-    """
+    """The score of one arm with its 95 % interval over pictures, by the rules of `compare`."""
     runs = [_chosen(rows, of) for rows in _of_arm(table, arm)]
     found = np.mean(_resampled(runs, of, "correct", resamples, seed), axis=0)
     score = _estimate(found, runs[0], LEVEL)
