@@ -35,24 +35,17 @@ class Comparison:
     """How one arm's score differs from the baseline's on the same questions. Scores are from 0 to 1."""
 
     arm: str
-    of: str
-    """What is compared: "accuracy", a family, or "Avg"."""
+    of: str  #: What is compared: "accuracy", a family, or "Avg"
     baseline: float
-    score: float
-    """The arm's; of several seeds their mean."""
-    change: Estimate
-    """The difference with its 95 % interval, over pictures."""
-    narrow: Estimate
-    """With its 90 % interval: `narrow > -0.01 and narrow < 0.01` are two one-sided tests."""
+    score: float  #: The arm's; of several seeds their mean
+    change: Estimate  #: The difference with its 95 % interval, over pictures
+    narrow: Estimate  #: With its 90 % interval: `narrow > -0.01 and narrow < 0.01` are two one-sided tests
     questions: int
     seeds: int
-    acted: float
-    """Share of the answers before which the arm changed anything."""
+    acted: float  #: Share of the answers before which the arm changed anything
     gained: float
-    lost: float
-    """Answers wrong under the baseline and right under the arm, and the other way round; a mean over seeds."""
-    p: float
-    """McNemar's exact test, two-sided; nan for F1 and for several seeds."""
+    lost: float  #: Answers wrong under the baseline and right under the arm, and the other way round; a mean over seeds
+    p: float  #: McNemar's exact test, two-sided; nan for F1 and for several seeds
 
     @property
     def difference(self) -> float:
