@@ -515,19 +515,6 @@ def test_what_another_launcher_left_behind_is_named_with_the_way_out(monkeypatch
             call()
 
 
-def test_processes_that_cannot_meet_say_why(monkeypatch):
-    from accelerate.state import PartialState
-
-    def nobody(self, cpu):
-        raise RuntimeError("timed out\nwaiting for clients")
-
-    for name, value in LAUNCHED.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(PartialState, "__init__", nobody)
-    with pytest.raises(EmbedLensError, match="cannot meet .timed out waiting for clients.: run `unset WORLD_SIZE`"):
-        run(one_row, stand_in(), pictures(2))
-
-
 # --- batches that do not fit -----------------------------------------------------------------------------------------
 
 
