@@ -290,11 +290,17 @@ def render(source: Path, work: Path, home: Path) -> Path:
 
 
 def anchor_cards(html: Path) -> None:
-    """Give each claim's card the claim as its anchor, so that the verdict page can lead to it: `#e40`."""
-    for page in (html / "notebooks").glob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        anchored = re.sub(r"<p>(<strong>([ER]\d\d)</strong> · )", lambda m: f'<p id="{m[2].lower()}">{m[1]}', text)
-        page.write_text(anchored, encoding="utf-8")
+    """Give each claim's card the claim as its anchor, so that the verdict page can lead to it: `#e40`.
+
+    A claim that its chapter cannot test may have no card there; a link to it leads to the chapter.
+    """
+    texts = {page: page.read_text(encoding="utf-8") for page in (html / "notebooks").glob("*.html")}
+    card, link = re.compile(r"<p>(<strong>([ER]\d\d)</strong> · )"), re.compile(r'href="([\w.]+\.html)#([er]\d\d)"')
+    known = {(page.name, claim.lower()) for page, text in texts.items() for _, claim in card.findall(text)}
+    for page, text in texts.items():
+        text = card.sub(lambda m: f'<p id="{m[2].lower()}">{m[1]}', text)
+        text = link.sub(lambda m: m[0] if m.groups() in known else f'href="{m[1]}"', text)
+        page.write_text(text, encoding="utf-8")
 
 
 def build(
