@@ -21,6 +21,7 @@ from embedlens import (
     Silence,
     SkipSublayers,
     TokenGroups,
+    kept,
     prefix,
     sweep,
     tasks,
@@ -229,6 +230,27 @@ def test_a_resumed_study_of_arms_gives_the_table_of_an_uninterrupted_one(tiny, t
     assert whole.equals(resumed)
     plain = run_arms(tiny, items, arms, ranked)
     assert rows(whole).equals(rows(plain))
+
+
+def test_a_sweep_that_was_killed_goes_on_where_rows_are_kept(tiny, tmp_path, monkeypatch):
+    items = few(2)
+    whole = run_arms(tiny, items, ARMS, ranked, batch_size=2)
+    monkeypatch.setenv(kept.ROWS, str(tmp_path))
+    monkeypatch.setattr(sweep, "CHUNK", 1)
+    calls, answers = [], sweep.answers
+
+    def killed(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answers(*given)
+
+    monkeypatch.setattr(sweep, "answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(tiny, items, ARMS, ranked, batch_size=2)
+    for _ in range(2):
+        assert run_arms(tiny, items, ARMS, ranked, batch_size=2).equals(whole)
+    assert len(calls) == 1 + -(-len(items) // 2)  # each chunk once, and the one that was in flight
 
 
 # --- controls --------------------------------------------------------------------------------------------------------
