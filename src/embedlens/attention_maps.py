@@ -117,6 +117,9 @@ def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " 
     if positions is not None:
         next_ones = positions.max() + 1 + torch.arange(len(ids), device=positions.device)
         positions = torch.cat([positions, next_ones.expand(len(positions), -1)], dim=1)
+    rows = prompt.rows
+    if rows is not None:  # a prompt that has lost tokens: text goes on behind its last row
+        rows = torch.cat([rows, rows.max() + 1 + torch.arange(len(ids), device=rows.device)])
     embeds = model.hf.get_input_embeddings()(ids).to(prompt.embeds.dtype)
     return replace(
         prompt,

@@ -18,6 +18,7 @@ from typing import Any
 from embedlens import loading, tasks
 from embedlens.book import assigned
 from embedlens.errors import EmbedLensError
+from embedlens.pictures import open_picture
 from embedlens.samples import coco
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill puts behind the parameters
@@ -104,6 +105,8 @@ RULES: Mapping[str, Callable[[Any], str]] = {
     "seed": _whole(0),
     "device": lambda value: _said(loading._device, value),
     "quantize": lambda value: _said(lambda how: how and loading._quantization(how, "cuda"), value, QUANTIZE),
+    "picture": lambda value: _said(lambda file: file and open_picture(file), value, "pass a picture file, or nothing"),
+    "question": lambda value: "" if isinstance(value, str) and value.strip() else "pass a question",
     "out": _folder,
     "results": _folder,
 }
