@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import re
 import shutil
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 from twins import BY_FAMILY, TWINS, save_twin
 
 import embedlens as el
-from embedlens import EmbedLensError, Prune, attention_maps, intervene
+from embedlens import EmbedLensError, Prune, attention_maps, context, intervene
 from embedlens.__main__ import app
 from embedlens.explorer import Explorer, _steps, alone
 from embedlens.groups import discover
@@ -77,10 +81,49 @@ def test_generated_tokens_are_those_of_the_answer(miniature):
         assert miniature.tokenizer.decode(ids, skip_special_tokens=True).strip() == miniature.answer(prompt)
 
 
-def test_an_empty_answer_or_an_unreadable_kernel_is_one_sentence(miniature):
-    prompt = miniature.prompt(picture(), QUESTION)
-    with pytest.raises(EmbedLensError, match="the answer is empty"):
-        el.attention(miniature, prompt, "")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("", "the answer is empty"),
+        ([], "the answer is empty"),
+        ([10**6], "pass text, or ids from 0 to"),
+        ([-1], "pass text, or ids from 0 to"),
+        ([1.5], "pass text, or ids from 0 to"),
+        (["cat"], "pass text, or ids from 0 to"),
+        (5, "pass text, or ids from 0 to"),
+        ([[5, 6]], "pass text, or ids from 0 to"),
+        ([5] * 2000, "allow fewer"),
+    ],
+)
+def test_an_answer_that_cannot_be_one_is_one_sentence(miniature, answer, said):
+    with pytest.raises(EmbedLensError, match=said):
+        el.attention(miniature, miniature.prompt(picture(), QUESTION), answer)
+
+
+def test_an_answer_as_text_is_read_as_the_tokens_that_were_generated(miniature, twin):
+    """A word that follows "ASSISTANT:" has its space in its token; one on a new line has none."""
+    _, _, other = twin
+    for sample in el.samples.load("miniworld", n=3, seed=0):
+        prompt = miniature.prompt(sample.image, "Describe the image.")
+        ids = attention_maps.generated(miniature, prompt)
+        assert attention_maps.answer_ids(miniature, prompt, miniature.answer(prompt)).tolist() == ids.tolist()
+    ids = attention_maps.answer_ids(other, other.prompt(picture(), QUESTION), "dog").tolist()
+    written = other.tokenizer.convert_ids_to_tokens(ids)[0]
+    assert written[0] == ("▁" if other.family.__name__.endswith("llava_next") else "d")
+
+
+def test_attention_of_a_bfloat16_model_is_softmaxed_from_exact_products():
+    query, key = (torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    query, key = (10 * query).bfloat16(), key.bfloat16()
+    exact = (query[:, :, -1:].double() @ key.double().mT / 8).softmax(-1)
+    assert_close(attention_maps._weights(query[:, :, -1:], key, None, None).double(), exact, atol=1e-5, rtol=1e-4)
+
+
+def test_silenced_text_does_not_silence_the_answer(miniature):
+    prompt = miniature.prompt(el.samples.load("miniworld", n=1, seed=0)[0].image, "Describe the image.")
+    with intervene(miniature, el.Silence("attention", rows="text")):
+        said = miniature.tokenizer.decode(attention_maps.generated(miniature, prompt), skip_special_tokens=True)
+        assert said.strip() == miniature.answer(prompt)
 
 
 # --- words in context ------------------------------------------------------------------------------------------------
@@ -106,6 +149,46 @@ def test_a_row_of_the_bank_is_its_word_in_its_sentence(miniature, bank):
         own = layers[int(bank.layer[index])][0, -1]
         assert_close(own, bank.vectors[index].float(), atol=2e-2, rtol=2e-2)
         assert text.endswith(bank.tokens[index])
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "said"),
+    [
+        ("a red dog", {}, "one text"),
+        ([None], {}, "pass texts"),
+        (["a dog"], {"per_word": 0}, "per_word is 0"),
+        (["a dog"], {"batch_size": 0}, "batch_size is 0"),
+        (["a dog"], {"layers": [1, 2], "most": 1}, "most is 1"),
+        (["a dog"], {"layers": [2.5]}, "pass some of 1 to 8"),
+        (["!", ""], {}, "hold no word"),
+    ],
+)
+def test_what_no_bank_can_be_built_of_is_one_sentence(miniature, texts, options, said):
+    with pytest.raises(EmbedLensError, match=said):
+        el.ContextLens.build(miniature, texts, **options)
+
+
+def test_a_text_is_read_as_far_as_the_model_has_positions_and_a_layer_once(miniature):
+    long = " ".join(f"w{i}" for i in range(3000))
+    lens = el.ContextLens.build(miniature, [long, "a dog"], layers=[2, 2])
+    assert 100 < len(lens.tokens) < 1024 and lens.tokens[-1] == "dog" and set(lens.layer.tolist()) == {2}
+
+
+def test_a_vector_too_large_for_half_precision_keeps_its_direction(miniature, monkeypatch):
+    stock = context._stream
+    monkeypatch.setattr(context, "_stream", lambda *given: [1e6 * layer for layer in stock(*given)])
+    large = el.ContextLens.build(miniature, ["a red dog"], layers=[3]).vectors
+    monkeypatch.undo()
+    bank = el.ContextLens.build(miniature, ["a red dog"], layers=[3])
+    assert_close(bank.topk(large.float(), 1)[0], torch.ones(3, 1), atol=1e-3, rtol=0)
+
+
+def test_a_bank_is_the_models_by_its_weights_wherever_its_folder_lies(bank, tiny, tiny_folder, tmp_path):
+    file = el.ContextLens.build(tiny, ["a dog"], layers=[1]).save(tmp_path / "bänk.safetensors")
+    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
+    assert el.ContextLens.load(file, el.load(moved, device="cpu")).tokens == ["a", "dog"]
+    with pytest.raises(EmbedLensError, match="cannot write"):
+        bank.save(tmp_path / "missing" / "bank.safetensors")
 
 
 def test_no_word_stands_in_the_bank_twice_for_one_beginning_or_more_often_than_allowed(miniature):
@@ -163,6 +246,39 @@ def test_wrong_layers_patches_and_endings_are_named(miniature, tmp_path):
         el.explore(miniature, picture()).save(tmp_path / "page.txt")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"names": ["a", "b"]}, "2 names for 1 pictures"),
+        ({"names": "photo.png"}, "pass a list"),
+        ({"lenses": ["x"]}, "lenses are"),
+        ({"lenses": {"x": "y"}}, "lenses are"),
+        ({"lenses": {"Alone": el.EmbedLens(torch.eye(256), ["a"] * 256)}}, "lenses are"),
+        ({"patch": 1.5}, "no patch 1.5"),
+        ({"layer": 1.5}, "no layer 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"k": 0}, "k is 0"),
+    ],
+)
+def test_options_that_the_page_cannot_show_are_one_sentence(miniature, options, said):
+    with pytest.raises(EmbedLensError, match=said):
+        el.explore(miniature, picture(), **options)
+
+
+def test_the_page_is_of_the_model_as_it_is(miniature):
+    with intervene(miniature, el.Rescale(0.5)):
+        with pytest.raises(EmbedLensError, match="leave the intervene block"):
+            el.explore(miniature, picture())
+        miniature.answer(miniature.prompt(picture(), QUESTION))
+
+
+@pytest.mark.parametrize("name", ["__BLOB__.png", "__INDEX__", "p\udcff.png"])
+def test_a_name_is_neither_a_place_of_the_frame_nor_in_need_of_an_encoding(name, tmp_path):
+    page = replace(made_up(16, 2, 2, 2, 2, 2), model=name)
+    assert len(page.save(tmp_path / "x.html").read_bytes()) < len(made_up(16, 2, 2, 2, 2, 2).html) + 200
+    page._repr_html_().encode()
+
+
 def made_up(n: int, layers: int, heads: int, k: int, words: int, answer: int) -> Explorer:
     rng, side = np.random.default_rng(0), int(n**0.5)
 
@@ -171,7 +287,8 @@ def made_up(n: int, layers: int, heads: int, k: int, words: int, answer: int) ->
 
     def lens(name, depth):
         ids = rng.integers(0, words, (depth, n, k)).astype(np.uint32)
-        return {"name": name, "about": "", "ids": ids, "scores": noise(depth, n, k)}
+        scores = noise(depth, n, k, kind=np.uint16)
+        return {"name": name, "about": "", "unit": "score", "ids": ids, "scores": scores}
 
     scene = {
         "name": "<script>alert(1)</script>.png",
@@ -200,18 +317,24 @@ def test_a_page_of_576_tokens_and_32_layers_stays_below_3_megabytes():
     assert len(made_up(576, 32, 32, 3, 20_000, 8).html.encode()) < 3e6
 
 
-def opened(page: str, folder, script: str = "") -> tuple[str, str]:
+def opened(page: str, folder, script: str = "", where: str = "") -> tuple[str, str]:
     """(the page after its script and ours, what Chromium's console said)."""
     file = folder / "page.html"
     ours = (
-        "<script>const wait = setInterval(() => { if (document.body.dataset.ready) { clearInterval(wait); "
+        "<script>const set = (id, value, kind) => { const e = document.getElementById(id); e.value = value; "
+        "e.dispatchEvent(new Event(kind)) };"
+        "const wait = setInterval(() => { if (document.body.dataset.ready) { clearInterval(wait); "
         f"{script}; document.body.dataset.tried = 'yes' }} }}, 20)</script></html>"
     )
     file.write_text(page.replace("</html>", ours), encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     options += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=8000"]
     done = subprocess.run(
-        [CHROMIUM, *options, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [CHROMIUM, *options, "--dump-dom", f"{file.as_uri()}#{where}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert 'data-tried="yes"' in done.stdout, done.stderr[-2000:]
     return done.stdout.partition('id="blob"')[0], "\n".join(
@@ -244,13 +367,104 @@ def test_the_page_is_used_by_keyboard_alone_without_a_request_or_an_error(miniat
     assert 'aria-pressed="true"' in dom.partition('id="said"')[2]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+
+
+@needs_chromium
+@pytest.mark.parametrize(
+    "where", ["scene=abc&layer=-3&patch=1.5", "scene=-1&layer=2.5&colour=toString", "colour=__proto__"]
+)
+def test_an_address_of_nonsense_opens_the_page_as_it_was_made(where, tmp_path):
+    dom, console = opened(replace(made_up(16, 2, 2, 2, 2, 2), start={"layer": 1}).html, tmp_path, where=where)
+    assert not console
+    assert '<output id="layername">1</output>' in dom and "NaN" not in dom and "undefined" not in dom
+
+
+@needs_chromium
+def test_what_the_page_shows_is_what_the_library_computes_and_is_called_so(miniature, tmp_path):
+    images = [s.image for s in el.samples.load("miniworld", n=2, seed=0)]
+    page = el.explore(miniature, images, "Describe the image.", patch=9, layer=4)
+    keys = """
+      document.querySelectorAll('#said button')[2].click(); set('head', 1, 'change');
+    """
+    dom, console = opened(page.html, tmp_path, keys)
+    text = html.unescape(re.sub("<[^>]*>", "", dom.partition('id="cards"')[2])).replace("\xa0", " ")
+    prompt = miniature.prompt(images[0], "Describe the image.")
+    ids = attention_maps.generated(miniature, prompt)
+    look = el.attention(miniature, prompt, ids[:2].tolist())[3, 1, 2, 9]  # block 4 wrote layer 4
+    stream = miniature.hidden_states(prompt)[4, prompt.visual][9:10]
+    logits, words = el.LogitLens.from_model(miniature).topk(stream, 5)
+    told = " ".join(
+        f"{miniature.tokens[i]} {x:.2f} " for i, x in zip(words[0].tolist(), logits[0].tolist(), strict=True)
+    )
+    assert " ".join(told.split()) in " ".join(text.split())
+    assert f"norm {float(stream.norm()):.1f}" in text
+    word = miniature.tokenizer.decode(ids[2:3]).strip()
+    assert f"attention {100 * float(look):.1f} % (“{word}”, block 4, head 1)" in text
+    assert "logit" in text and "cosine" in text and "probability" in text
+    assert not console
+
+
+@needs_chromium
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])  # views side by side, one view that is wide
+def test_another_picture_or_view_does_not_keep_what_was_told_of_the_first(family, twin_of, tmp_path):
+    _, model = twin_of(BY_FAMILY[family])
+    reference = discover(model, el.samples.load("miniworld", n=4, seed=0))
+    page = el.explore(model, [picture((200, 90)), picture((60, 200))], QUESTION, reference=reference, patch=1)
+    keys = """
+      const grid = document.querySelector('.grid');
+      document.body.dataset.wide = grid.clientWidth > 1.5 * grid.clientHeight;
+      const views = document.getElementById('view').length; set('view', views - 1, 'change');
+      document.body.dataset.heads = [...document.querySelectorAll('h3')].map(x => x.textContent).join(';');
+      set('find', 'a', 'input'); const before = document.getElementById('found').textContent;
+      document.querySelectorAll('#said button')[1].click();
+      document.querySelectorAll('#scenes button')[1].click();
+      const now = document.getElementById('found').textContent; set('find', 'a', 'input');
+      document.body.dataset.found = now === document.getElementById('found').textContent;
+      const tokens = [...document.querySelectorAll('#said button')];
+      document.body.dataset.pressed = tokens.findIndex(b => b.getAttribute('aria-pressed') === 'true');
+    """
+    dom, console = opened(page.html, tmp_path, keys)
+    assert not console
+    assert 'data-found="true"' in dom and 'data-pressed="0"' in dom
+    assert "row -" not in dom and "column -" not in dom
+    views = page.scenes[0]["views"]
+    if len(views) == 1:
+        assert f'data-wide="{str(views[0]["cols"] > 1.5 * views[0]["rows"]).lower()}"' in dom
+
+
+@needs_chromium
+def test_the_head_of_an_answer_token_that_has_only_the_mean_is_not_anothers(tmp_path):
+    keys = """
+      const head = document.getElementById('head');
+      document.querySelectorAll('#said button')[0].click(); head.value = 1; head.dispatchEvent(new Event('change'));
+      document.body.dataset.first = head.disabled + document.getElementById('legend').textContent;
+      document.querySelectorAll('#said button')[1].click();
+      document.body.dataset.second = head.disabled + document.getElementById('legend').textContent;
+    """
+    dom, console = opened(made_up(16, 2, 2, 2, 2, 2).html, tmp_path, keys)
+    assert not console
+    assert re.search('data-first="false[^"]*head 1', dom) and re.search('data-second="true[^"]*mean of heads', dom)
+
+
+@needs_chromium
 def test_markup_in_words_and_names_is_text(tmp_path):
     dom, console = opened(made_up(16, 2, 2, 2, 2, 2).html, tmp_path)
     assert not console
     assert "&lt;b&gt;bold&lt;/b&gt;" in dom and "<b>bold" not in dom
     assert "<img src=x" not in dom and "<script>alert" not in dom
     assert "שלום" in dom and "&lt;script&gt;alert(1)&lt;/script&gt;.png" in dom
+
+
+def test_the_command_does_not_write_over_the_picture(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    picture().save("some.png")
+    before = Path("some.png").read_bytes()
+    done = CliRunner().invoke(app, ["explore", "some.png", "--out", "some.html"])
+    assert isinstance(done.exception, EmbedLensError) and "name another --out" in str(done.exception)
+    assert Path("some.png").read_bytes() == before
 
 
 def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):

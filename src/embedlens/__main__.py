@@ -127,6 +127,8 @@ def explore(
     out = out if out is not None else Path(f"{picture.stem}-explored.html")
     if out.suffix.lower() not in (".html", ".htm") or not out.resolve().parent.is_dir():
         raise EmbedLensError(f"--out {out}: name an .html file in a folder that exists")
+    if picture.resolve() in (out.resolve(), out.with_suffix(".png").resolve()):
+        raise EmbedLensError(f"--out {out} would write {picture} over: name another --out")
     image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
     loaded = load(model, device=device, quantize=quantize, preprocessing=preprocessing)
     page = explored(loaded, image, question, names=[picture.name])

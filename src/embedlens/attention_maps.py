@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import index
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ def attention(
     Args:
         model: from `embedlens.load`.
         prompt: from `model.prompt`.
-        answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated.
+        answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated: a word that
+            is glued to the prompt has its space.
 
     Returns:
         float32, on the CPU. Queries: the prompt's last position, which chooses the answer's first token, then each
         token of the answer. Under `embedlens.Prune` the removed tokens get 0.
 
     Raises:
-        EmbedLensError: an empty answer, one longer than the model has positions, or a kernel that cannot be read.
+        EmbedLensError: no such answer, one longer than the model has positions, or a kernel that cannot be read.
 
     >>> import embedlens as el
     >>> model = el.load("miniature")
@@ -45,9 +47,9 @@ def attention(
     >>> tuple(el.attention(model, prompt).shape)
     (8, 4, 1, 64)
     """
-    ids = answer_ids(model, answer)
+    ids = answer_ids(model, prompt, answer)
+    model.check_length(prompt, len(ids))
     whole = _followed_by(model, prompt, ids)
-    model.check_length(whole)
     rows: list[Tensor] = []
     with model.running([whole]) as (entered,), _reading(model, len(ids) + 1, rows):
         model.decoder(inputs_embeds=entered.embeds[None], attention_mask=None, use_cache=False)
@@ -63,14 +65,30 @@ def attention(
     return found
 
 
-def answer_ids(model: VisionLanguageModel, answer: str | Sequence[int] | None) -> Int[Tensor, " tokens"]:
+def answer_ids(
+    model: VisionLanguageModel, prompt: Prompt, answer: str | Sequence[int] | None
+) -> Int[Tensor, " tokens"]:
     """The ids of an answer, as the model would have generated them; none for None."""
     if answer is None:
         return torch.zeros(0, dtype=torch.long)
-    ids = model.tokenizer(answer, add_special_tokens=False)["input_ids"] if isinstance(answer, str) else answer
-    if not len(ids):
+    words, rows = model.tokenizer, model.hf.get_input_embeddings().weight.shape[0]
+    try:
+        given = words(answer, add_special_tokens=False)["input_ids"] if isinstance(answer, str) else answer
+        ids = [index(one) for one in given]
+    except TypeError:
+        ids = [-1]
+    if not ids:
         raise EmbedLensError("the answer is empty: pass what the model says, or leave answer out")
-    return torch.as_tensor(list(ids), dtype=torch.long)
+    if min(ids) < 0 or max(ids) >= rows:
+        raise EmbedLensError(
+            f"the answer is no text and no ids of {model.name}: pass text, or ids from 0 to {rows - 1}"
+        )
+    last = int(prompt.ids[-1])
+    apart = last in words.added_tokens_decoder or words.decode([last])[-1:].isspace()
+    if isinstance(answer, str) and not apart and not answer[0].isspace():
+        if not words.convert_ids_to_tokens(ids[0]).startswith("▁"):  # which SentencePiece writes by itself
+            ids = words(f" {answer}", add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def relative(
@@ -106,6 +124,7 @@ def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " 
         embeds=torch.cat([prompt.embeds, embeds]),
         visual=torch.cat([prompt.visual, torch.zeros_like(ids, dtype=torch.bool)]),
         positions=positions,
+        said=prompt.said + len(ids),
     )
 
 
@@ -146,8 +165,8 @@ def _weights(
 ) -> Float[Tensor, "b h q s"]:
     """softmax(q k^T) of the last q rows of a causal sequence, float32."""
     heads, queries, width = query.shape[1:]
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    scores = (query @ key.mT).float() * (width**-0.5 if scaling is None else scaling)
+    key = key.float().repeat_interleave(heads // key.shape[1], dim=1)  # products rounded to bfloat16 are 4 % off
+    scores = (query.float() @ key.mT) * (width**-0.5 if scaling is None else scaling)
     if mask is None:
         last = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
         mask = last.tril(key.shape[2] - queries)
@@ -160,6 +179,8 @@ def _weights(
 @torch.no_grad()
 def generated(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int = 16) -> Int[Tensor, " tokens"]:
     """The ids of the greedy answer, without the token that ends it; `model.answer` gives the same as text."""
+    if max_new_tokens < 1:
+        raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
     own = model.hf.generation_config.eos_token_id
     own = model.tokenizer.eos_token_id if own is None else own
     ends = set(own) if isinstance(own, (list, tuple)) else {own}

@@ -67,13 +67,14 @@ class ContextLens(EmbedLens):
         beginning of a text is the same vector and is kept once.
 
         Args:
-            texts: sentences, such as captions; read until the bank is full. Shuffle them before if they are sorted.
+            texts: sentences, such as captions; read until the bank is full, each as far as the model has positions.
+                Shuffle them before if they are sorted.
             layers: which to keep, 1 to `model.n_layers`; by default up to eight, evenly spaced, the last included.
             per_word: sentences of each word at most.
             most: rows at most, all layers together; a row takes 2 d bytes.
 
         Raises:
-            EmbedLensError: no words, no such layer, or an active intervention.
+            EmbedLensError: no words, no such layer, no room for one word, or an active intervention.
 
         >>> import embedlens as el
         >>> model = el.load("miniature")
@@ -81,9 +82,18 @@ class ContextLens(EmbedLens):
         >>> lens.tokens, lens.sentences(lens.vectors[-1:], k=1)
         (['a', 'red', 'dog', 'cat'], [['a red «cat»']])
         """
-        layers = _spaced(model.n_layers) if layers is None else list(layers)
-        if not layers or not all(1 <= layer <= model.n_layers for layer in layers):
+        layers = _spaced(model.n_layers) if layers is None else list(dict.fromkeys(layers))
+        if not layers or not all(layer in range(1, model.n_layers + 1) for layer in layers):
             raise EmbedLensError(f"layers are {layers}: pass some of 1 to {model.n_layers}; layer 0 has no context yet")
+        if isinstance(texts, str):
+            raise EmbedLensError("the texts are one text: pass a list of them")
+        for name, given, least in (
+            ("per_word", per_word, 1),
+            ("batch_size", batch_size, 1),
+            ("most", most, len(layers)),
+        ):
+            if given < least:
+                raise EmbedLensError(f"{name} is {given}: pass at least {least}")
         if model.intervention is not None:
             raise EmbedLensError("a bank is built without interventions: leave the intervene block first")
         seen, counted = set[str](), Counter[str]()
@@ -107,7 +117,7 @@ class ContextLens(EmbedLens):
             if wanted:
                 rows, at = (torch.tensor(part, device=model.device) for part in zip(*wanted, strict=True))
                 stream = _stream(model, [ids for _, ids, _ in batch])
-                vectors.append(torch.stack([stream[layer].to(model.device)[rows, at].half() for layer in layers]))
+                vectors.append(torch.stack([_halved(stream[layer].to(model.device)[rows, at]) for layer in layers]))
             if (len(places) + 1) * len(layers) > most:
                 break
         if not vectors:
@@ -141,13 +151,17 @@ class ContextLens(EmbedLens):
 
     def save(self, file: Path | str) -> Path:
         """Write the bank to one .safetensors file, with the model it is of."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         file = Path(file).expanduser()
         told = {"words": list(self.tokens), "places": self._places, "texts": self._texts, "model": self._model}
         parts = {"vectors": self._vectors.cpu().contiguous(), "layer": self.layer.cpu()}
         with writing(file):
-            save_file(parts, file, metadata={"format": FORMAT, "told": json.dumps(told)})
+            try:
+                save_file(parts, file, metadata={"format": FORMAT, "told": json.dumps(told)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
         return file
 
     @classmethod
@@ -171,12 +185,18 @@ class ContextLens(EmbedLens):
         except SafetensorError as error:
             raise EmbedLensError(f"{file} cannot be read ({error}): build the bank again") from None
         known = json.loads(told["told"])
-        if known["model"] != _signed(model):
+        if known["model"].split()[-1] != _signed(model).split()[-1]:  # a folder may be called by another name
             raise EmbedLensError(f"{file} is of {known['model']}, the model is {_signed(model)}: build a bank of it")
         places = [tuple(place) for place in known["places"]]
         return cls(
             parts["vectors"].to(model.device), known["words"], parts["layer"], places, known["texts"], known["model"]
         )
+
+
+def _halved(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Half precision; what is too large for it is made shorter, as only directions are compared."""
+    largest = vectors.float().abs().amax(-1, keepdim=True)
+    return (vectors.float() / (largest / torch.finfo(torch.half).max).clamp(min=1)).half()
 
 
 def _spaced(n_layers: int) -> list[int]:
@@ -191,16 +211,19 @@ def _spaced(n_layers: int) -> list[int]:
 def _batches(model: VisionLanguageModel, texts: Iterable[str], size: int):
     """(text, ids, words as (start, stop, place of the last token)) of several texts at a time."""
     first = [model.tokenizer.bos_token_id] if model.tokenizer.bos_token_id is not None else []
+    most = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     batch = []
     for text in texts:
+        if not isinstance(text, str):
+            raise EmbedLensError(f"one of the texts is of type {type(text).__name__}: pass texts")
         made = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ends = []
         for found in WORD.finditer(text):
             inside = [at for at, (a, b) in enumerate(made["offset_mapping"]) if a < found.end() and b > found.start()]
-            if inside:
+            if inside and (most is None or len(first) + inside[-1] < most):
                 ends.append((found.start(), found.end(), len(first) + inside[-1]))
         if ends:
-            batch.append((text, first + list(made["input_ids"]), ends))
+            batch.append((text, [*first, *made["input_ids"]][:most], ends))
         if len(batch) == size:
             yield batch
             batch = []
@@ -222,7 +245,7 @@ def _stream(model: VisionLanguageModel, ids: Sequence[Sequence[int]]) -> list[Fl
 
 
 def _signed(model: VisionLanguageModel) -> str:
-    """Name and a digest of weights of the language model: of the same name, others are another model."""
-    parts = [model.input_embeddings[:64], next(model.blocks[-1].parameters()).detach().flatten()[:4096]]
+    """Name and a digest of weights of the language model, some of each of its parts: others are another model."""
+    parts = [model.input_embeddings[:64], *(p.detach().flatten()[:256] for p in model.blocks.parameters())]
     data = b"".join(part.float().cpu().numpy().tobytes() for part in parts)
     return f"{model.name} ({hashlib.sha256(data).hexdigest()[:12]})"

@@ -164,7 +164,8 @@ class Run:
                 whole = [prompt.spread(mask) for prompt, mask in zip(prompts, masks[index], strict=True)]
                 frozen[index] = laid_out([mask[kept] for mask, kept in zip(whole, rows, strict=True)])
             elif isinstance(value, Silence) and value.rows == "text":
-                frozen[index] = laid_out([nn.functional.pad(prompt.text[:-1], (0, 1)) for prompt in entered])
+                own_text = [nn.functional.pad(p.text[: -1 - p.said], (0, 1 + p.said)) for p in entered]
+                frozen[index] = laid_out(own_text)
             elif isinstance(value, (Silence, EnterAt)):
                 frozen[index] = visual
         return _Batch(

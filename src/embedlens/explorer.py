@@ -12,6 +12,7 @@ import html
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,7 +75,10 @@ class Explorer:
         blob = base64.b64encode(gzip.compress(bytes(packed), mtime=0)).decode("ascii")
         frame = files("embedlens").joinpath("explorer.html").read_text(encoding="utf-8")
         title = html.escape(f"{self.scenes[0]['name']} · {self.model}")
-        return frame.replace("__TITLE__", title).replace("__INDEX__", index).replace("__BLOB__", blob)
+        filled = re.sub(
+            "__(TITLE|INDEX|BLOB)__", lambda at: {"TITLE": title, "INDEX": index, "BLOB": blob}[at[1]], frame
+        )
+        return filled.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
 
     @property
     def alt(self) -> str:
@@ -103,7 +107,7 @@ class Explorer:
         return file
 
     def _repr_html_(self) -> str:
-        inner, title = html.escape(self.html), html.escape(self.alt)
+        inner, title = html.escape(self.html), html.escape(self.alt.encode("utf-8", "replace").decode("utf-8"))
         return f'<iframe srcdoc="{inner}" title="{title}" width="100%" height="{HEIGHT}" style="border:0"></iframe>'
 
 
@@ -142,22 +146,30 @@ def explore(
     images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
     if not images:
         raise EmbedLensError("no picture to explore: pass at least one")
-    if not 0 <= layer <= model.n_layers:
+    if model.intervention is not None:
+        raise EmbedLensError("a page is of the model as it is: leave the intervene block first")
+    if layer not in range(model.n_layers + 1):
         raise EmbedLensError(f"no layer {layer} in {model.name}: pass 0 to {model.n_layers}")
-    readers = {"EmbedLens": EmbedLens.from_model(model), "LogitLens": LogitLens.from_model(model)} | dict(lenses or {})
+    more = dict(lenses) if isinstance(lenses, Mapping) else lenses or {}
+    if not isinstance(more, dict) or "Alone" in more or not all(isinstance(lens, Lens) for lens in more.values()):
+        raise EmbedLensError("lenses are lenses by name, none of them 'Alone': pass such as {'ContextLens': bank}")
+    if names is not None and (isinstance(names, str) or len(names) != len(images)):
+        raise EmbedLensError(f"{len(names)} names for {len(images)} pictures: pass a list with one name per picture")
+    readers: dict[str, Lens] = {"EmbedLens": EmbedLens.from_model(model), "LogitLens": LogitLens.from_model(model)}
+    readers |= more
     reference = reference_of(model) if reference is None else reference
     words = _Dictionary()
     scenes: list[dict[str, Any]] = []
     for place, one in enumerate(images):
-        name = names[place] if names else _name(one, place)
+        name = str(names[place]) if names else _name(one, place)
         prompt = model.prompt(one, question)
-        if patch is not None and not 0 <= patch < len(prompt.grid):
+        if patch is not None and patch not in range(len(prompt.grid)):
             raise EmbedLensError(f"no patch {patch} in {name}: it has 0 to {len(prompt.grid) - 1}")
         scene, top = _scene(model, prompt, readers, reference, k, max_new_tokens, words)
         if not scenes:
             twin = _side_by_side(prompt, top)
         scenes.append({"name": name, **scene})
-    start = {"layer": layer} | ({} if patch is None else {"patch": patch})
+    start = {"layer": int(layer)} | ({} if patch is None else {"patch": int(patch)})
     return Explorer(scenes, words.listed, model.name, twin, start)
 
 
@@ -198,10 +210,11 @@ def _scene(
     parts, top = [], {}
     for name, lens in readers.items():
         scores, ids = lens.topk(stream, k)
-        parts.append(_reading(name, words.of(lens.tokens, ids), scores))
+        unit = "cosine" if isinstance(lens, EmbedLens) else "logit" if isinstance(lens, LogitLens) else "score"
+        parts.append(_reading(name, unit, words.of(lens.tokens, ids), scores))
         top[name] = [lens.tokens[index] for index in ids[0, :, 0].tolist()]
     sure, ids = alone(model, prompt, k)
-    parts.append(_reading("Alone", words.of(model.tokens, ids[None]), sure[None]))
+    parts.append(_reading("Alone", "probability", words.of(model.tokens, ids[None]), sure[None]))
     top["Alone"] = [model.tokens[index] for index in ids[:, 0].tolist()]
     answer = generated(model, prompt, max_new_tokens)
     looks = attention(model, prompt, answer[:-1].tolist() or None) if len(answer) else attention(model, prompt)
@@ -241,8 +254,8 @@ def alone(model: VisionLanguageModel, prompt: Prompt, k: int = 5) -> tuple[Float
     return torch.cat([part.values for part in found]).cpu(), torch.cat([part.indices for part in found]).cpu()
 
 
-def _reading(name: str, ids: np.ndarray, scores: Float[Tensor, "layers n k"]) -> dict[str, Any]:
-    return {"name": name, "about": ABOUT.get(name, ""), "ids": ids, "scores": _steps(scores, np.uint8)}
+def _reading(name: str, unit: str, ids: np.ndarray, scores: Float[Tensor, "layers n k"]) -> dict[str, Any]:
+    return {"name": str(name), "about": ABOUT.get(name, ""), "unit": unit, "ids": ids, "scores": _steps(scores)}
 
 
 def _steps(values: Float[Tensor, "*shape"], kind: type = np.uint16) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Prompt:
     """Rotary positions (time, height, width) where a family gives patches such; None: 0 to s-1."""
     deep: Float[Tensor, "joins n d"] | None = field(default=None, repr=False)
     """What is added to the visual rows after decoder block 0, 1, ..., where a family does that."""
+    said: int = field(default=0, repr=False)
+    """How many of the last ids are the answer's."""
 
     def __post_init__(self) -> None:
         length = len(self.ids)
