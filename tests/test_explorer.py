@@ -258,6 +258,7 @@ def test_wrong_layers_patches_and_endings_are_named(miniature, tmp_path):
         ({"layer": 1.5}, "no layer 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"k": 0}, "k is 0"),
+        ({"lenses": {"few": el.EmbedLens(torch.eye(256)[:9], list("abcdefghi"), exclude=range(6))}}, "pass a smaller k"),
     ],
 )
 def test_options_that_the_page_cannot_show_are_one_sentence(miniature, options, said):
