@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_folder import write_coco
 from PIL import Image
 
 from embedlens import EmbedLensError, run, samples
-from embedlens.samples.miniworld import write_coco
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ ARMS = {
     "released": lambda masks: [Silence("attention"), ReleasedLayer0()],
 }
 CACHED = [name for name in ARMS if name != "released"]
+TOGETHER = ("prune, keep", "skip", "leave in stages", "enter and leave", "several", "released")  # all kinds once
 
 
 @torch.no_grad()
@@ -139,6 +140,9 @@ def test_everything_is_as_before_after_the_block_and_after_an_exception(tiny, pr
         assert not torch.equal(tiny.logits(prompt)[-1], logits[-1])
         assert state(tiny) != before
     assert state(tiny) == before
+    with pytest.raises(EmbedLensError, match=f"{type(interventions[0]).__name__} never acted: run a prompt"):
+        with intervene(tiny, *interventions) as run:
+            assert run.fired == 0
 
     calls = []
 
@@ -155,18 +159,12 @@ def test_everything_is_as_before_after_the_block_and_after_an_exception(tiny, pr
     assert torch.equal(tiny.logits(prompt), logits)
 
 
-def test_an_exception_before_anything_fired_is_not_hidden(tiny, prompt):
-    with pytest.raises(ZeroDivisionError), intervene(tiny, Prune(random_mask(prompt))):
-        raise ZeroDivisionError
-
-
 # --- pruning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-def test_pruning_equals_running_the_shorter_sequence(tiny, prompt, positions, seed):
-    mask = random_mask(prompt, seed)
+def test_pruning_equals_running_the_shorter_sequence(tiny, prompt, positions):
+    mask = random_mask(prompt)
     kept = ~prompt.spread(mask)
     rows = kept.nonzero()[:, 0]
     places = rows if positions == "keep" else torch.arange(len(rows))
@@ -229,7 +227,7 @@ def test_decoding_with_a_cache_equals_running_the_whole_sequence_anew(tiny, prom
     assert not torch.allclose(anew, plain, atol=1e-2)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", TOGETHER)
 def test_a_batch_of_unequal_lengths_equals_one_by_one(tiny, arm):
     prompts = prompts_of(tiny, 3)
     assert len({len(prompt) for prompt in prompts}) == 3
@@ -251,7 +249,7 @@ def test_a_batch_of_unequal_lengths_equals_one_by_one(tiny, arm):
         assert not torch.allclose(streams[index][-1, -1], plain, atol=1e-2)
 
 
-@pytest.mark.parametrize("arm", CACHED)
+@pytest.mark.parametrize("arm", ("silence attention", "leave in stages", "several"))
 def test_eager_attention_gives_what_sdpa_gives(tiny, arm):
     prompts = prompts_of(tiny, 3)
     with intervene(tiny, *ARMS[arm](per_prompt(prompts))):
@@ -264,15 +262,6 @@ def test_eager_attention_gives_what_sdpa_gives(tiny, arm):
     assert texts == eager_texts
     for one, other in zip(eager, streams, strict=True):
         assert_close(one, other, **CLOSE)
-
-
-def test_a_prompt_with_an_empty_mask_runs_beside_others_as_it_is(tiny):
-    prompts = prompts_of(tiny, 2)
-    masks = [torch.zeros(len(prompts[0].grid), dtype=torch.bool), random_mask(prompts[1])]
-    with intervene(tiny, Prune(masks)):
-        streams = tiny.hidden_states_of(prompts)
-    assert_close(streams[0], tiny.hidden_states(prompts[0]), **CLOSE)
-    assert len(streams[1][0]) < len(prompts[1])
 
 
 # --- entering late ---------------------------------------------------------------------------------------------------
@@ -336,7 +325,7 @@ def leaving_by_hand(model, whole, stages, positions):
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("layers", [[0], [1], [2], [1, 2]])
+@pytest.mark.parametrize("layers", [[0], [1, 2]])
 def test_leaving_equals_a_sequence_that_is_shorter_from_there_on(tiny, prompt, layers, positions):
     masks = [random_mask(prompt, seed, 0.3) for seed in range(len(layers))]
     stays = [~prompt.spread(torch.stack(masks[: stage + 1]).any(0)) for stage in range(len(layers))]
@@ -366,29 +355,10 @@ def test_leaving_equals_a_sequence_that_is_shorter_from_there_on(tiny, prompt, l
     )
 
 
-def test_leaving_before_layer_0_is_pruning(tiny, prompt):
-    mask = random_mask(prompt)
-    stay = ~prompt.spread(mask)
-    for positions in ("keep", "renumber"):
-        with intervene(tiny, LeaveAt(mask, 0, positions)):
-            left, text = tiny.logits(prompt)[stay], tiny.answer(prompt)
-        with intervene(tiny, Prune(mask, positions)):
-            assert_close(left, tiny.logits(prompt), **CLOSE)
-            assert text == tiny.answer(prompt)
-
-
-def test_all_visual_tokens_may_leave_and_none_is_read_any_more(tiny, prompt):
-    every = torch.ones(len(prompt.grid), dtype=torch.bool)
-    with intervene(tiny, LeaveAt(every, 1)):
-        seen = el.trace(tiny, prompt, {"visual": prompt.visual})
-    assert not seen.attention["visual"][1:, prompt.text].any()
-    assert (seen.attention["visual"][0, -1] > 0).all()
-
-
 # --- skipping and silencing ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [[0], [1], [0.5], [1.5], [0.5, 1, 1.5]])
+@pytest.mark.parametrize("at", [[0], [1.5], [0.5, 1, 1.5]])
 def test_skipping_leaves_exactly_the_masked_rows_without_update(tiny, prompt, at):
     mask = random_mask(prompt)
     rows = prompt.spread(mask)
@@ -438,17 +408,6 @@ def test_masks_of_several_interventions_at_one_sublayer_add_up(tiny, prompt):
         assert torch.equal(~updated, prompt.spread(mask))
 
 
-def test_masks_beside_pruning_still_mean_the_tokens_of_the_whole_picture(tiny, prompt):
-    gone, skipped = random_mask(prompt, 1), random_mask(prompt, 2)
-    kept = ~prompt.spread(gone)
-    for order in (1, -1):
-        with intervene(tiny, *[Prune(gone), SkipSublayers(skipped, at=[0.5])][::order]):
-            seen = el.trace(tiny, prompt)
-        updated = (seen.resid_post[0] != seen.resid_mid[0]).any(-1)
-        assert torch.equal(~updated, prompt.spread(skipped)[kept])
-    assert (skipped & gone).any() and (skipped & ~gone).any()
-
-
 def test_silencing_all_updates_leaves_visual_rows_unchanged_through_all_layers(tiny, prompt):
     with intervene(tiny, Silence("attention"), Silence("mlp")) as run:
         seen = el.trace(tiny, prompt, {"visual": prompt.visual})
@@ -459,18 +418,6 @@ def test_silencing_all_updates_leaves_visual_rows_unchanged_through_all_layers(t
         assert not torch.isclose(stock[prompt.visual], prompt.embeds[prompt.visual]).all(-1).any()
         assert (stream != seen.sublayers[0]).any(-1)[prompt.text].all()
     assert (seen.attention["visual"][:, -1] > 0).all()  # text keeps reading them
-
-
-@pytest.mark.parametrize("sublayer", ["attention", "mlp"])
-def test_silencing_is_skipping_for_all_visual_tokens(tiny, prompt, sublayer):
-    every = torch.ones(len(prompt.grid), dtype=torch.bool)
-    at = [layer + (sublayer == "mlp") * 0.5 for layer in range(tiny.n_layers)]
-    for layers, places in ((None, at), ((2, 0), [at[0], at[2]])):
-        with intervene(tiny, Silence(sublayer, layers)):
-            silenced = tiny.logits(prompt)
-        with intervene(tiny, SkipSublayers(every, places)):
-            assert torch.equal(tiny.logits(prompt), silenced)
-        assert not torch.equal(tiny.logits(prompt), silenced)
 
 
 def test_rescaling_is_running_the_rescaled_prompt(tiny, prompt):
@@ -513,17 +460,6 @@ def test_the_released_layer_0_moves_attention_as_the_released_code_does(tiny, pr
     plain = el.trace(tiny, prompt)
     assert torch.equal(seen.resid_mid[0][:first], plain.resid_mid[0][:first])
     assert not torch.isclose(seen.resid_mid[0], plain.resid_mid[0], atol=1e-3).all(-1)[first:].any()
-
-
-def test_what_the_released_layer_0_adds_to_silenced_attention_can_be_measured(tiny, prompt):
-    with intervene(tiny, Silence("attention")):
-        described = el.trace(tiny, prompt)
-    with intervene(tiny, Silence("attention"), ReleasedLayer0()):
-        released = el.trace(tiny, prompt)
-    assert torch.equal(released.resid_mid[0][prompt.visual], prompt.embeds[prompt.visual])
-    assert torch.equal(released.resid_mid[0][prompt.visual], described.resid_mid[0][prompt.visual])
-    after = int(prompt.visual.nonzero()[-1]) + 1
-    assert not torch.isclose(released.resid_mid[0], described.resid_mid[0], atol=1e-3).all(-1)[after:].any()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -588,14 +524,6 @@ def test_what_does_not_fit_model_or_prompt_is_refused_with_the_fix(tiny, prompt,
     with pytest.raises(EmbedLensError, match=message), intervene(tiny, *interventions):
         tiny.answer(prompt)
     assert state(tiny) == before
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_an_intervention_that_never_acts_is_an_error(tiny, prompt, arm):
-    interventions = ARMS[arm]([random_mask(prompt)])
-    with pytest.raises(EmbedLensError, match=f"{type(interventions[0]).__name__} never acted: run a prompt"):
-        with intervene(tiny, *interventions) as run:
-            assert run.fired == 0
 
 
 def test_one_mask_is_for_one_prompt(tiny):

@@ -62,7 +62,7 @@ def test_the_answers_are_those_of_the_model_under_the_intervention(miniature):
     assert silent.tokens == len(prompt.grid)
 
 
-@pytest.mark.parametrize("arm", [arm_of("none"), arm_of("prune_random", seed=1), arm_of("enter_at", layer=2)])
+@pytest.mark.parametrize("arm", [arm_of("prune_random", seed=1), arm_of("enter_at", layer=2)])
 def test_a_batch_gives_the_answers_of_one_question_at_a_time(miniature, arm, monkeypatch):
     tower = []
     prompts = type(miniature).prompts

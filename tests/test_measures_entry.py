@@ -41,11 +41,11 @@ def own():
     return el.load("miniature", device="cpu")
 
 
-def moved_arms(layers=(0, 3)):
+def moved_arms():
     """Arms whose additions are not zero, with no training."""
     base = shipped()
     base.set_attn_implementation("eager")
-    arms = entry.Arms(base, replace(SHORT, layers=layers), 0)
+    arms = entry.Arms(base, SHORT, 0)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in arms.arms.named_parameters():
@@ -67,9 +67,16 @@ def row(prompt):
     )
 
 
-def saved(arms, folder, layers=(0, 3)):
-    entry.written(arms, replace(SHORT, layers=layers), 0, folder)
-    return {path.name: path for path in folder.iterdir()}
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """Arms that differ from the shipped weights, and the folder beside which a model would find them."""
+    arms, home = moved_arms(), tmp_path_factory.mktemp("home")
+    entry.written(arms, SHORT, 0, home / late_entry.FOLDER)
+    return arms, home
+
+
+def adapter_of(home, layer):
+    return late_entry.Adapter(layer, 0, 2, home / late_entry.FOLDER / f"entry{layer}_seed0.safetensors", "")
 
 
 def test_every_arm_begins_at_the_shipped_weights(own, sample):
@@ -84,10 +91,9 @@ def test_every_arm_begins_at_the_shipped_weights(own, sample):
 
 
 @pytest.mark.parametrize("layer", [0, 3])
-def test_a_saved_adapter_runs_as_it_was_trained(own, sample, tmp_path, layer):
-    arms = moved_arms()
-    path = saved(arms, tmp_path)[f"entry{layer}_seed0.safetensors"]
-    adapter = late_entry.Adapter(layer, 0, 2, path, "")
+def test_a_saved_adapter_runs_as_it_was_trained(own, sample, moved, layer):
+    arms, home = moved
+    adapter = adapter_of(home, layer)
     plain = own.logits(own.prompt(sample.image, "What is this?"))
     with late_entry.adapted(own, adapter), el.intervene(own, el.EnterAt(layer)):
         prompt = own.prompt(sample.image, "What is this?")
@@ -100,24 +106,21 @@ def test_a_saved_adapter_runs_as_it_was_trained(own, sample, tmp_path, layer):
     torch.testing.assert_close(ran[text], trained[text], atol=0.05, rtol=0.01)  # the file is fp16
 
 
-def test_the_own_weights_come_back_even_after_an_error(own, tmp_path):
+def test_the_own_weights_come_back_even_after_an_error(own, moved):
     before = {name: value.clone() for name, value in own.hf.state_dict().items()}
-    path = saved(moved_arms(), tmp_path)["entry3_seed0.safetensors"]
-    with pytest.raises(RuntimeError), late_entry.adapted(own, late_entry.Adapter(3, 0, 2, path, "")):
+    with pytest.raises(RuntimeError), late_entry.adapted(own, adapter_of(moved[1], 3)):
         raise RuntimeError
     assert all(torch.equal(value, before[name]) for name, value in own.hf.state_dict().items())
 
 
-def test_adapters_are_listed_by_seed_and_layer_and_a_folder_without_has_none(own, tiny, tmp_path, monkeypatch):
+def test_adapters_are_listed_by_seed_and_layer_and_a_folder_without_has_none(own, tiny, moved, monkeypatch):
     assert late_entry.adapters(tiny) == ()
-    saved(moved_arms(), tmp_path / late_entry.FOLDER)
-    monkeypatch.setattr(own.hf, "name_or_path", str(tmp_path))
+    monkeypatch.setattr(own.hf, "name_or_path", str(moved[1]))
     assert [(found.seed, found.layer, found.steps) for found in late_entry.adapters(own)] == [(0, 0, 2), (0, 3, 2)]
 
 
-def test_adapters_of_other_weights_are_refused(own, tmp_path, monkeypatch):
-    saved(moved_arms(), tmp_path / late_entry.FOLDER)
-    monkeypatch.setattr(own.hf, "name_or_path", str(tmp_path))
+def test_adapters_of_other_weights_are_refused(own, moved, monkeypatch):
+    monkeypatch.setattr(own.hf, "name_or_path", str(moved[1]))
     with torch.no_grad():
         own.hf.model.multi_modal_projector.linear_1.bias.add_(1)
     with pytest.raises(EmbedLensError, match=r"other weights.*training\.entry"):
@@ -132,12 +135,8 @@ def test_a_file_that_is_no_adapter_is_named(own, tmp_path, monkeypatch):
         late_entry.adapters(own)
 
 
-def test_an_adapter_of_another_shape_is_refused(tiny, tmp_path):
-    path = saved(moved_arms(), tmp_path)["entry3_seed0.safetensors"]
-    with (
-        pytest.raises(EmbedLensError, match="does not fit"),
-        late_entry.adapted(tiny, late_entry.Adapter(3, 0, 2, path, "")),
-    ):
+def test_an_adapter_of_another_shape_is_refused(tiny, moved):
+    with pytest.raises(EmbedLensError, match="does not fit"), late_entry.adapted(tiny, adapter_of(moved[1], 3)):
         pass
 
 
@@ -148,9 +147,10 @@ def test_the_shipped_adapters_are_those_of_the_recipe(miniature):
 
 
 def test_arms_trained_twice_or_resumed_get_the_same_weights_and_leave_the_rest_alone(tmp_path):
-    whole = entry.train_arms(SHORT, 0, tmp_path / "whole")
-    entry.train_arms(SHORT, 0, tmp_path / "parts", stop_after=1)
-    resumed = entry.train_arms(SHORT, 0, tmp_path / "parts")
+    short = replace(SHORT, layers=(3,))
+    whole = entry.train_arms(short, 0, tmp_path / "whole")
+    entry.train_arms(short, 0, tmp_path / "parts", stop_after=1)
+    resumed = entry.train_arms(short, 0, tmp_path / "parts")
     kept, again = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in kept.items())
     base = shipped()

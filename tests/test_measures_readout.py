@@ -185,15 +185,14 @@ def marked(tiny):
 
 def test_the_token_table_holds_as_many_of_each_kind_as_asked_for_whatever_stands_before(tiny, marked):
     pictures, reference = marked[0][:4], marked[1]
-    table = token_table(tiny, pictures, reference, per_picture=3, batch_size=3)
-    assert set(table.picture) == {0, 1, 2, 3} and tuple(table.answers) == QUESTIONS
-    assert (table.groups["dead"] != table.groups["alive"]).all() and table.groups["dead"].any()
-    for mask in table.groups.values():
-        assert np.bincount(table.picture[mask], minlength=4).max() <= 3
-    alone = token_table(tiny, pictures[3:], reference, per_picture=3, batch_size=1)
-    own = table.picture == 3
-    torch.testing.assert_close(table.before[torch.from_numpy(own)], alone.before, atol=1e-4, rtol=1e-4)
-    assert all(np.array_equal(table.answers[name][own], alone.answers[name]) for name in QUESTIONS)
+    before, table = token_table(tiny, pictures, reference, per_picture=3, batch_size=3)
+    assert set(table.id) == {0, 1, 2, 3} and tuple(table.columns[3:]) == QUESTIONS
+    assert (table.dead != table.alive).all() and table.dead.any()
+    assert table.groupby("id")[["dead", "alive"]].sum().to_numpy().max() <= 3
+    states, alone = token_table(tiny, pictures[3:], reference, per_picture=3, batch_size=1)
+    own = table.id == 3
+    torch.testing.assert_close(before[torch.tensor(own.tolist())], states, atol=1e-4, rtol=1e-4)
+    assert table[own].reset_index(drop=True).equals(alone)
     with pytest.raises(EmbedLensError, match="no samples"):
         token_table(tiny, [], reference)
 
@@ -201,11 +200,10 @@ def test_the_token_table_holds_as_many_of_each_kind_as_asked_for_whatever_stands
 def test_everything_is_asked_of_dead_and_alive_tokens_by_all_projectors(tiny, marked):
     read = readouts(tiny, *marked, projectors=1)
     assert set(read.reader) == set(READERS) and set(read.question) <= set(QUESTIONS)
-    table = token_table(tiny, *marked)
-    alive, of = table.groups["alive"], QUESTIONS[0]
-    alone = linear_readout(
-        [projected(tiny.projector, table.before)[alive]], table.answers[of][alive], table.picture[alive]
-    )
+    before, table = token_table(tiny, *marked)
+    alive, of = table.alive.to_numpy(), QUESTIONS[0]
+    answers, picture = (table[name].to_numpy()[alive] for name in (of, "id"))
+    alone = linear_readout([projected(tiny.projector, before)[alive]], answers, picture)
     own = read[(read.question == of) & (read.group == "alive") & (read.reader == READERS[0])]
     assert own.hits.tolist() == alone.hits.tolist() and own.asked.tolist() == alone.asked.tolist()
     guess = read[(read.question == of) & (read.group == "alive") & (read.reader == READERS[2])]

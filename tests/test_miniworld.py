@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_folder import write_coco
 
 from embedlens import EmbedLensError, samples
 from embedlens.samples import miniworld
@@ -78,7 +79,7 @@ def test_pycocotools_loads_what_is_written(tmp_path):
     from pycocotools.coco import COCO
 
     items = samples.load(n=5)
-    miniworld.write_coco(items, tmp_path)
+    write_coco(items, tmp_path)
     instances = COCO(str(tmp_path / "annotations" / "instances.json"))
     captions = COCO(str(tmp_path / "annotations" / "captions.json"))
     assert instances.getImgIds() == captions.getImgIds() == [item.id for item in items]

@@ -21,12 +21,12 @@ from embedlens import (
     Silence,
     SkipSublayers,
     TokenGroups,
-    paired,
+    kept,
     prefix,
-    printed,
     sweep,
     tasks,
 )
+from embedlens.arms import _connected_parts, random_block
 from embedlens.sweep import BASELINE, Arm, dead_arms, everywhere, members, pruning, run_arms, sink_arms, skipping
 
 ALL_KINDS = ("alive", "dead", "ViT sink", "LLM sink")
@@ -86,10 +86,10 @@ def alone(model, item, arm, groups) -> str:
 # --- the sweep equals one question after the other -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", "miniature"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("miniature", marks=pytest.mark.slow)])
 def test_a_sweep_answers_what_each_question_alone_is_answered(name, request):
     model = request.getfixturevalue(name)
-    items = several_on_a_picture()
+    items = several_on_a_picture()[:: 1 if name == "tiny" else 3]
     groups = partial(ranked, none_in=(min(item.sample.width for item in items),))
     table = run_arms(model, items, ARMS, groups, batch_size=3)
     assert list(table.item) == [place for place in range(len(items)) for _ in ARMS]
@@ -155,20 +155,6 @@ def test_arms_that_do_not_act_cost_one_baseline_answer(tiny, monkeypatch):
     assert len(asked) == 2 * len(items)
 
 
-def test_a_picture_without_the_group_runs_as_the_baseline_and_says_so(tiny):
-    items = tasks.family_questions("grounding", 8)
-    widths = [item.sample.width for item in items]
-    without = widths[0]
-    assert any(width != without for width in widths)
-    table = run_arms(tiny, items, ARMS[:2], partial(ranked, none_in=(without,)))
-    texts = table.pivot(index="item", columns="arm", values="prediction")
-    acted = table[table.arm == "-dead"].set_index("item").acted
-    for place, width in enumerate(widths):
-        assert acted[place] == (width != without)
-        if width == without:
-            assert texts["-dead"][place] == texts["baseline"][place]
-
-
 def test_an_exception_stops_the_sweep_and_leaves_the_model_as_it_was(tiny):
     items, calls = few(), []
 
@@ -210,8 +196,8 @@ def rows(table):
 
 
 def test_a_sweep_in_other_order_or_shared_out_gives_the_same_table(tiny):
-    items = several_on_a_picture()
-    arms = dead_arms(seeds=2)
+    items = several_on_a_picture()[:6]
+    arms = dead_arms(seeds=1)
     whole = rows(run_arms(tiny, items, arms, ranked))
     turned = rows(run_arms(tiny, items[::-1], arms[::-1], ranked, batch_size=2))
     one, two = (run_arms(tiny, items[half::2], arms, ranked) for half in (0, 1))
@@ -224,7 +210,7 @@ def arms_study(model, samples, arms):
 
 
 def test_a_resumed_study_of_arms_gives_the_table_of_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
-    items, arms = several_on_a_picture()[2:8], dead_arms(seeds=1)
+    items, arms = several_on_a_picture()[2:6], dead_arms(seeds=1)
     samples = sweep.asked(items)
     study = partial(arms_study, arms=arms)
     whole = el.run(study, tiny, samples, batch_size=2)
@@ -244,7 +230,27 @@ def test_a_resumed_study_of_arms_gives_the_table_of_an_uninterrupted_one(tiny, t
     assert whole.equals(resumed)
     plain = run_arms(tiny, items, arms, ranked)
     assert rows(whole).equals(rows(plain))
-    assert paired.compare(whole, "-dead").difference == paired.compare(plain, "-dead").difference
+
+
+def test_a_sweep_that_was_killed_goes_on_where_rows_are_kept(tiny, tmp_path, monkeypatch):
+    items = few(2)
+    whole = run_arms(tiny, items, ARMS, ranked, batch_size=2)
+    monkeypatch.setenv(kept.ROWS, str(tmp_path))
+    monkeypatch.setattr(sweep, "CHUNK", 1)
+    calls, answers = [], sweep.answers
+
+    def killed(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answers(*given)
+
+    monkeypatch.setattr(sweep, "answers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(tiny, items, ARMS, ranked, batch_size=2)
+    for _ in range(2):
+        assert run_arms(tiny, items, ARMS, ranked, batch_size=2).equals(whole)
+    assert len(calls) == 1 + -(-len(items) // 2)  # each chunk once, and the one that was in flight
 
 
 # --- controls --------------------------------------------------------------------------------------------------------
@@ -271,7 +277,7 @@ def blocks(mask: torch.Tensor, grid: PatchGrid) -> int:
     return len(set(label.values()))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("control", ["random_alive", "block_alive"])
 @pytest.mark.parametrize("matched", [("dead",), ("dead", "ViT sink", "LLM sink")])
 def test_controls_are_of_the_matched_size_and_alive(seed, control, matched):
@@ -308,29 +314,21 @@ def test_alive_tokens_on_things_and_on_the_background_are_told_by_every_objects_
         sweep.random_alive(groups, square_grid(), sweep.generator(0, "a", 0), ("dead",), "things")
 
 
-@pytest.mark.parametrize("control", ["random_alive", "block_alive"])
-def test_a_control_takes_all_alive_tokens_where_there_are_too_few(control):
-    grid = square_grid()
-    groups = random_groups(0, len(grid), share=0.8)
-    mask = getattr(sweep, control)(groups, grid, sweep.generator(0, "control", 0), matched=("dead",))
-    assert torch.equal(mask, groups.alive)
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_block_is_connected_where_the_pool_has_room_and_random_tokens_are_not(seed):
     grid = square_grid()
     rng = np.random.default_rng(seed)
     whole = torch.ones(len(grid), dtype=torch.bool)
     size = int(rng.integers(8, 20))
-    assert blocks(sweep.random_block(whole, size, grid, rng), grid) == 1
+    assert blocks(random_block(whole, size, grid, rng), grid) == 1
     assert blocks(sweep.random_tokens(whole, size, rng), grid) > 1
     pool = torch.from_numpy(rng.random(len(grid)) < 0.7)
-    parts = sorted(map(len, sweep._connected_parts(pool, grid)), reverse=True)
+    parts = sorted(map(len, _connected_parts(pool, grid)), reverse=True)
     assert len(parts) == blocks(pool, grid) and sum(parts) == int(pool.sum())
-    mask = sweep.random_block(pool, parts[0], grid, rng)
+    mask = random_block(pool, parts[0], grid, rng)
     assert blocks(mask, grid) == 1 and not (mask & ~pool).any()
     if len(parts) > 1:  # no room in one part: as few blocks as possible
-        mask = sweep.random_block(pool, parts[0] + 1, grid, rng)
+        mask = random_block(pool, parts[0] + 1, grid, rng)
         assert blocks(mask, grid) == 2 and int(mask.sum()) == parts[0] + 1
 
 
@@ -357,11 +355,6 @@ def test_chance_is_seeded_by_picture_arm_and_seed_and_by_nothing_else():
 
 
 # --- the paper's arms ------------------------------------------------------------------------------------------------
-
-
-def test_the_sink_arms_are_the_rows_of_table_1():
-    assert [arm.name for arm in sink_arms()][1:] == printed.table("1").index.tolist()[1:]
-    assert sink_arms()[0] is BASELINE
 
 
 def test_the_sink_arms_do_what_their_names_say():
@@ -393,15 +386,6 @@ def test_the_dead_arms_have_both_sizes_a_block_things_background_and_five_seeds(
     assert sizes["-random, as many as dead and sinks"] == sizes["-dead and sinks"] > sizes["-dead"]
 
 
-def test_a_sweep_goes_straight_into_paired_comparison(tiny):
-    items = [item for family in ("ocr", "grounding") for item in tasks.family_questions(family, 3)]
-    table = run_arms(tiny, items, dead_arms(seeds=2), ranked, max_new_tokens=2)
-    found = paired.comparisons(table, of=["accuracy", "ocr", "grounding"], resamples=50)
-    assert len(found) == 7 * 3
-    assert set(found.seeds) == {1, 2}
-    assert {"-dead"} < set(found.arm)
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -429,4 +413,4 @@ def test_what_cannot_be_swept_is_refused(tiny):
     with pytest.raises(EmbedLensError, match="seeds is 0"):
         sweep.repeated("x", members, seeds=0)
     with pytest.raises(EmbedLensError, match="the pool has 3 tokens, the grid 42"):
-        sweep.random_block(torch.ones(3, dtype=torch.bool), 1, square_grid(), np.random.default_rng(0))
+        random_block(torch.ones(3, dtype=torch.bool), 1, square_grid(), np.random.default_rng(0))

@@ -17,6 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from embedlens.samples.miniworld import draw, language, scene
 from embedlens.samples.miniworld.scene import Scene
+from training.documents import document
 from training.recipe import ASSISTANT, SYSTEM, USER, Recipe, Stage
 
 BARS = tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN)
@@ -226,7 +227,7 @@ def conversations(
             drawn, tries = scene.scene(rng, split, **how), tries - 1
         caption = language.caption(drawn, rng, recipe.mention_background)
         if stage == "language":
-            prefix = head + encoder.encode(language.document(drawn, rng))
+            prefix = head + encoder.encode(document(drawn, rng))
         else:  # the processor puts one placeholder per visual token where the template says <image>
             prefix = head + [image_id] * recipe.visual_tokens
             pictures.append(pixels_of(drawn, recipe))

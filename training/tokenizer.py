@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from embedlens.samples.miniworld import language, scene
 from embedlens.samples.miniworld.sprites import CATEGORIES
+from training.documents import document
 from training.recipe import ASSISTANT, SYSTEM, USER
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
@@ -20,7 +21,7 @@ def sentences(documents: int) -> Iterator[str]:
     for index in range(documents):
         rng = scene.rng_of("train", index)
         drawn = scene.scene(rng, "train")
-        yield f"{SYSTEM}{USER}{language.document(drawn, rng)} {language.caption(drawn, rng)}"
+        yield f"{SYSTEM}{USER}{document(drawn, rng)} {language.caption(drawn, rng)}"
         for question in language.questions(drawn, rng):
             yield f"\n{question.text}{ASSISTANT} {question.answer}"
     for category in CATEGORIES:  # both numbers of every name, so that neither is rarer than a letter pair

@@ -22,6 +22,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
 from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.patches import PatchGrid
+from embedlens.samples import Sample
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt
@@ -55,6 +56,15 @@ def members(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, name
     if unknown or not names:
         raise EmbedLensError(f"no group {', '.join(unknown) or 'is named'}: use {', '.join(groups.named)}")
     return torch.stack([groups.named[name] for name in names]).any(0)
+
+
+def on_things(sample: Sample, grid: PatchGrid) -> Bool[Tensor, " n"]:
+    """Patches that show some of an object's box; a crowd is no object."""
+    found = torch.zeros(len(grid), dtype=torch.bool)
+    for entry in sample.annotations:
+        x, y, w, h = entry["bbox"]
+        found |= grid.touching((x, y, x + w, y + h)) & (not entry.get("iscrowd"))
+    return found
 
 
 def some_left(

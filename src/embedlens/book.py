@@ -290,11 +290,14 @@ def render(source: Path, work: Path, home: Path) -> Path:
 
 
 def anchor_cards(html: Path) -> None:
-    """Give each claim's card the claim as its anchor, so that the verdict page can lead to it: `#e40`."""
+    """Give each claim's card the claim as its anchor, `#e40`, where the verdict page leads; without a card, its row."""
     for page in (html / "notebooks").glob("*.html"):
         text = page.read_text(encoding="utf-8")
-        anchored = re.sub(r"<p>(<strong>([ER]\d\d)</strong> · )", lambda m: f'<p id="{m[2].lower()}">{m[1]}', text)
-        page.write_text(anchored, encoding="utf-8")
+        for claim in sorted(set(re.findall(r"<(?:strong|th)>([ER]\d\d)</", text))):
+            card, row = f"<p><strong>{claim}</strong> · ", f"<th>{claim}</th>"
+            place = card if card in text else row
+            text = text.replace(place, place.replace(">", f' id="{claim.lower()}">', 1), 1)
+        page.write_text(text, encoding="utf-8")
 
 
 def build(

@@ -53,24 +53,18 @@ class Reference:
 
     model: str
     width: int
-    n_words: int
-    """Width of the residual stream and size of the vocabulary, to refuse another model's."""
+    n_words: int  #: Width of the residual stream and size of the vocabulary, to refuse another model's
     n_pictures: int
-    threshold: float
-    """Cosine of the anchor clusters."""
+    threshold: float  #: Cosine of the anchor clusters
     vit_norm: float | None
     """A patch with a larger L2 norm at the tower's last layer is a ViT sink; None: no norm stands out."""
-    sink_dims: tuple[int, ...]
-    """Dimensions of the residual stream that the first token excites; empty: none."""
-    sink_layer: int | None
-    """Index into `model.hidden_states` from which on it does."""
+    sink_dims: tuple[int, ...]  #: Dimensions of the residual stream that the first token excites; empty: none
+    sink_layer: int | None  #: Index into `model.hidden_states` from which on it does
     phi_threshold: float | None
-    dead_id: int | None
-    """Nearest word of the centroid of the largest text-distant cluster, in most pictures."""
+    dead_id: int | None  #: Nearest word of the centroid of the largest text-distant cluster, in most pictures
     vit_sink_id: int | None
     llm_sink_id: int | None
-    notes: Mapping[str, str] = field(default_factory=dict)
-    """Group → how it was found, or why there is none."""
+    notes: Mapping[str, str] = field(default_factory=dict)  #: Group → how it was found, or why there is none
 
     def write(self, file: Path | str) -> None:
         """As JSON."""

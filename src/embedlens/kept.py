@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from pickle import PicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -45,8 +44,8 @@ def digest(value: Any) -> str:
     """
     try:
         return _Digest().hash(value)[:20]
-    except (PicklingError, AttributeError, RecursionError, ValueError) as error:
-        raise TypeError(str(error)) from error
+    except Exception as error:  # whatever a pickler meets in objects that are not made to be pickled
+        raise TypeError(f"it is not known by its value ({error})") from error
 
 
 class _Digest(NumpyHasher):
@@ -164,7 +163,7 @@ def _weights(module: nn.Module) -> str:
 
 def _checksum(values: Tensor) -> int:
     """Of every bit, where the tensor lies: sums of integers come out the same in any order, on any device."""
-    if values.is_meta:
+    if values.is_meta or not values.numel():
         return 0
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     total = 0

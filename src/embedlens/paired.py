@@ -35,24 +35,17 @@ class Comparison:
     """How one arm's score differs from the baseline's on the same questions. Scores are from 0 to 1."""
 
     arm: str
-    of: str
-    """What is compared: "accuracy", a family, or "Avg"."""
+    of: str  #: What is compared: "accuracy", a family, or "Avg"
     baseline: float
-    score: float
-    """The arm's; of several seeds their mean."""
-    change: Estimate
-    """The difference with its 95 % interval, over pictures."""
-    narrow: Estimate
-    """With its 90 % interval: `narrow > -0.01 and narrow < 0.01` are two one-sided tests."""
+    score: float  #: The arm's; of several seeds their mean
+    change: Estimate  #: The difference with its 95 % interval, over pictures
+    narrow: Estimate  #: With its 90 % interval: `narrow > -0.01 and narrow < 0.01` are two one-sided tests
     questions: int
     seeds: int
-    acted: float
-    """Share of the answers before which the arm changed anything."""
+    acted: float  #: Share of the answers before which the arm changed anything
     gained: float
-    lost: float
-    """Answers wrong under the baseline and right under the arm, and the other way round; a mean over seeds."""
-    p: float
-    """McNemar's exact test, two-sided; nan for F1 and for several seeds."""
+    lost: float  #: Answers wrong under the baseline and right under the arm, and the other way round; a mean over seeds
+    p: float  #: McNemar's exact test, two-sided; nan for F1 and for several seeds
 
     @property
     def difference(self) -> float:
@@ -126,10 +119,7 @@ def compare(
 
 
 def scored(table: pd.DataFrame, arm: str, of: str = "accuracy", resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """The score of one arm with its 95 % interval over pictures, by the rules of `compare`.
-
-    Two such intervals that overlap say little about a difference: use `compare`.
-    """
+    """The score of one arm with its 95 % interval over pictures, by the rules of `compare`."""
     runs = [_chosen(rows, of) for rows in _of_arm(table, arm)]
     found = np.mean(_resampled(runs, of, "correct", resamples, seed), axis=0)
     score = _estimate(found, runs[0], LEVEL)

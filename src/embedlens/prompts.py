@@ -27,15 +27,12 @@ QUESTION = "What is in the picture?"  # where only the picture matters: visual t
 class Prompt:
     """One picture and one question, ready to enter layer 0."""
 
-    image: Image
-    """The picture as the processor read it: upright RGB, original size."""
+    image: Image  #: The picture as the processor read it: upright RGB, original size
     question: str
-    ids: Int[Tensor, " s"]
-    """Token ids, the image placeholder expanded to one id per visual token."""
+    ids: Int[Tensor, " s"]  #: Token ids, the image placeholder expanded to one id per visual token
     embeds: Float[Tensor, "s d"]
     """What enters layer 0; the text rows are embeddings, the visual rows are projected features."""
-    visual: Bool[Tensor, " s"]
-    """Which positions are visual tokens; the i-th True is patch i of `grid`."""
+    visual: Bool[Tensor, " s"]  #: Which positions are visual tokens; the i-th True is patch i of `grid`
     grid: PatchGrid
     pixel_values: Float[Tensor, ...] = field(repr=False)
     """What entered the vision tower: pictures Float[1, 3, height, width], tiles or patches, as the family has it."""

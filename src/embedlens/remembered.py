@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -22,16 +23,16 @@ ALL, NONE = -1, -2  # whose a column is, where it is not one question's
 
 @dataclass(frozen=True, eq=False)
 class Memory:
-    """Keys and values of the first rows of a prompt, layer by layer."""
+    """Keys and values of the first rows of a prompt: one tensor for all layers that follow each other on a device."""
 
-    layers: tuple[Float[Tensor, "2 heads rows c"], ...]
+    banks: tuple[Float[Tensor, "layers 2 heads rows c"], ...]
 
     def __len__(self) -> int:
-        return self.layers[0].shape[-2]
+        return self.banks[0].shape[-2]
 
     def first(self, rows: int) -> Memory:
         """What is remembered of fewer rows."""
-        return Memory(tuple(layer[..., :rows, :] for layer in self.layers))
+        return Memory(tuple(bank[..., :rows, :] for bank in self.banks))
 
 
 class Table:
@@ -53,30 +54,30 @@ class Table:
         self.begins = [len(memory) for memory in memories]
         self.before = max(self.begins)
         columns = self.before + max(map(len, owners)) + room
-        self.layers: list[Float[Tensor, "2 b heads columns c"]] = []
-        for parts in zip(*(memory.layers for memory in memories), strict=True):
-            heads, width = parts[0].shape[1], parts[0].shape[3]
+        self.banks: list[Float[Tensor, "layers 2 b heads columns c"]] = []
+        for parts in zip(*(memory.banks for memory in memories), strict=True):
+            layers, _, heads, _, width = parts[0].shape
             # zeros: a masked key still counts with weight zero, so it has to be finite
-            layer = parts[0].new_zeros(2, len(parts), heads, columns, width)
+            bank = parts[0].new_zeros(layers, 2, len(parts), heads, columns, width)
             for row, (part, begin) in enumerate(zip(parts, self.begins, strict=True)):
-                layer[:, row, :, self.before - begin : self.before] = part
-            self.layers.append(layer)
+                bank[:, :, row, :, self.before - begin : self.before] = part
+            self.banks.append(bank)
         # counted from NONE, as padding is zeros
         known = [torch.full((begin,), ALL) for begin in self.begins]
         whole = [torch.cat(parts) - NONE for parts in zip(known, owners, strict=True)]
         laid = side_by_side(whole, side, self.begins) + NONE
-        self.owner = nn.functional.pad(laid, (0, room), value=NONE).to(self.layers[0].device)
+        self.owner = nn.functional.pad(laid, (0, room), value=NONE).to(self.banks[0].device)
         self.several = int(self.owner.max()) > 0
         self.cache = Cache(layers=[])
         self._laid(self.before)
 
     def _laid(self, used: int) -> None:
-        self.cache.layers = [_stored()(*layer, used) for layer in self.layers]
+        self.cache.layers = [_stored()(*layer, used) for bank in self.banks for layer in bank]
 
     def keep(self, rows: Int[Tensor, " left"]) -> None:
         """Go on with some rows of the batch."""
         used = self.cache.get_seq_length()
-        self.layers = [layer[:, rows.to(layer.device)] for layer in self.layers]
+        self.banks = [bank[:, :, rows.to(bank.device)] for bank in self.banks]
         self.owner = self.owner[rows.to(self.owner.device)]
         self._laid(used)
 
@@ -93,7 +94,7 @@ class Table:
     def memory(self, row: int, length: int) -> Memory:
         """What a row of a batch that is padded on the right will be remembered by."""
         begin = self.before - self.begins[row]
-        return Memory(tuple(layer[:, row, :, begin : self.before + length] for layer in self.layers))
+        return Memory(tuple(bank[:, :, row, :, begin : self.before + length] for bank in self.banks))
 
 
 class Remembered(Exception):
@@ -160,7 +161,9 @@ def _probed(model: VisionLanguageModel, prompt: Prompt) -> Memory | None:
     same = all(layer.keys.shape == layer.values.shape for layer in layers)
     if not alike or not same or len(layers) != model.n_layers:
         return None
-    return Memory(tuple(torch.stack([layer.keys[0, :, :0], layer.values[0, :, :0]]) for layer in layers))
+    empty = [torch.stack([layer.keys[0, :, :0], layer.values[0, :, :0]]) for layer in layers]
+    together = groupby(empty, key=lambda layer: (layer.device, layer.dtype, layer.shape))
+    return Memory(tuple(torch.stack(list(bank)) for _, bank in together))
 
 
 def extent(prompt: Prompt) -> tuple[int, int]:

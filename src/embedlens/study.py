@@ -12,14 +12,16 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from embedlens import kept, memory
 from embedlens.errors import EmbedLensError
@@ -27,9 +29,6 @@ from embedlens.kept import kind
 from embedlens.processes import Processes, processes
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 AUTO = "auto"
 LARGEST = 64  # samples in a batch that "auto" tries first on a GPU
@@ -111,12 +110,13 @@ def run(
     together.gathered(None)  # nobody writes before everybody has read
     if folder and not begun and together.rank == 0:
         kept.put(folder / "run.json", header)
-    parts = together.gathered(_measured(study, model, samples, folder, together, batch_size, progress))
+    chunks = _Chunks(study, model, batch_size, folder, kept.digest(header))
+    parts = together.gathered(chunks.shared(samples, together, progress))
     counts = {count for count, _ in parts}
     if len(counts) > 1:
         raise EmbedLensError(f"the processes were given {sorted(counts)} samples: give every process the same")
-    chunks = dict(chain.from_iterable(own.items() for _, own in parts))
-    table = _table([answer for number in sorted(chunks) for answer in chunks[number]])
+    found = {number: answers for _, own in parts for number, answers in own.items()}
+    table = _table([answer for number in sorted(found) for answer in found[number]])
     if table.attrs["failed"] and together.rank == 0:
         failed = table.attrs["failed"]
         warnings.warn(
@@ -130,11 +130,8 @@ def run(
 def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, samples: Sequence[Sample]) -> int:
     """The largest power of two up to 64, or the number of samples, at which a batch fits into memory.
 
-    The study is run on the first samples and what it gives is thrown away. A CPU is not tried but given 8: where its
-    memory runs out, nothing is raised that could be caught.
-
-    Raises:
-        EmbedLensError: not even one sample fits.
+    What the study gives is thrown away. A CPU is not tried but given 8: where its memory runs out, nothing is raised
+    that could be caught. EmbedLensError: not even one sample fits.
     """
     if not len(samples):
         raise EmbedLensError("no samples: pass at least one")
@@ -158,17 +155,14 @@ def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, sa
 def rehearse(
     study: Callable[..., Any], model: VisionLanguageModel, samples: Sequence[Sample], batch_size: int | None
 ) -> float:
-    """Seconds that one sample takes here: the first batch, measured the second time it is run, and thrown away.
-
-    Samples differ, and so do processes that share a machine: it is an estimate.
-    """
+    """Seconds that one sample takes here, an estimate: the first batch, the second time it is run, thrown away."""
     if not len(samples):
         raise EmbedLensError("no samples: pass at least one")
     batch = list(samples[: batch_size or 1])
     began = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        _answers(study, model, [replace(sample) for sample in batch], batch_size)
+        _Chunks(study, model, batch_size).answers([replace(sample) for sample in batch])
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
     return (time.perf_counter() - began) / len(batch)
@@ -220,84 +214,76 @@ def _check(begun: Mapping[str, Any], header: Mapping[str, Any], folder: Path) ->
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _measured(
-    study: Callable[..., Any],
-    model: VisionLanguageModel,
-    samples: Iterable[Sample],
-    folder: Path | None,
-    together: Processes,
-    batch_size: int | None,
-    progress: bool | None,
-) -> tuple[int, dict[int, list[Answer]]]:
-    """How many samples there are, and the answers of this process's chunks by their number."""
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class _Chunks:
+    """Chunks of samples, measured, or read from the files in which an earlier run left them."""
 
-    total = len(samples) if isinstance(samples, Sized) else None
-    hidden = True if together.rank != 0 else (None if progress is None else not progress)
-    stream, count, own = iter(samples), 0, {}
-    chunks = iter(lambda: list(islice(stream, batch_size or SINGLE)), [])
-    with tqdm(total=total, disable=hidden, unit="sample", leave=False) as bar:
-        for number, chunk in enumerate(chunks):
-            if number % together.count == together.rank:
-                # a list of samples must not fill up with decoded pictures
-                chunk = [sample if "image" in vars(sample) else replace(sample) for sample in chunk]
-                own[number] = _chunk(study, model, chunk, batch_size, folder, number, bar.update)
-            else:
+    study: Callable[..., Any]
+    model: VisionLanguageModel
+    batch_size: int | None
+    folder: Path | None = None
+    key: str = ""
+    """Digest of what `run.json` says."""
+
+    def shared(
+        self, samples: Iterable[Sample], together: Processes, progress: bool | None
+    ) -> tuple[int, dict[int, list[Answer]]]:
+        """How many samples there are, and the answers of this process's chunks by their number."""
+        total = len(samples) if isinstance(samples, Sized) else None
+        hidden = True if together.rank != 0 else (None if progress is None else not progress)
+        stream, count, own = iter(samples), 0, {}
+        with tqdm(total=total, disable=hidden, unit="sample", leave=False) as bar:
+            for number, chunk in enumerate(iter(lambda: list(islice(stream, self.batch_size or SINGLE)), [])):
+                if number % together.count == together.rank:
+                    own[number] = self.of(number, chunk)
+                count += len(chunk)
                 bar.update(len(chunk))
-            count += len(chunk)
-    if count == 0:
-        raise EmbedLensError("no samples: pass at least one")
-    return count, own
+        if count == 0:
+            raise EmbedLensError("no samples: pass at least one")
+        return count, own
 
-
-def _chunk(
-    study: Callable[..., Any],
-    model: VisionLanguageModel,
-    chunk: list[Sample],
-    batch_size: int | None,
-    folder: Path | None,
-    number: int,
-    tell: Callable[[int], object],
-) -> list[Answer]:
-    """From its file or measured; whole, as in another company a sample's last bits may differ."""
-    path = folder / f"{number:06d}-{kept.digest([kept.of_sample(one) for one in chunk])[:12]}.json" if folder else None
-    found: list[Answer] | None = kept.get(path) if path else None
-    if found is not None:
-        tell(len(chunk))
+    def of(self, number: int, chunk: list[Sample]) -> list[Answer]:
+        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
+        path = None
+        if self.folder is not None:
+            named = kept.digest((self.key, [kept.of_sample(sample) for sample in chunk]))
+            path = self.folder / f"{number:06d}-{named[:12]}.json"
+            found = kept.get(path)
+            if found is not None:
+                return found
+        # a list of samples must not fill up with decoded pictures
+        chunk = [sample if "image" in vars(sample) else replace(sample) for sample in chunk]
+        batches = [chunk] if self.batch_size is not None else [[sample] for sample in chunk]
+        found = [answer for batch in batches for answer in self.answers(batch)]
+        if path is not None and not any("error" in answer for answer in found):  # what failed is tried again
+            kept.put(path, found)
         return found
-    found = []
-    for batch in [[sample] for sample in chunk] if batch_size is None else [chunk]:
-        found += _answers(study, model, batch, batch_size)
-        tell(len(batch))
-    if path and not any("error" in answer for answer in found):  # what failed is tried again
-        kept.put(path, found)
-    return found
+
+    def answers(self, batch: list[Sample]) -> list[Answer]:
+        """Of a batch; in halves where it does not fit on the device, one by one where a sample cannot be measured."""
+        try:
+            given = self.study(self.model, batch[0] if self.batch_size is None else batch)
+            if self.batch_size is None:
+                given = [_listed(given)]
+            elif isinstance(given, Iterable) and not isinstance(given, (str, Mapping)):
+                given = [_listed(rows) for rows in given]
+        except (EmbedLensError, OSError) as error:
+            if len(batch) == 1:
+                return [{"id": batch[0].id, "error": _sentence(error)}]
+            parts = [[sample] for sample in batch]
+        except (RuntimeError, MemoryError) as error:
+            if not memory.out_of_memory(error):
+                raise
+            parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        else:
+            return _checked(given, batch)
+        memory.release()  # out of the clause, whose traceback holds what filled the memory
+        if len(batch) == 1:
+            return [{"id": batch[0].id, "error": _too_little(self.model)}]
+        return [answer for part in parts for answer in self.answers(part)]
 
 
-def _answers(
-    study: Callable[..., Any], model: VisionLanguageModel, batch: list[Sample], batch_size: int | None
-) -> list[Answer]:
-    too_large = False
-    try:
-        given = study(model, batch[0]) if batch_size is None else study(model, batch)
-        if batch_size is None:
-            given = [_listed(given)]
-        elif isinstance(given, Iterable) and not isinstance(given, (str, Mapping)):
-            given = [_listed(rows) for rows in given]
-    except (EmbedLensError, OSError) as error:
-        if len(batch) == 1:
-            return [{"id": batch[0].id, "error": _sentence(error)}]
-        return [answer for sample in batch for answer in _answers(study, model, [sample], batch_size)]
-    except (RuntimeError, MemoryError) as error:
-        too_large = memory.out_of_memory(error)
-        if not too_large:
-            raise
-    if too_large:  # out of the clause, whose traceback holds what filled the memory
-        memory.release()
-        if len(batch) == 1:
-            return [{"id": batch[0].id, "error": _too_little(model)}]
-        halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
-        return [answer for half in halves for answer in _answers(study, model, half, batch_size)]
+def _checked(given: Any, batch: Sequence[Sample]) -> list[Answer]:
     if not isinstance(given, list) or len(given) != len(batch):
         what = f"{len(given)} results" if isinstance(given, list) else kind(given)
         raise EmbedLensError(
@@ -353,8 +339,6 @@ def _too_little(model: VisionLanguageModel) -> str:
 
 def _table(answers: Sequence[Answer]) -> pd.DataFrame:
     """The rows in order, and in `attrs["failed"]` the samples that have none."""
-    import pandas as pd
-
     failed = [{"index": index, **answer} for index, answer in enumerate(answers) if "error" in answer]
     rows = [row for answer in answers for row in answer.get("rows", ())]
     if len(failed) == len(answers):

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from embedlens import kept, memory
@@ -28,6 +27,7 @@ from embedlens.arms import (  # noqa: F401 - arms are named as of this module, t
     everywhere,
     generator,
     members,
+    on_things,
     others,
     pruning,
     random_alive,
@@ -178,7 +178,7 @@ def _rows_of(
     if len(found) != len(pictures):
         raise EmbedLensError(f"groups gave {len(found)} results for {len(pictures)} prompts: return one for each")
     of_picture = {
-        picture: replace(own, on_things=_on_things(items[first[picture]].sample, prompts[first[picture]].grid))
+        picture: replace(own, on_things=on_things(items[first[picture]].sample, prompts[first[picture]].grid))
         if isinstance(own, TokenGroups)  # other arms may know something else of a picture
         else own
         for picture, own in zip(pictures, found, strict=True)
@@ -242,15 +242,6 @@ def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int
     for leader, places in further.items():
         prompts |= {place: model.asked(prompts[leader], items[place].question.text) for place in places}
     return prompts
-
-
-def _on_things(sample: Sample, grid: PatchGrid) -> Bool[Tensor, " n"]:
-    """Patches that show some of an object's box; a crowd is no object."""
-    found = torch.zeros(len(grid), dtype=torch.bool)
-    for entry in sample.annotations:
-        x, y, w, h = entry["bbox"]
-        found |= grid.touching((x, y, x + w, y + h)) & (not entry.get("iscrowd"))
-    return found
 
 
 def _picture(sample: Sample) -> Any:

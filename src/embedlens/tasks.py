@@ -171,8 +171,7 @@ def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[
         seed: of the pictures; no seed gives pictures that training has seen or measured itself on.
         scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
 
-    Raises:
-        EmbedLensError: unknown kind, or `n` below 1.
+    EmbedLensError: unknown kind, or `n` below 1.
     """
     if kind not in KINDS:
         raise EmbedLensError(f"unknown kind of question {kind!r}: use one of {', '.join(KINDS)}")
@@ -198,10 +197,8 @@ def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[
 def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     """`n` held-out questions of one family, spread evenly over its kinds; `question.kind` is the key of KINDS.
 
-    One question a picture, so that no picture weighs more than another in an interval over pictures.
-
-    Raises:
-        EmbedLensError: unknown family, or fewer questions than the family has kinds.
+    One question a picture, so that no picture weighs more than another in an interval over pictures. EmbedLensError:
+    unknown family, or fewer questions than the family has kinds.
 
     >>> [item.question.kind for item in family_questions("ocr", n=4)]
     ['character', 'character', 'trained_word', 'word']
@@ -227,9 +224,6 @@ def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
 
     Returns:
         Picture by picture, the families in the order of `FAMILIES`: `n` pictures, 4 `n` questions.
-
-    Raises:
-        EmbedLensError: fewer questions than a family has kinds.
 
     >>> items = questionnaires(n=15)
     >>> len(items), len({item.sample.id for item in items})
@@ -291,11 +285,7 @@ def _asked(drawn: Scene, quotas: Quotas, rng: random.Random) -> Question | None:
 
 
 def box_of(text: str) -> tuple[float, float, float, float] | None:
-    """The first four numbers in brackets, or None.
-
-    >>> box_of("[0.10, 0.20, 0.30, 0.40]")
-    (0.1, 0.2, 0.3, 0.4)
-    """
+    """The first four numbers in brackets, or None."""
     found = re.search(r"\[\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*,\s*(\d*\.?\d+)\s*\]", text)
     if found is None:
         return None
@@ -334,9 +324,6 @@ def box_score(item: Item, prediction: str, frame: str = "padded") -> float:
     LLaVA-1.5 writes fractions of the letterboxed square ("padded"), and the miniature does. The harness behind the
     paper's CV-centric column reads them as fractions of the original picture ("original"), in which a perfect answer
     can be wrong: an intervention that pulls boxes towards the unpadded frame looks like an improvement there.
-
-    Raises:
-        EmbedLensError: unknown frame, or a question that asks for no box.
 
     >>> sample = replace(questions("box", n=1)[0].sample, width=640, height=480)
     >>> item = Item(sample, Question("Give the box of the dog.", "[0.10, 0.20, 0.20, 0.30]", "grounding", "box"))
@@ -402,11 +389,7 @@ def evaluate(
 
 
 def said_yes(prediction: str) -> bool:
-    """Whether an answer is POPE's positive class.
-
-    >>> said_yes(" Yes.")
-    True
-    """
+    """Whether an answer is POPE's positive class."""
     return prediction.strip().rstrip(".").lower() == "yes"
 
 
@@ -432,11 +415,7 @@ def metric_scores(table: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def rows_of(table: pd.DataFrame, family: str, metric: Metric) -> pd.DataFrame:
-    """The answers that a metric counts.
-
-    Raises:
-        EmbedLensError: there are none.
-    """
+    """The answers that a metric counts; EmbedLensError if there are none."""
     rows = table[(table["family"] == family) & table["kind"].isin(metric.kinds)]
     if rows.empty:
         raise EmbedLensError(

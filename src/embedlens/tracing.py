@@ -35,8 +35,7 @@ class Trace:
     its MLP; `resid_post[l]` is `resid_pre[l + 1]`. All are taken before the final norm.
     """
 
-    stream: Float[Tensor, "layers_and_one s d"]
-    """What enters block 0, and what leaves each block."""
+    stream: Float[Tensor, "layers_and_one s d"]  #: What enters block 0, and what leaves each block
     resid_mid: Float[Tensor, "layers s d"]
     attention: Mapping[str, Float[Tensor, "layers s"]]
     """Name of a mask → share of each position's attention that falls on the mask's keys, mean over heads."""

@@ -9,7 +9,7 @@ from embedlens.families import internvl, llava, llava_next, llava_onevision, qwe
 FAMILIES: tuple[ModuleType, ...] = (llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl)
 
 #: Versions of transformers with which the tests of every family ran.
-TESTED_WITH = ("5.23.0",)
+TESTED_WITH = ("5.20.0", "5.23.0")
 
 
 def supported_classes() -> list[str]:

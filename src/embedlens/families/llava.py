@@ -118,22 +118,10 @@ def check_config(hf: Any, processor: Any, name: str) -> None:
     """
     config = hf.config
     strategy = config.vision_feature_select_strategy
-    with_cls = config.vision_config.model_type.startswith("clip")
-    if with_cls and strategy != "default":
-        raise EmbedLensError(
-            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
-            "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
-        )
-    if not with_cls and strategy != "full":
+    if not config.vision_config.model_type.startswith("clip") and strategy != "full":
         raise EmbedLensError(
             f"the vision tower of {name} ({config.vision_config.model_type}) has no CLS token, yet "
             f"vision_feature_select_strategy {strategy!r} drops the first row, which is a patch: set it to 'full' in "
             "config.json and processor_config.json if the model was trained so"
         )
-    missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
-    if missing:
-        raise EmbedLensError(
-            f"the processor of {name} does not say its {' and '.join(missing)}: add "
-            f'"patch_size": {config.vision_config.patch_size}, "vision_feature_select_strategy": "{strategy}" '
-            "to processor_config.json"
-        )
+    plain.check_selection(hf, processor, name)

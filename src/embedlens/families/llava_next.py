@@ -165,20 +165,7 @@ def check_config(hf: Any, processor: Any, name: str) -> None:
         EmbedLensError: several tower layers are read at once, CLS is kept, or processor and model cut differently.
     """
     check_tiles(hf, processor, name)
-    config = hf.config
-    if config.vision_config.model_type.startswith("clip") and config.vision_feature_select_strategy != "default":
-        raise EmbedLensError(
-            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy "
-            f"{config.vision_feature_select_strategy!r}), which has no patch: set it to 'default' in config.json and "
-            "processor_config.json if the model was trained so"
-        )
-    missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
-    if missing:
-        raise EmbedLensError(
-            f"the processor of {name} does not say its {' and '.join(missing)}: add "
-            f'"patch_size": {config.vision_config.patch_size}, "vision_feature_select_strategy": '
-            f'"{config.vision_feature_select_strategy}" to processor_config.json'
-        )
+    plain.check_selection(hf, processor, name)
 
 
 def check_tiles(hf: Any, processor: Any, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from embedlens.errors import EmbedLensError
 from embedlens.patches import PREPROCESSINGS, PatchGrid
 
 Inputs = Mapping[str, Tensor]
@@ -85,3 +86,23 @@ def cut(views: Float[Tensor, "views 3 height width"], patch: int) -> Float[Tenso
     down, across = (edge // patch for edge in views.shape[-2:])
     parts = views[..., : down * patch, : across * patch].unflatten(3, (across, patch)).unflatten(2, (down, patch))
     return parts.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def check_selection(hf: Any, processor: Any, name: str) -> None:
+    """Refuse a checkpoint that keeps CLS among its visual tokens, or whose processor does not say how it counts them.
+
+    Raises:
+        EmbedLensError: either.
+    """
+    strategy, tower = hf.config.vision_feature_select_strategy, hf.config.vision_config
+    if tower.model_type.startswith("clip") and strategy != "default":
+        raise EmbedLensError(
+            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
+            "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
+        )
+    missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
+    if missing:
+        raise EmbedLensError(
+            f"the processor of {name} does not say its {' and '.join(missing)}: add "
+            f'"patch_size": {tower.patch_size}, "vision_feature_select_strategy": "{strategy}" to processor_config.json'
+        )

@@ -30,28 +30,22 @@ class ClusterStudy:
 
     threshold: float
     order: str
-    ids: tuple[int, ...]
-    """Of the pictures."""
-    sizes: Int[np.ndarray, "pictures k"]
-    """Tokens in the cluster of each rank; 0 where a picture has no such cluster."""
-    tokens: Int[np.ndarray, " pictures"]
-    """Visual tokens of each picture."""
-    singletons: Int[np.ndarray, " pictures"]
-    """Tokens that are a cluster by themselves."""
+    ids: tuple[int, ...]  #: Of the pictures
+    sizes: Int[np.ndarray, "pictures k"]  #: Tokens in the cluster of each rank; 0 where a picture has no such cluster
+    tokens: Int[np.ndarray, " pictures"]  #: Visual tokens of each picture
+    singletons: Int[np.ndarray, " pictures"]  #: Tokens that are a cluster by themselves
     means: Float[Tensor, "pictures k d"] = field(repr=False)
     """Mean of the normalised members of each cluster; zero where there is no cluster."""
     null_means: Float[Tensor, "pictures repeats k d"] = field(repr=False)
     """The same of random token sets of the same sizes (`matched_null`)."""
-    center: Float[Tensor, " d"] = field(repr=False)
-    """Mean of all normalised visual tokens of all pictures."""
+    center: Float[Tensor, " d"] = field(repr=False)  #: Mean of all normalised visual tokens of all pictures
     nearest: Int[np.ndarray, "pictures k"]
     """The vocabulary entry nearest to each centroid; -1 where there is no cluster."""
     to_text: Float[np.ndarray, "pictures k"]
     """Cosine of each centroid to the centroid of the vocabulary; nan where there is no cluster."""
     in_bars: Float[np.ndarray, "pictures k"]
     """Share of each cluster's tokens that show no pixel of the picture; nan where there is no cluster."""
-    bars: Float[np.ndarray, " pictures"]
-    """Share of all the picture's tokens that show no pixel of it."""
+    bars: Float[np.ndarray, " pictures"]  #: Share of all the picture's tokens that show no pixel of it
     largest: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
     """Which tokens of each picture are in its largest cluster."""
 

@@ -106,8 +106,7 @@ class Common:
     """
 
     n_pictures: int
-    center: Mapping[str, Float[Tensor, "layers d"]]
-    """Where → mean of all normalised visual tokens."""
+    center: Mapping[str, Float[Tensor, "layers d"]]  #: Where → mean of all normalised visual tokens
     direction: Mapping[str, Mapping[str, Float[Tensor, "layers d"]]] = field(repr=False)
     """Where → group → mean of its normalised tokens. A group without a token is left out."""
 

@@ -119,12 +119,10 @@ def matched_directions(h: Float[Tensor, "m d"], n: int, seed: int = 0) -> Float[
 class Hubness:
     """How often each vocabulary entry is among the k best, for visual tokens and for directions without a picture."""
 
-    tokens: Int[np.ndarray, "pictures V"]
-    """Visual tokens, picture by picture."""
+    tokens: Int[np.ndarray, "pictures V"]  #: Visual tokens, picture by picture
     matched: Int[np.ndarray, "repeats V"]
     """As many directions with the mean and covariance of the visual tokens, drawn anew in each repeat."""
-    random: Int[np.ndarray, "repeats V"]
-    """As many directions without preference."""
+    random: Int[np.ndarray, "repeats V"]  #: As many directions without preference
     k: int
 
     @property

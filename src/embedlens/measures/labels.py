@@ -85,18 +85,13 @@ def _plural(name: str) -> str:
 class LabelHits:
     """What one lens found in a set of pictures, under one rule and one k. A few bytes per picture, layer and label."""
 
-    labels: tuple[str, ...]
-    """The labels that have a token under the rule."""
-    present: Bool[np.ndarray, "pictures labels"]
-    """Which labels each picture has."""
-    retrieved: Bool[np.ndarray, "layers pictures labels"]
-    """Which labels some visual token of the picture retrieves."""
-    tokens: Int[np.ndarray, " pictures"]
-    """Visual tokens of each picture."""
+    labels: tuple[str, ...]  #: The labels that have a token under the rule
+    present: Bool[np.ndarray, "pictures labels"]  #: Which labels each picture has
+    retrieved: Bool[np.ndarray, "layers pictures labels"]  #: Which labels some visual token of the picture retrieves
+    tokens: Int[np.ndarray, " pictures"]  #: Visual tokens of each picture
     object_tokens: Int[np.ndarray, " pictures"]
     """Of these, tokens whose patch centre lies in the box of an object whose label counts."""
-    grounded: Int[np.ndarray, "layers pictures"]
-    """Object tokens that retrieve the label of an object they lie in."""
+    grounded: Int[np.ndarray, "layers pictures"]  #: Object tokens that retrieve the label of an object they lie in
     label_tokens: Int[np.ndarray, " labels"] = field(repr=False)
     """Object tokens in a box of each label, over all pictures."""
     retrieving: Int[np.ndarray, "layers labels"] = field(repr=False)

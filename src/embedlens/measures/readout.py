@@ -9,13 +9,12 @@ weights (what the vision tower alone gives) and beside the most frequent answer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -116,20 +115,6 @@ def random_projector(projector: nn.Module, seed: int) -> nn.Module:
     return drawn.to(first.device, first.dtype).eval()
 
 
-@dataclass(frozen=True, eq=False)
-class TokenTable:
-    """Visual tokens of many pictures before the projector, with what is known about each."""
-
-    before: Float[Tensor, "tokens v"]
-    """Vision-tower states that the projector reads."""
-    picture: Int[np.ndarray, " tokens"]
-    """Id of the picture."""
-    groups: Mapping[str, Bool[np.ndarray, " tokens"]]
-    """"dead" and "alive"."""
-    answers: Mapping[str, Int[np.ndarray, " tokens"]]
-    """One of QUESTIONS → class, -1 if there is none."""
-
-
 def token_table(
     model: VisionLanguageModel,
     samples: Iterable[Sample],
@@ -137,8 +122,12 @@ def token_table(
     per_picture: int = 48,
     seed: int = 0,
     batch_size: int = 16,
-) -> TokenTable:
+) -> tuple[Float[Tensor, "tokens v"], pd.DataFrame]:
     """Tokens to probe: of each picture at most `per_picture` dead and as many alive ones, drawn by its id and the seed.
+
+    Returns:
+        the vision-tower states that the projector reads, and a row for each: id of its picture, dead, alive and, of
+        QUESTIONS, the class, -1 if there is none.
 
     Raises:
         EmbedLensError: no samples.
@@ -153,9 +142,8 @@ def token_table(
             known = [patch_colours(sample.image, prompt.grid), *patch_objects(sample, prompt.grid)]
             states.append(tower[model.feature_layer][torch.from_numpy(chosen).to(tower.device)].float().cpu())
             parts.append([np.full(len(chosen), sample.id), *(column[chosen] for column in (*masks, *known))])
-    picture, dead, alive, *answers = (np.concatenate(column) for column in zip(*parts, strict=True))
-    groups_of = {"dead": dead, "alive": alive}
-    return TokenTable(torch.cat(states), picture, groups_of, dict(zip(QUESTIONS, answers, strict=True)))
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return torch.cat(states), pd.DataFrame(dict(zip(("id", "dead", "alive", *QUESTIONS), columns, strict=True)))
 
 
 @torch.no_grad()
@@ -235,17 +223,19 @@ def readouts(
         per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS): id, hits
         and asked; none where too few tokens qualify.
     """
-    table = token_table(model, samples, reference, seed=seed)
+    before, table = token_table(model, samples, reference, seed=seed)
     anew = [random_projector(model.projector, seed + number) for number in range(projectors)]
     forms = {
-        READERS[0]: [projected(model.projector, table.before)],
-        READERS[1]: [projected(projector, table.before) for projector in anew],
+        READERS[0]: [projected(model.projector, before)],
+        READERS[1]: [projected(projector, before) for projector in anew],
     }
     found = []
-    for question, answers in table.answers.items():
-        for group, mask in table.groups.items():
+    for question in QUESTIONS:
+        for group in ("dead", "alive"):
+            mask = table[group].to_numpy()
+            answers, picture = (table[column].to_numpy()[mask] for column in (question, "id"))
             for name, vectors in forms.items():
-                rows = linear_readout([form[mask] for form in vectors], answers[mask], table.picture[mask], seed=seed)
+                rows = linear_readout([form[mask] for form in vectors], answers, picture, seed=seed)
                 if rows is not None:
                     found.append(rows.assign(question=question, group=group, reader=name))
                     if name == READERS[0]:

@@ -61,8 +61,7 @@ class Spread:
     """L2 norm of every patch of every picture, index 0 = the tower's embedding."""
     largest: Float[np.ndarray, "states tokens"] = field(repr=False)
     """Largest |x|/RMS of every token but the first, index 0 = what enters the first block."""
-    first: Float[np.ndarray, "states d"] = field(repr=False)
-    """|x|/RMS of the first token."""
+    first: Float[np.ndarray, "states d"] = field(repr=False)  #: |x|/RMS of the first token
 
     @property
     def norm_fences(self) -> Float[np.ndarray, " tower_layers"]:
@@ -197,15 +196,11 @@ class Entries:
     """One kind of sink where it enters layer 0, in the pictures that have any. Set 0 is theirs, the others random."""
 
     ids: tuple[int, ...]
-    means: Float[np.ndarray, "pictures sets d"] = field(repr=False)
-    """Mean of the normalised tokens of each set."""
-    center: Float[np.ndarray, " d"] = field(repr=False)
-    """Mean of all normalised visual tokens."""
-    words: Int[np.ndarray, "pictures sets"] = field(repr=False)
-    """Entry nearest to each mean."""
+    means: Float[np.ndarray, "pictures sets d"] = field(repr=False)  #: Mean of the normalised tokens of each set
+    center: Float[np.ndarray, " d"] = field(repr=False)  #: Mean of all normalised visual tokens
+    words: Int[np.ndarray, "pictures sets"] = field(repr=False)  #: Entry nearest to each mean
     masks: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
-    clusters: tuple[Int[np.ndarray, " _"], ...] = field(repr=False)
-    """`anchor_clusters` of the visual tokens."""
+    clusters: tuple[Int[np.ndarray, " _"], ...] = field(repr=False)  #: `anchor_clusters` of the visual tokens
     cluster_means: tuple[Float[Tensor, "_ d"], ...] = field(repr=False)
 
     def alike(self, seed: int = 0) -> dict[str, Estimate | float]:

@@ -78,22 +78,16 @@ class OnePatch:
     """
 
     id: int
-    group: str
-    """One of GROUPS."""
-    side: int
-    """px of the picture."""
-    patch: int
-    """px of a cell; cells beyond the last whole one, at the right and at the foot, stay empty."""
+    group: str  #: One of GROUPS
+    side: int  #: px of the picture
+    patch: int  #: px of a cell; cells beyond the last whole one, at the right and at the foot, stay empty
     row: int
     col: int
-    surround: str
-    """Colour of everything outside the cell; names in `sprites.COLOURS`."""
-    ground: str
-    """Colour of the cell behind its content; that of the surround where the cell has none of its own."""
+    surround: str  #: Colour of everything outside the cell; names in `sprites.COLOURS`
+    ground: str  #: Colour of the cell behind its content; that of the surround where the cell has none of its own
     ink: str | None
     """Colour of the object or of the text; None leaves an object its own colours, of which nothing is asked."""
-    category: int | None = None
-    """Index into CATEGORIES; None for a string."""
+    category: int | None = None  #: Index into CATEGORIES; None for a string
     copies: int = 1
     text: str = ""
     font: int = 0

@@ -114,24 +114,6 @@ def caption(
     return text + "."
 
 
-def document(scene: Scene, rng: random.Random) -> str:
-    """All about a scene in words: what a language model reads in place of the picture.
-
-    Each thing has its own clause with colour, place and box; words are given joined and spelled.
-    """
-    clauses = []
-    for thing in scene.things:
-        what = (
-            f'the {thing.colour} text "{thing.text}" {described(thing).split(" ", 1)[1]}'
-            if thing.category is None
-            else article(described(thing))
-        )
-        clause = f"{what} {at(region(thing, scene))}"
-        clauses.append(f"{clause} {box_text(padded_box(thing, scene))}")
-    rng.shuffle(clauses)
-    return ", ".join([*clauses, ground_phrase(scene)] if rng.random() < 0.5 else clauses) + "."
-
-
 def _unique(scene: Scene) -> list[Thing]:
     """Objects whose category appears once."""
     counts = Counter(thing.category for thing in scene.objects)

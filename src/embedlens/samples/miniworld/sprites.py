@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-ATLAS = Path(__file__).parent / "assets" / "sprites.png"
+ASSETS = Path(__file__).parent / "assets"
+ATLAS = ASSETS / "sprites.png"
 CELL, COLUMNS = 96, 16
 ANGLES = (-30, -20, -10, 0, 10, 20, 30)  # degrees; few, so that rotated sprites can be kept
 
@@ -25,97 +27,21 @@ class Category:
     emoji: str
 
 
-CATEGORIES: tuple[Category, ...] = tuple(
-    Category(*row)
-    for row in (
-        (1, "person", "person", "\U0001f9cd"),
-        (2, "bicycle", "vehicle", "\U0001f6b2"),
-        (3, "car", "vehicle", "\U0001f697"),
-        (4, "motorcycle", "vehicle", "\U0001f3cd"),
-        (5, "airplane", "vehicle", "\U00002708"),
-        (6, "bus", "vehicle", "\U0001f68c"),
-        (7, "train", "vehicle", "\U0001f686"),
-        (8, "truck", "vehicle", "\U0001f69a"),
-        (9, "boat", "vehicle", "\U000026f5"),
-        (10, "traffic light", "outdoor", "\U0001f6a6"),
-        (16, "bird", "animal", "\U0001f426"),
-        (17, "cat", "animal", "\U0001f408"),
-        (18, "dog", "animal", "\U0001f415"),
-        (19, "horse", "animal", "\U0001f40e"),
-        (20, "sheep", "animal", "\U0001f411"),
-        (21, "cow", "animal", "\U0001f404"),
-        (22, "elephant", "animal", "\U0001f418"),
-        (23, "bear", "animal", "\U0001f43b"),
-        (24, "zebra", "animal", "\U0001f993"),
-        (25, "giraffe", "animal", "\U0001f992"),
-        (27, "backpack", "accessory", "\U0001f392"),
-        (28, "umbrella", "accessory", "\U00002602"),
-        (31, "handbag", "accessory", "\U0001f45c"),
-        (32, "tie", "accessory", "\U0001f454"),
-        (33, "suitcase", "accessory", "\U0001f9f3"),
-        (34, "frisbee", "sports", "\U0001f94f"),
-        (38, "kite", "sports", "\U0001fa81"),
-        (41, "skateboard", "sports", "\U0001f6f9"),
-        (44, "bottle", "kitchen", "\U0001f37e"),
-        (46, "wine glass", "kitchen", "\U0001f377"),
-        (47, "cup", "kitchen", "\U00002615"),
-        (49, "knife", "kitchen", "\U0001f52a"),
-        (50, "spoon", "kitchen", "\U0001f944"),
-        (51, "bowl", "kitchen", "\U0001f963"),
-        (52, "banana", "food", "\U0001f34c"),
-        (53, "apple", "food", "\U0001f34e"),
-        (54, "sandwich", "food", "\U0001f96a"),
-        (56, "broccoli", "food", "\U0001f966"),
-        (57, "carrot", "food", "\U0001f955"),
-        (58, "hot dog", "food", "\U0001f32d"),
-        (59, "pizza", "food", "\U0001f355"),
-        (60, "donut", "food", "\U0001f369"),
-        (61, "cake", "food", "\U0001f382"),
-        (62, "chair", "furniture", "\U0001fa91"),
-        (63, "couch", "furniture", "\U0001f6cb"),
-        (64, "potted plant", "furniture", "\U0001fab4"),
-        (65, "bed", "furniture", "\U0001f6cf"),
-        (70, "toilet", "furniture", "\U0001f6bd"),
-        (72, "tv", "electronic", "\U0001f4fa"),
-        (73, "laptop", "electronic", "\U0001f4bb"),
-        (77, "cell phone", "electronic", "\U0001f4f1"),
-        (84, "book", "indoor", "\U0001f4d5"),
-        (85, "clock", "indoor", "\U000023f0"),
-        (86, "vase", "indoor", "\U0001f3fa"),
-        (87, "scissors", "indoor", "\U00002702"),
-        (88, "teddy bear", "indoor", "\U0001f9f8"),
-    )
-)
-BY_NAME = {category.name: i for i, category in enumerate(CATEGORIES)}
+CATEGORIES = tuple(Category(*row) for row in json.loads((ASSETS / "categories.json").read_text(encoding="utf-8")))
 BY_GROUP: dict[str, tuple[int, ...]] = {
     group: tuple(i for i, category in enumerate(CATEGORIES) if category.group == group)
     for group in dict.fromkeys(category.group for category in CATEGORIES)
 }
 
 # sRGB; chosen to stay apart after JPEG-like noise and small changes of brightness
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 36, 40),
-    "orange": (245, 132, 28),
-    "yellow": (250, 218, 50),
-    "green": (42, 160, 64),
-    "cyan": (64, 205, 215),
-    "blue": (36, 76, 205),
-    "purple": (128, 56, 170),
-    "pink": (246, 140, 190),
-    "white": (246, 246, 246),
-    "black": (28, 28, 32),
-}
+COLOURS = {"red": (214, 36, 40), "orange": (245, 132, 28), "yellow": (250, 218, 50), "green": (42, 160, 64)}
+COLOURS |= {"cyan": (64, 205, 215), "blue": (36, 76, 205), "purple": (128, 56, 170), "pink": (246, 140, 190)}
+COLOURS |= {"white": (246, 246, 246), "black": (28, 28, 32)}
 
 # what captions and questions write is upper case: c/C, o/O, s/S ... look the same at 12 px
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "23456789"  # 0 and 1 look like O and I
-FONTS = (
-    "DejaVuSans.ttf",
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "DejaVuSansMono-Bold.ttf",
-    "STIXGeneralBol.ttf",
-)
+FONTS = (*(f"DejaVu{face}.ttf" for face in ("Sans", "Sans-Bold", "Serif-Bold", "SansMono-Bold")), "STIXGeneralBol.ttf")
 
 
 @lru_cache(maxsize=1)
