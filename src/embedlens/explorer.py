@@ -210,6 +210,8 @@ def _scene(
     parts, top = [], {}
     for name, lens in readers.items():
         scores, ids = lens.topk(stream, k)
+        if not bool(scores.isfinite().all()):  # words that the lens excludes
+            raise EmbedLensError(f"{name} has fewer than {k} words for a token: pass a smaller k")
         unit = "cosine" if isinstance(lens, EmbedLens) else "logit" if isinstance(lens, LogitLens) else "score"
         parts.append(_reading(name, unit, words.of(lens.tokens, ids), scores))
         top[name] = [lens.tokens[index] for index in ids[0, :, 0].tolist()]
