@@ -180,7 +180,7 @@ ONWARD2 = replace(
     tower=NOTHING,
     language=Stage(LONG, batch=16, lr=6e-4, warmup=40, seconds=2700, measurements=5),
     alignment=Stage(LONG, batch=16, lr=1e-3, weight_decay=0.0, warmup=10, seconds=120, measurements=1),
-    tuning=Stage(LONG, batch=24, lr=4e-4, weight_decay=0.05, warmup=40, seconds=1800, measurements=4),
+    tuning=Stage(LONG, batch=24, lr=4e-4, weight_decay=0.05, warmup=40, seconds=4200, measurements=6),
     threads=1,
 )
 # Sized for ten minutes of one H100 with 16 cores, which draw the pictures; not run yet (see the model card).

@@ -126,6 +126,7 @@ def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " 
         ids=torch.cat([prompt.ids, ids]),
         embeds=torch.cat([prompt.embeds, embeds]),
         visual=torch.cat([prompt.visual, torch.zeros_like(ids, dtype=torch.bool)]),
+        rows=rows,
         positions=positions,
         said=prompt.said + len(ids),
     )
