@@ -12,7 +12,7 @@ import pytest
 import embedlens
 
 MODULES = ["errors", "pictures", "patches", "families", "vlm", "words", "lenses", "probe", "__main__"]
-# The house, lowest floor first. A module imports from floors below its own, or from one that stands before it on its own.
+# The house, lowest floor first: a module imports from floors below, or from one that stands before it on its own.
 HOUSE = [
     "errors model_names words printed pictures patches stats rules processes interventions",
     "samples families prompts",

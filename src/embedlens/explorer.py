@@ -39,6 +39,7 @@ from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
 ABOUT = {
     "EmbedLens": "nearest input embeddings",
     "LogitLens": "what the output head would say",
+    "ContextLens": "nearest words inside the model",
     "Alone": "the answer from this token only",
 }
 WHY = {

@@ -106,8 +106,6 @@ class VisionLanguageModel:
         """The same weights, reading pictures in another way; nothing is loaded again, nothing takes memory twice."""
         return VisionLanguageModel(self.hf, deepcopy(self.processor), self.name, preprocessing)
 
-    # --- what the model is -------------------------------------------------------------------------------------------
-
     @property
     def n_layers(self) -> int:
         return len(self.blocks)
