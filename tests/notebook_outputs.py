@@ -5,8 +5,9 @@ outputs of code cells: what was printed, tables, glued values, and whether there
 stderr (a library's remark about its cache is no result), durations, dates, or the folders above the repository's.
 
 - A *number* may differ by 1 %, or by two units of its last digit if that is more: the finer of the two as printed, the
-  fourth significant digit for a glued float, because `book.glue` rounds to that. So a sign may only turn within two
-  units of zero. A count is a number like any other: where one picture more or less falls under a threshold is noise.
+  fourth significant digit for a glued float (not for a glued text that holds numbers), because `book.glue` rounds to
+  that. So a sign may only turn within two units of zero. A count is a number like any other: where one picture more or
+  less falls under a threshold is noise.
 - A *name* is equal: every word (verdicts too), punctuation, a number that is part of a word (`E40`, `MLP-2`, `4x4`,
   `·0.25`), whole numbers behind a word of `NAMING` (`layers 2, 3 and 5`, a column or a glued key `layer`), and all that
   a table holds in its header and in front of its rows. So is the number of words, rows, columns and outputs.
@@ -77,7 +78,7 @@ def cell_differences(committed: Sequence[Mapping[str, Any]], fresh: Sequence[Map
         found += [
             f"{kind} {place}".strip() + f": {old!r} is now {new!r}"
             for (place, old), (_, new) in zip(before, after, strict=True)
-            if not same(f"{place} {old}", f"{place} {new}", glued=kind == "glued")
+            if not same(f"{place} {old}", f"{place} {new}", glued=kind == "glued" and old[:1] not in ("'", '"'))
         ]
     return found
 

@@ -117,7 +117,7 @@ class ContextLens(EmbedLens):
             if wanted:
                 rows, at = (torch.tensor(part, device=model.device) for part in zip(*wanted, strict=True))
                 stream = _stream(model, [ids for _, ids, _ in batch])
-                vectors.append(torch.stack([_halved(stream[layer].to(model.device)[rows, at]) for layer in layers]))
+                vectors.append(torch.stack([stream[layer].to(model.device)[rows, at].float() for layer in layers]))
             if (len(places) + 1) * len(layers) > most:
                 break
         if not vectors:
@@ -128,7 +128,7 @@ class ContextLens(EmbedLens):
 
     @property
     def vectors(self) -> Float[Tensor, "rows d"]:
-        """The representations, half precision."""
+        """The representations; a file keeps them in half precision."""
         return self._vectors
 
     def sentences(self, h: Float[Tensor, "n d"], k: int = 5) -> list[list[str]]:
@@ -156,7 +156,7 @@ class ContextLens(EmbedLens):
 
         file = Path(file).expanduser()
         told = {"words": list(self.tokens), "places": self._places, "texts": self._texts, "model": self._model}
-        parts = {"vectors": self._vectors.cpu().contiguous(), "layer": self.layer.cpu()}
+        parts = {"vectors": _halved(self._vectors).cpu().contiguous(), "layer": self.layer.cpu()}
         with writing(file):
             try:
                 save_file(parts, file, metadata={"format": FORMAT, "told": json.dumps(told)})
