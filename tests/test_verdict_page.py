@@ -114,5 +114,5 @@ def test_the_page_is_made_of_whatever_records_there_are(tmp_path, model, monkeyp
     for name, cell in CELLS.items():
         if cell["cell_type"] == "code" and name.startswith("v") and name != "v1":
             exec(compile(cell["source"], name, "exec"), space)
-    said = "1 does not hold and 2 cannot" if model else "claims that were judged, 2 cannot"
+    said = "1 does not hold and 2 cannot" if model else "by construction), 2 cannot"
     assert said in glued["found_first"] and glued["main_model"] == (model or "the miniature")
