@@ -30,6 +30,7 @@ from embedlens.interventions import (
     SkipSublayers,
     sublayers_of,
 )
+from embedlens.prompts import side_by_side
 from embedlens.tracing import attending
 
 if TYPE_CHECKING:
@@ -48,32 +49,6 @@ class _Batch:
     """Rotary positions, if they are not the stock ones."""
     next_position: Int[Tensor, " b"]
     pruned: bool
-
-
-def side_by_side(
-    parts: Sequence[Tensor], side: Literal["left", "right"], begins: Sequence[int] | None = None
-) -> Tensor:
-    """Rows of different lengths as one padded tensor [b, s, ...].
-
-    Args:
-        parts: one tensor [length, ...] per prompt.
-        side: where the padding stands.
-        begins: how many leading entries of each part are remembered from an earlier forward. They end at one common
-            column; what comes after them is padded on `side`.
-
-    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])], "left", begins=[2, 1]).tolist()
-    [[1, 2, 0, 3], [0, 4, 5, 6]]
-    """
-    begins = [0] * len(parts) if begins is None else begins
-    before = max(begins)
-    after = max(len(part) - begin for part, begin in zip(parts, begins, strict=True))
-    whole = parts[0].new_zeros(len(parts), before + after, *parts[0].shape[1:])
-    for row, (part, begin) in enumerate(zip(parts, begins, strict=True)):
-        new = len(part) - begin
-        first = before + (after - new if side == "left" else 0)
-        whole[row, before - begin : before] = part[:begin]
-        whole[row, first : first + new] = part[begin:]
-    return whole
 
 
 class Run:

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from embedlens.engine import intervene, side_by_side
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence, sublayers_of
+from embedlens.prompts import side_by_side
 from embedlens.remembered import ALL, NONE, Memory, Remembered, Table, empty_of, extent, forward
 
 if TYPE_CHECKING:

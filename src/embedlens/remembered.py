@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from embedlens.engine import side_by_side
+from embedlens.prompts import side_by_side
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
