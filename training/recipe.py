@@ -183,8 +183,8 @@ ONWARD2 = replace(
     tuning=Stage(LONG, batch=24, lr=4e-4, weight_decay=0.05, warmup=40, seconds=4200, measurements=6),
     threads=1,
 )
-# The tower, which bounds what any answer can say, learns on as in recipe `onward`, for as long as the clock lets it: with
-# new heads, more writing, and the learning rate of a model that is past its start.
+# The tower, which bounds what any answer can say, learns on as in recipe `onward`, for as long as the clock lets it:
+# with new heads, and the learning rate of a model that is past its start.
 ONWARD3 = replace(
     ONWARD,
     name="onward3",
@@ -301,4 +301,6 @@ class LateEntry:
 
 
 LATE_ENTRY = LateEntry(ONWARD)
-RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, ONWARD2, ONWARD3, RELATION_WORDS, RELATION_PICTURES, GPU)}
+RECIPES = {
+    recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, ONWARD2, ONWARD3, RELATION_WORDS, RELATION_PICTURES, GPU)
+}

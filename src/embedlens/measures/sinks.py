@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from embedlens.clusters import anchor_clusters, centroids, picture_pairs
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
-from embedlens.groups import Reference, TokenGroups, fence, phi, ratios, reference_of, token_groups_of
+from embedlens.groups import Reference, TokenGroups, fence, phi, ratio_fence, ratios, reference_of, token_groups_of
 from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at, prompts_of
@@ -75,8 +75,8 @@ class Spread:
 
     @property
     def ratio_fences(self) -> Float[np.ndarray, " states"]:
-        """`groups.fence` of the largest |x|/RMS of all tokens but the first."""
-        return np.array([fence(layer) for layer in self.largest])
+        """`groups.ratio_fence` of the largest |x|/RMS of all tokens but the first."""
+        return np.array([ratio_fence(layer, self.first.shape[1]) for layer in self.largest])
 
     @property
     def excitement(self) -> pd.DataFrame:
