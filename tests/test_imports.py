@@ -21,7 +21,7 @@ HOUSE = [
     "clusters groups redundancy codebook pruners kept memory study tasks arms prefix",
     "sweep paired pruner_arms measures",
     "book_rules book_runs book_pages book records claims figures probe explorer",
-    "launch released parameters lmms lmms_model studies",
+    "released parameters lmms lmms_model studies",
 ]
 ORDER = [module for floor in HOUSE for module in floor.split()]
 

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from embedlens import book, book_rules, launch
+from embedlens import book, book_rules
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "https://github.com/owner/name"

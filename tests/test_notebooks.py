@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
+import launch
 import pytest
 
-from embedlens import book, launch
+from embedlens import book
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -58,7 +59,7 @@ def test_no_cell_hides_its_value_behind_a_semicolon(page):
 def test_a_notebook_begins_with_the_cell_that_installs_what_is_missing_and_checks_its_parameters(page):
     notebook = book.read(ROOT / page)
     address = launch.stated(notebook)
-    assert address is not None, "run python -m embedlens.launch"
-    assert not launch.begin(notebook, address), "run python -m embedlens.launch"
+    assert address is not None, "run python book/_tools/launch.py"
+    assert not launch.begin(notebook, address), "run python book/_tools/launch.py"
     sources = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(sources) == len(set(sources)), "a cell stands there twice"

@@ -7,7 +7,6 @@ building the book never changes the working tree; `refresh` is what renews them.
 
 from __future__ import annotations
 
-import ast
 import math
 import os
 import re
@@ -173,12 +172,16 @@ def stage(root: Path, target: Path) -> Path:
 
 def declared_parameters(path: Path) -> dict[str, str]:
     """Name and help of each parameter of a notebook: the cell tagged `parameters`, the comment behind each line."""
+    return {name: str(entry["help"]) for name, entry in _inspected(path).items()}
+
+
+def _inspected(path: Path) -> dict[str, Any]:
     import logging
 
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    return {name: str(entry["help"]) for name, entry in papermill.inspect_notebook(str(path)).items()}
+    return papermill.inspect_notebook(str(path))
 
 
 def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ()) -> dict[str, Any]:
@@ -190,11 +193,8 @@ def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ())
     >>> parse_parameters(["device=cuda:0", "out=2024-01-01"])
     {'device': 'cuda:0', 'out': '2024-01-01'}
     """
-    cells = [cell for path in notebooks for cell in read(path)["cells"]] if assignments else []
-    types: dict[str, str] = {}
-    for cell in cells:
-        if "parameters" in cell["metadata"].get("tags", []):
-            types |= assigned(cell["source"])
+    inspected = [_inspected(path) for path in notebooks] if assignments else []
+    types = {name: str(entry["inferred_type_name"]) for found in inspected for name, entry in found.items()}
     values = {}
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
@@ -202,25 +202,6 @@ def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ())
             raise BookError(f"-p {assignment}: write NAME=VALUE, for example -p n_images=500")
         values[name] = typed(name, text, types.get(name, "str"))
     return values
-
-
-def assigned(source: str) -> dict[str, str]:
-    """Name → annotation, or nothing, of what a cell assigns.
-
-    >>> assigned("n_images: int = 4  # pictures")
-    {'n_images': 'int'}
-    """
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:
-        return {}
-    found: dict[str, str] = {}
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = ast.unparse(node.annotation)
-        elif isinstance(node, ast.Assign):
-            found |= {target.id: "" for target in node.targets if isinstance(target, ast.Name)}
-    return found
 
 
 def typed(name: str, text: str, annotation: str) -> str | int | float | bool:

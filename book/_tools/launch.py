@@ -1,6 +1,6 @@
 """The cells that every notebook begins with: install what is missing (as on Colab), check the parameters.
 
-`python -m embedlens.launch` writes both into the notebooks of a checkout, with the address that `repository: url:` in
+`python book/_tools/launch.py` writes both into the notebooks of a checkout, with the address that `repository: url:` in
 `_config.yml` says; the theme's launch buttons go by the same setting.
 """
 
