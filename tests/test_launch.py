@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import book_rules
 import launch
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from embedlens import book, book_rules
+from embedlens import book
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "https://github.com/owner/name"
@@ -41,7 +42,7 @@ def test_the_cells_are_written_once_and_the_notebook_stays_sound():
     ]
     nbformat.validate(notebook)
     assert launch.stated(notebook) == ADDRESS
-    assert book.metadata_faults(notebook, "chapter") == []
+    assert book_rules.metadata_faults(notebook, "chapter") == []
     again = nbformat.from_dict(notebook)
     assert not launch.begin(again, ADDRESS) and again == notebook
     assert launch.begin(again, "https://github.com/other/name")  # a fork puts its own address there

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import book_rules
 import launch
 import pytest
 
@@ -16,7 +17,7 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob(
 def test_a_committed_notebook_was_run_in_order_and_carries_nothing_of_its_machine(page):
     notebook = book.read(ROOT / page)
     machine = [str(ROOT), str(Path.home()) + "/", sys.prefix]
-    assert book.run_faults(notebook, str(page)) + book.metadata_faults(notebook, str(page), machine) == []
+    assert book_rules.run_faults(notebook, str(page)) + book_rules.metadata_faults(notebook, str(page), machine) == []
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
@@ -43,7 +44,7 @@ def test_every_notebook_is_in_the_book():
 
 
 def test_glued_values_and_prose_fit_together():
-    assert book.glue_faults(ROOT, book.pages(ROOT)) == []
+    assert book_rules.glue_faults(ROOT, book.pages(ROOT)) == []
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)

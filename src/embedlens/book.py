@@ -1,8 +1,9 @@
-"""Run the notebooks, hold them to the book's rules, render them.
+"""Run the notebooks and render them, with papermill and Jupyter Book.
 
-The book's sources are copied to `_build/src`; chapters whose inputs changed are run there (`book_runs`), all are
-checked (`book_rules`), and Jupyter Book renders them to `_build/html`. The committed notebooks stay as they are, so
-building the book never changes the working tree; `refresh` is what renews them.
+The book's sources are copied to `_build/src`; chapters whose inputs changed are run there (`book_runs`), and Jupyter
+Book renders them to `_build/html`. What this book asks of its pages is its own Sphinx extension in `book/_tools`: what
+breaks a rule is refused as what Sphinx warns about. The committed notebooks stay as they are, so building the book
+never changes the working tree; `refresh` is what renews them.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens.book_pages import completed, explored, folded, forwarded, settled
-from embedlens.book_rules import (  # noqa: F401 - tests and other modules know the rules by this module's name
+from embedlens.book_runs import (  # noqa: F401 - others know these by this module's name
     KERNEL,
     BookError,
     cleaned,
-    demand,
-    glue_faults,
-    html_faults,
-    metadata_faults,
+    digest,
+    environment,
+    installed,
+    merged,
+    owned,
     read,
-    run_faults,
+    run_all,
     write,
 )
-from embedlens.book_runs import digest, environment, installed, merged, owned, run_all
 from embedlens.errors import EmbedLensError
 
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
@@ -265,20 +265,9 @@ def render(source: Path, work: Path, home: Path) -> Path:
     )
     if done.returncode:
         log = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
-        said = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|CRITICAL|Error:", line)]
+        said = [line for line in log.splitlines() if re.search(r"WARNING|ERROR|CRITICAL|Error:|exception:", line)]
         raise BookError("Jupyter Book refuses the pages:\n" + "\n".join(said or log.splitlines()[-20:]))
     return work / "_build" / "html"
-
-
-def anchor_cards(html: Path) -> None:
-    """Give each claim's card the claim as its anchor, `#e40`, where the verdict page leads; without a card, its row."""
-    for page in (html / "notebooks").glob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        for claim in sorted(set(re.findall(r"<(?:strong|th)>([ER]\d\d)</", text))):
-            card, row = f"<p><strong>{claim}</strong> · ", f"<th>{claim}</th>"
-            place = card if card in text else row
-            text = text.replace(place, place.replace(">", f' id="{claim.lower()}">', 1), 1)
-        page.write_text(text, encoding="utf-8")
 
 
 def build(
@@ -314,34 +303,16 @@ def build(
     values = parameters_for([root / page for page in chosen], parameters or {})
     with owned(root, out, SOURCES) as folder:
         source = stage(root, folder / "src")
-        config = source / "_config.yml"
-        config.write_text(settled(config.read_text(encoding="utf-8")), encoding="utf-8")
         runs = run_all(source, folder, {page: values[root / page] for page in chosen}, say, jobs)
-
-        faults = []
-        for page in chapters(source):
-            notebook = read(source / page)
-            notebook = cleaned(merged(notebook, read(runs[page])) if page in runs else notebook)
-            write(folded(notebook), source / page)
-            faults += run_faults(notebook, str(page))
-            if page_to_explore := explored(notebook):
-                (source / "book" / "_static" / "explorer.html").write_text(page_to_explore, encoding="utf-8")
-        completed(source, pages(source))
-        demand(faults + glue_faults(source, pages(source)))
-
+        for page, run in runs.items():
+            write(cleaned(merged(read(source / page), read(run))), source / page)
         html, old, told = folder / "html", folder / "html.old", folder / "html.digest"
-        shown = [path for path in source.rglob("*") if "results" not in path.relative_to(source).parts[:1]]
-        key = digest(shown, installed())
+        key = digest(source.rglob("*"), installed())
         if old.is_dir() and not html.is_dir():  # a kill between the two renames below
             old.rename(html)
         if not (html / "index.html").is_file() or not told.is_file() or told.read_text() != key:
             say("rendering")
             rendered = render(source, folder / "work", folder / "home")
-            anchor_cards(rendered)
-            if (source / "results").is_dir():
-                shutil.copytree(source / "results", rendered / "results")  # the verdict page links to records
-            demand(html_faults(rendered))
-            forwarded(rendered)
             shutil.rmtree(old, ignore_errors=True)
             told.unlink(missing_ok=True)
             if html.is_dir():

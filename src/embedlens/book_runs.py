@@ -16,29 +16,110 @@ import re
 import shutil
 import sys
 import time
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import distributions
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from embedlens.book_rules import KERNEL, BookError, Notebook, cleaned, demand, read, run_faults, write
+from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE
+
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+NOTEBOOK_METADATA = {"kernelspec", "language_info", "mystnb"}
+CELL_METADATA = {"tags", "mystnb", "editable", "slideshow"}
 
 MARK, MARKED = ".embedlens-book", "Made by `embedlens book`, which may replace and delete what lies in this folder.\n"
 NOT_OURS = ("src", "training", "tests", "LICENSES", ".ci", ".git", ".venv")  # beside the sources of the book
 CELL_TIMEOUT = 3600  # seconds for one cell
 CHAPTER_MEMORY = 2 << 30  # bytes that a chapter on the miniature needs at most
-KEPT = 3  # runs of each chapter, of other parameters or sources
 ROWS = "EMBEDLENS_ROWS"  # names the folder in which `embedlens.run` keeps what it measured, see there
+KEPT = 3  # runs of each chapter, of other parameters or sources
+
+Notebook = dict[str, Any]  # what nbformat reads: a dict with attribute access
+
+
+class BookError(EmbedLensError):
+    """The book cannot be run or rendered; where there are several findings, one to a line."""
 
 
 class ChapterFailed(BookError):
     """A cell of a chapter raises, or its kernel ends; the message names it."""
 
     exit_code = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notebooks as files
+
+
+def read(path: Path) -> Notebook:
+    """The notebook at `path`, in format 4."""
+    import nbformat
+
+    return nbformat.read(path, as_version=4)
+
+
+def write(notebook: Notebook, path: Path) -> None:
+    """Write the notebook, ending in one newline."""
+    import nbformat
+
+    nbformat.write(notebook, path)
+
+
+def cleaned(notebook: Notebook) -> Notebook:
+    """The notebook without what belongs to one run on one machine (times, durations, versions, kernel names), and
+    with its figures in a third of the bytes: every run that is committed stays in the repository's history."""
+    notebook["metadata"] = {
+        **{key: value for key, value in notebook["metadata"].items() if key in NOTEBOOK_METADATA},
+        "kernelspec": dict(KERNEL),
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook["cells"]:
+        cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA}
+        tags = cell["metadata"].get("tags", [])
+        if "injected-parameters" in tags and "hide-input" not in tags:
+            tags.append("hide-input")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data |= {mime: lighter(content) for mime, content in data.items() if mime.endswith("image/png")}
+    return notebook
+
+
+def lighter(png: str) -> str:
+    """The picture, base64 as notebooks hold it, in 256 colours; one with see-through parts is left as it is."""
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.open(BytesIO(b64decode(png)))
+    if picture.mode == "P" or np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+        return png
+    written = BytesIO()
+    picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+    return b64encode(written.getvalue()).decode("ascii")
+
+
+def merged(present: Notebook, run: Notebook) -> Notebook:
+    """The prose as it is now with the outputs of a run, and the cell of parameters that the run was given, if any."""
+    ran = [cell for cell in run["cells"] if cell["cell_type"] == "code"]
+    cells = []
+    for cell in present["cells"]:
+        if cell["cell_type"] == "code":
+            one = ran.pop(0)
+            cell["outputs"], cell["execution_count"] = one["outputs"], one["execution_count"]
+        cells.append(cell)
+        while ran and "injected-parameters" in ran[0]["metadata"].get("tags", []):
+            cells.append(ran.pop(0))
+    present["cells"] = cells
+    return present
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of the command
 
 
 @contextmanager
@@ -49,6 +130,8 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
         BookError: if it holds files of another hand, overlaps the checkout's own, is in use, or the disk refuses; and
             in place of Ctrl-C.
     """
+    from filelock import FileLock, Timeout  # comes with torch
+
     folder = (root / Path(out).expanduser()).resolve()
     own = [*(root / name for name in (*sources, *NOT_OURS)), Path(__file__).resolve().parent]
     overlap = next((path for path in own if folder in (path, *path.parents) or path in folder.parents), None)
@@ -62,9 +145,10 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
                 "or if it is an old build, remove it yourself (make clean)"
             )
         (folder / MARK).write_text(MARKED)
-        with open(folder / "lock", "a+") as lock:
-            _lock(lock, folder)
+        with FileLock(folder / "lock", blocking=False):
             yield folder
+    except Timeout:
+        raise BookError(f"another process builds in {folder}: wait for its end, or name another --out") from None
     except KeyboardInterrupt:
         raise BookError("stopped: chapters that had ended are kept; the same command goes on from there") from None
     except OSError as error:
@@ -72,23 +156,6 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
             f"{error.filename or folder} ({error.strerror or error}): free space there, or name a --out that can be "
             "written; chapters that had ended are kept"
         ) from error
-
-
-def _lock(lock: Any, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise BookError(
-            f"process {lock.read().strip()} builds in {folder}: wait for its end, or name another --out"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
 
 
 def environment(home: Path, threads: int | None = None) -> dict[str, str]:
@@ -134,11 +201,8 @@ def inputs(source: Path, page: Path, values: Mapping[str, Any], package: str) ->
 
 def reads_all_records(source: Path, page: Path) -> bool:
     """Whether a chapter has a parameter `results`, the folder of all records, and so has to wait for the others."""
-    cells = read(source / page)["cells"]
-    return any(
-        "parameters" in cell["metadata"].get("tags", []) and re.search(r"^results\b", cell["source"], re.M)
-        for cell in cells
-    )
+    cells = [cell for cell in read(source / page)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    return any(re.search(r"^results\b", cell["source"], re.M) for cell in cells)
 
 
 def records(source: Path, page: Path, everyones: bool = False) -> list[Path]:
@@ -339,9 +403,7 @@ def _run(
     except (RuntimeError, TimeoutError) as error:
         said = f"its kernel does not answer ({str(error)[:200]}): repeat the command with --jobs 1"
     else:
-        notebook = cleaned(read(half_run))
-        demand(run_faults(notebook, str(page)))
-        return notebook
+        return cleaned(read(half_run))
     finally:
         del flight.kernels[page]
         flight.at.pop(page, None)
@@ -385,23 +447,7 @@ def shares(chosen: Sequence[Mapping[str, Any]], asked: int | None = None) -> tup
     return min(jobs, len(chosen)), max(1, cores // min(jobs, len(chosen)))
 
 
-def merged(present: Notebook, run: Notebook) -> Notebook:
-    """The prose as it is now with the outputs of a run, and the cell of parameters that the run was given, if any."""
-    ran = [cell for cell in run["cells"] if cell["cell_type"] == "code"]
-    cells = []
-    for cell in present["cells"]:
-        if cell["cell_type"] == "code":
-            one = ran.pop(0)
-            cell["outputs"], cell["execution_count"] = one["outputs"], one["execution_count"]
-        cells.append(cell)
-        while ran and "injected-parameters" in ran[0]["metadata"].get("tags", []):
-            cells.append(ran.pop(0))
-    present["cells"] = cells
-    return present
-
-
 def _free_memory() -> int:
-    try:
-        return int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) << 10  # type: ignore[index]
-    except (OSError, TypeError):  # another system: what it has
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else CHAPTER_MEMORY
+    from psutil import virtual_memory  # comes with accelerate
+
+    return virtual_memory().available
