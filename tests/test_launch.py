@@ -102,6 +102,8 @@ def test_a_rendered_page_has_buttons_that_lead_to_its_notebook(tmp_path):
     (tmp_path / "notebooks").mkdir()
     notebook = chapter()
     launch.begin(notebook, ADDRESS)
+    for count, cell in enumerate((cell for cell in notebook["cells"] if cell["cell_type"] == "code"), start=1):
+        cell["execution_count"] = count
     book.write(notebook, tmp_path / "notebooks/01_first.ipynb")
     page = (book.render(tmp_path, tmp_path / "work", tmp_path / "home") / "notebooks/01_first.html").read_text()
     assert "colab.research.google.com/github/owner/name/blob/main/notebooks/01_first.ipynb" in page

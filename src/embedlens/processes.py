@@ -42,18 +42,6 @@ def own_device() -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def meet(device: str) -> tuple[int, int]:
-    """(rank, number) of the processes that a launcher started; to be called before a model is loaded.
-
-    Loading may make accelerate look at the machine by itself, and without a GPU it then takes each for a single one.
-
-    Args:
-        device: kind of device that their models go to, "cpu" or "cuda".
-    """
-    together = processes(device)
-    return together.rank, together.count
-
-
 def _met() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -72,7 +60,11 @@ def _launched() -> int:
 
 
 def processes(device: str) -> Processes:
-    """This process alone, unless a launcher started several, for models on this kind of device."""
+    """This process alone, unless a launcher started several, for models on this kind of device, "cpu" or "cuda".
+
+    To be called before a model is loaded: loading may make accelerate look at the machine by itself, and without a GPU
+    it then takes each process for a single one.
+    """
     launched = _launched()
     if launched == 1 and not _met():
         return Processes()

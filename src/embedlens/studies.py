@@ -141,9 +141,10 @@ def run_named(
         device = place
     if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
         say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {processes.ALONE}")
-    rank, together = processes.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
-    aloud: Callable[[str], object] = say if rank == 0 else (lambda line: None)
-    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together} process{'es' * (together > 1)}")
+    together = processes.processes("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
+    aloud: Callable[[str], object] = say if together.rank == 0 else (lambda line: None)
+    several = "es" * (together.count > 1)
+    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together.count} process{several}")
     need = memory.needed(memory.config_of(model), dtype or _dtype_on(device, model), quantize)
     size = batch_size if isinstance(batch_size, int) else 1
     free = memory.available(device or "cuda")
@@ -159,14 +160,14 @@ def run_named(
     if len(measured) >= LONG:
         trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
         seconds = study.rehearse(function, loaded, measured, trial)
-        whole = seconds * len(measured) / together
+        whole = seconds * len(measured) / together.count
         aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
     # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
     measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)
     own_folder = Path("runs") / measured_as.strip("/").replace("/", "--") / name.replace(":", ".")
     out = own_folder if out is None else Path(out)
     table = study.run(function, loaded, measured, out, batch_size, progress=None)
-    if rank == 0:
+    if together.rank == 0:
         with writing(out / "table.csv"):
             table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
