@@ -106,29 +106,32 @@ def test_glue_refuses_arrays_and_names_that_prose_cannot_refer_to():
 # What a notebook may look like
 
 
-def test_a_sound_notebook_has_no_faults():
+def not_in_order(notebook):
+    for cell, count in zip(notebook["cells"], (2, 1), strict=True):
+        cell["execution_count"] = count
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            lambda n: n["cells"][1].update(outputs=[new_output("error", ename="ZeroDivisionError", evalue="by zero")]),
+            "Zero",
+        ),
+        (
+            lambda n: n["cells"].insert(0, new_markdown_cell("", metadata={"tags": ["papermill-error-cell-tag"]})),
+            "banner",
+        ),
+        (not_in_order, "top to bottom"),
+        (lambda n: n["cells"][1].update(execution_count=None), "top to bottom"),
+    ],
+)
+def test_a_notebook_that_raised_or_was_not_run_in_order_is_a_fault(edit, said):
     notebook = ran("x = 1", "x", outputs=[new_output("stream", name="stdout", text="1")])
     assert book_rules.run_faults(notebook, "a.ipynb") == []
     assert book_rules.metadata_faults(notebook, "a.ipynb", machine=["/home/someone"]) == []
-
-
-def test_an_error_output_is_a_fault():
-    notebook = ran("1 / 0", outputs=[new_output("error", ename="ZeroDivisionError", evalue="division by zero")])
-    assert "ZeroDivisionError" in book_rules.run_faults(notebook, "a.ipynb")[0]
-
-
-def test_papermills_failure_banner_is_a_fault():
-    notebook = ran("1")
-    notebook["cells"].insert(0, new_markdown_cell("red", metadata={"tags": ["papermill-error-cell-tag"]}))
-    assert "banner" in book_rules.run_faults(notebook, "a.ipynb")[0]
-
-
-@pytest.mark.parametrize("counts", [(None, None), (1, 3), (2, 1), (5, 6)])
-def test_cells_not_run_once_in_order_are_a_fault(counts):
-    notebook = ran("1", "2")
-    for cell, count in zip(notebook["cells"], counts, strict=True):
-        cell["execution_count"] = count
-    assert "top to bottom" in book_rules.run_faults(notebook, "a.ipynb")[0]
+    edit(notebook)
+    assert said in book_rules.run_faults(notebook, "a.ipynb")[0]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +153,6 @@ def test_traces_of_one_run_or_machine_are_a_fault_and_cleaning_removes_metadata(
         assert book_rules.metadata_faults(book.cleaned(notebook), "a.ipynb", machine=["/home/someone"]) == []
 
 
-# Glued keys
-
-
 def encoded(pixels):
     written = io.BytesIO()
     Image.fromarray(pixels).save(written, "PNG")
@@ -170,14 +170,14 @@ def test_a_figure_is_kept_in_fewer_bytes_and_looks_the_same():
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB")).astype(int)
     assert np.abs(seen - pixels[..., :3]).mean() < 6
     assert book_runs.lighter(light) == light
+    clear = encoded(np.zeros((8, 8, 4), np.uint8))
+    assert book_runs.lighter(clear) == clear  # see-through parts would be lost
     output = new_output("display_data", data={"image/png": figure, "text/plain": "a figure"})
     cell = book.cleaned(new_notebook(cells=[new_code_cell("figure", outputs=[output])]))["cells"][0]
     assert cell["outputs"][0]["data"] == {"image/png": light, "text/plain": "a figure"}
 
 
-def test_a_figure_with_see_through_parts_is_left_alone():
-    clear = encoded(np.zeros((8, 8, 4), np.uint8))
-    assert book_runs.lighter(clear) == clear
+# Glued keys
 
 
 def glue_book(tmp_path, prose, keys, front=""):
@@ -192,10 +192,7 @@ def test_every_way_to_refer_to_a_key_is_seen(tmp_path):
     prose = "{glue:text}`one:.1%` {glue}`two`\n\n```{glue:figure} three\n:alt: words\n```\n\n:::{glue} four\n:::\n"
     front = "{glue:text}`a.ipynb::five:.2f`\n\n```{glue} six\n:doc: a.ipynb\n```\n"
     assert glue_book(tmp_path, prose, ["one", "two", "three", "four", "five", "six"], front) == []
-
-
-def test_a_key_that_is_shown_as_code_is_no_use_of_it(tmp_path):
-    assert glue_book(tmp_path, "```md\n{glue:text}`one`\n```\n", []) == []
+    assert glue_book(tmp_path, "```md\n{glue:text}`one`\n```\n", []) == []  # shown as code
 
 
 @pytest.mark.parametrize(
@@ -216,12 +213,9 @@ def test_missing_unused_and_repeated_keys_are_faults(tmp_path, prose, keys, fron
 # What a page may hold
 
 
-@pytest.mark.parametrize("alt", ["", ' alt=""', ' alt="_images/3f2a.png"', ' alt="3f2a.png"', ' alt="  "'])
+@pytest.mark.parametrize("alt", ["", ' alt=""', ' alt="../_images/3f2a.png"', ' alt="  "'])
 def test_an_image_that_cannot_be_read_out_is_a_fault(alt):
     assert "no alt text" in book_rules.image_faults(f'<p><img src="../_images/3f2a.png"{alt}></p>', "a.html")[0]
-
-
-def test_a_described_image_passes():
     assert book_rules.image_faults('<img src="_images/3f2a.png" alt="recall by layer, rising">', "a.html") == []
 
 
@@ -229,12 +223,9 @@ def test_a_described_image_passes():
     "html",
     [
         '<script src="https://cdn.example/x.js"></script>',
-        '<script src="//cdn.example/x.js"></script>',
         '<link rel="stylesheet" href="https://cdn.example/x.css">',
-        '<link rel="preconnect" href="https://cdn.example">',
-        '<img alt="a" src="https://cdn.example/x.png">',
         '<img alt="a" src="a.png" srcset="a.png 1x, https://cdn.example/x.png 2x">',
-        '<iframe src="https://cdn.example/"></iframe>',
+        '<iframe src="//cdn.example/"></iframe>',
         "<style>@import 'https://cdn.example/x.css';</style>",
         '<div style="background: url(https://cdn.example/x.png)"></div>',
         '<script type="module">import x from "https://cdn.example/x.js"</script>',
