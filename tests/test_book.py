@@ -17,7 +17,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from embedlens import book, book_runs
+from embedlens import book, book_runs, notebook_files
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = "n_images: int = 4  # pictures to measure on\nseed: int = 0  # of the draw"
@@ -165,13 +165,13 @@ def test_a_figure_is_kept_in_fewer_bytes_and_looks_the_same():
     pixels = np.stack([np.tile(ramp, (200, 1)), np.tile(ramp[:, None], (1, 200))] * 2, 2) // 2 + noise
     pixels[..., 3] = 255
     figure = encoded(pixels)
-    light = book_runs.lighter(figure)
+    light = notebook_files.lighter(figure)
     assert len(light) < len(figure) / 2
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(light))).convert("RGB")).astype(int)
     assert np.abs(seen - pixels[..., :3]).mean() < 6
-    assert book_runs.lighter(light) == light
+    assert notebook_files.lighter(light) == light
     clear = encoded(np.zeros((8, 8, 4), np.uint8))
-    assert book_runs.lighter(clear) == clear  # see-through parts would be lost
+    assert notebook_files.lighter(clear) == clear  # see-through parts would be lost
     output = new_output("display_data", data={"image/png": figure, "text/plain": "a figure"})
     cell = book.cleaned(new_notebook(cells=[new_code_cell("figure", outputs=[output])]))["cells"][0]
     assert cell["outputs"][0]["data"] == {"image/png": light, "text/plain": "a figure"}

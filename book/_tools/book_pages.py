@@ -29,7 +29,7 @@ from sphinx.util import logging
 
 from embedlens import __version__
 from embedlens.book import chapters, pages
-from embedlens.book_runs import BookError, Notebook, read
+from embedlens.notebook_files import BookError, Notebook, read
 
 NO_ADDRESS = "the address of the copy you read"
 API = re.compile(r"<!-- api: ([\w. ]+?) -->")

@@ -15,24 +15,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens.book_runs import (  # noqa: F401 - others know these by this module's name
-    KERNEL,
-    BookError,
-    cleaned,
-    digest,
-    environment,
-    installed,
-    merged,
-    owned,
-    read,
-    run_all,
-    write,
-)
+from embedlens.book_runs import digest, environment, installed, owned, run_all
 from embedlens.errors import EmbedLensError
+from embedlens.notebook_files import KERNEL, BookError, cleaned, merged, read, write  # noqa: F401 - known by this name
 
 SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
 
@@ -40,22 +29,9 @@ SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmark
 def glue(name: str, value: Any, digits: int = 4) -> None:
     """Hand one measured value to the prose: `` {glue:text}`name:.1%` `` prints it.
 
-    Floats are rounded to `digits` significant digits (digits before the point are all kept), because the last
-    bits of a float belong to the machine.
-
     Args:
         name: letters, digits and underscores; unique in its notebook.
-        value: a number, a bool, a string, or anything with `.item()` (NumPy scalar, 0-d tensor).
-
-    Raises:
-        ValueError: for None, NaN, infinity, an empty string or a name that cannot be referred to: the sentence would
-            print with a hole in it.
-        TypeError: for anything that is not one value, such as a figure or an array.
-
-    >>> glue("recall", float("nan"))
-    Traceback (most recent call last):
-    ...
-    ValueError: glue('recall', nan): not a finite number, so the sentence that uses it would say nothing; mend ...
+        value: a number, a bool, a string, or anything with `.item()` (NumPy scalar, 0-d tensor); see `printable`.
     """
     from myst_nb import glue as myst_glue
 
@@ -63,13 +39,22 @@ def glue(name: str, value: Any, digits: int = 4) -> None:
 
 
 def printable(name: str, value: Any, digits: int = 4) -> bool | int | float | str:
-    """What `glue` hands on: a plain Python value, floats rounded.
+    """What `glue` hands on: a plain Python value, floats rounded, because their last bits belong to the machine.
 
-    >>> import numpy as np
-    >>> printable("recall", np.float64(0.123456))
-    0.1235
+    Args:
+        digits: significant ones of a float; those before its point are all kept.
+
+    Raises:
+        ValueError: None, NaN, infinity, an empty string or a name that cannot be referred to: the sentence would print
+            with a hole in it.
+        TypeError: what is not one value, such as a figure or an array.
+
     >>> printable("pixels", 123456.789)
     123457.0
+    >>> printable("recall", float("nan"))
+    Traceback (most recent call last):
+    ...
+    ValueError: glue('recall', nan): not a finite number, so the sentence that uses it would say nothing; mend ...
     """
     if not re.fullmatch(r"[A-Za-z]\w*", name):
         raise ValueError(f"glue({name!r}, …): use letters, digits and underscores only, so that prose can refer to it")
@@ -79,15 +64,15 @@ def printable(name: str, value: Any, digits: int = 4) -> bool | int | float | st
     if not isinstance(plain, (bool, int, float, str)):
         kind = type(plain).__name__
         raise TypeError(f"glue({name!r}, …): a {kind} is not one value; glue a number, a bool or a string")
-    if isinstance(plain, float):
-        if not math.isfinite(plain):
-            raise ValueError(
-                f"glue({name!r}, {plain}): not a finite number, so the sentence that uses it would say nothing; "
-                "mend the measurement (is it a mean over no samples?)"
-            )
-        whole = math.floor(math.log10(abs(plain))) + 1 if plain else 1
-        return round(plain, max(0, digits - whole))
-    return plain
+    if not isinstance(plain, float):
+        return plain
+    if not math.isfinite(plain):
+        raise ValueError(
+            f"glue({name!r}, {plain}): not a finite number, so the sentence that uses it would say nothing; "
+            "mend the measurement (is it a mean over no samples?)"
+        )
+    whole = math.floor(math.log10(abs(plain))) + 1 if plain else 1
+    return round(plain, max(0, digits - whole))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,11 +80,7 @@ def printable(name: str, value: Any, digits: int = 4) -> bool | int | float | st
 
 
 def find_root(start: Path | str = ".") -> Path:
-    """The folder with `_toc.yml`: `start` or the nearest one above it.
-
-    Raises:
-        BookError: outside a checkout of the book.
-    """
+    """The folder with `_toc.yml`: `start` or the nearest one above it. BookError outside a checkout of the book."""
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder / "_toc.yml").is_file() and (folder / "_config.yml").is_file():
@@ -108,24 +89,11 @@ def find_root(start: Path | str = ".") -> Path:
 
 
 def pages(root: Path) -> list[Path]:
-    """Every page of the table of contents, in order, relative to `root`, with its suffix.
-
-    Raises:
-        BookError: if the table of contents names a file that is not there.
-    """
-    import yaml
-
-    def named(node: Any) -> Iterator[str]:
-        if isinstance(node, Mapping):
-            yield from (str(node[key]) for key in ("root", "file") if key in node)
-            yield from (name for value in node.values() if isinstance(value, (list, dict)) for name in named(value))
-        elif isinstance(node, list):
-            yield from (name for item in node for name in named(item))
-
+    """Every page of the table of contents, in order, relative to `root`, with its suffix."""
+    named = re.findall(r"^[-\s]*(?:root|file): *(\S+)", (root / "_toc.yml").read_text(encoding="utf-8"), re.M)
     found = []
-    for name in named(yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))):
-        complete = Path(name).suffix in (".ipynb", ".md")
-        candidates = [Path(name)] if complete else [Path(f"{name}.ipynb"), Path(f"{name}.md")]
+    for name in named:
+        candidates = [Path(f"{name.removesuffix(ending)}{ending}") for ending in (".ipynb", ".md")]
         existing = [page for page in candidates if (root / page).is_file()]
         if not existing:
             raise BookError(f"_toc.yml names {name}, but there is no {' or '.join(map(str, candidates))}")
@@ -134,16 +102,10 @@ def pages(root: Path) -> list[Path]:
 
 
 def chapters(root: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """The notebooks of the table of contents, or those of them that `names` picks by path, name or leading number.
-
-    Raises:
-        BookError: if a name picks no notebook.
-    """
+    """The notebooks of the table of contents, or those of them that `names` picks by path, name or leading number."""
     notebooks = [page for page in pages(root) if page.suffix == ".ipynb"]
-    if not names:
-        return notebooks
-    picked = set()
-    for name in names:
+    picked = set() if names else set(notebooks)
+    for name in names or ():
         stem = Path(name).name.removesuffix(".ipynb")
         match = [page for page in notebooks if page.stem == stem or page.stem.startswith(f"{stem}_")]
         if not match:
@@ -187,9 +149,6 @@ def _inspected(path: Path) -> dict[str, Any]:
 def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ()) -> dict[str, Any]:
     """Values of `NAME=VALUE` words, each of the type that the notebooks declare; a text stays as it is written.
 
-    Raises:
-        EmbedLensError: for a word without a name or `=`, or a value that is not written as its type is.
-
     >>> parse_parameters(["device=cuda:0", "out=2024-01-01"])
     {'device': 'cuda:0', 'out': '2024-01-01'}
     """
@@ -205,10 +164,7 @@ def parse_parameters(assignments: Sequence[str], notebooks: Sequence[Path] = ())
 
 
 def typed(name: str, text: str, annotation: str) -> str | int | float | bool:
-    """What is written on a command line as the type that a notebook declares; a text stays as it is written.
-
-    Raises:
-        EmbedLensError: it is not written as that type is.
+    """What is written on a command line as the type that a notebook declares.
 
     >>> typed("out", "2024-01-01", "str"), typed("n_images", "010", "int")
     ('2024-01-01', 10)
@@ -223,14 +179,7 @@ def typed(name: str, text: str, annotation: str) -> str | int | float | bool:
 
 
 def parameters_for(paths: Sequence[Path], parameters: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """For each notebook those of `parameters` that it declares.
-
-    Papermill only logs a name that a notebook does not know and runs with the defaults; here a name that no notebook
-    knows is an error.
-
-    Raises:
-        BookError: naming the unknown parameters and the known ones.
-    """
+    """For each notebook those of `parameters` that it declares; papermill only logs a name that no notebook knows."""
     declared = {path: set(declared_parameters(path) if parameters else ()) for path in paths}
     known: set[str] = set().union(*declared.values())
     unknown = sorted(set(parameters) - known)
@@ -247,14 +196,7 @@ def parameters_for(paths: Sequence[Path], parameters: Mapping[str, Any]) -> dict
 
 
 def render(source: Path, work: Path, home: Path) -> Path:
-    """Render staged sources with Jupyter Book; warnings and missing references are errors.
-
-    Returns:
-        The folder with the pages, `work/_build/html`.
-
-    Raises:
-        BookError: with what Sphinx warned about.
-    """
+    """The folder of pages that Jupyter Book makes of staged sources; a warning or a missing reference is an error."""
     shutil.rmtree(work, ignore_errors=True)  # pages that left the table of contents would stay otherwise
     command_line = "from jupyter_book.cli.main import main; main()"
     done = subprocess.run(
@@ -321,7 +263,7 @@ def build(
             told.write_text(key)
             for done_with in (old, folder / "work"):
                 shutil.rmtree(done_with, ignore_errors=True)
-        front = html / "index.html"
+    front = html / "index.html"
     say(f"the book is at {os.path.relpath(front)} ({time.monotonic() - begun:.0f} s)")
     return front
 
@@ -333,11 +275,7 @@ def executed(
     say: Callable[[str], object] = print,
     jobs: int | None = None,
 ) -> dict[Path, Path]:
-    """Each chapter's page and the file of its run with its own parameters; runs those that changed since.
-
-    Raises:
-        BookError: if a cell raises.
-    """
+    """Each chapter's page and the file of its run with its own parameters; runs those that changed since."""
     root = find_root(root)
     chosen = chapters(root, notebooks)
     with owned(root, out, SOURCES) as folder:
@@ -350,20 +288,12 @@ def refresh(
     say: Callable[[str], object] = print,
     out: Path | str = "_build",
     jobs: int | None = None,
-) -> list[Path]:
-    """Replace the outputs and records of the committed chapters by those of a run, in the working tree.
-
-    Raises:
-        BookError: if a cell raises; all notebooks are left as they were.
-    """
+) -> None:
+    """Replace the outputs and records of the committed chapters by those of a run; of none where a cell raises."""
     root = find_root(root)
-    chosen = chapters(root, notebooks)
-    with owned(root, out, SOURCES) as folder:
-        runs = run_all(stage(root, folder / "src"), folder, {page: {} for page in chosen}, say, jobs)
-        for page, run in runs.items():
-            fresh = run.with_suffix(".whole")
-            write(cleaned(merged(read(root / page), read(run))), fresh)
-            shutil.copy2(fresh, root / page)
-            if (run.parent / "results").is_dir():
-                shutil.copytree(run.parent / "results", root / "results", dirs_exist_ok=True)
-    return chosen
+    for page, run in executed(root, notebooks, out, say, jobs).items():
+        fresh = run.with_suffix(".whole")
+        write(cleaned(merged(read(root / page), read(run))), fresh)
+        shutil.copy2(fresh, root / page)
+        if (run.parent / "results").is_dir():
+            shutil.copytree(run.parent / "results", root / "results", dirs_exist_ok=True)

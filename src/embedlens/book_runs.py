@@ -16,22 +16,16 @@ import re
 import shutil
 import sys
 import time
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import distributions
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE
-
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-NOTEBOOK_METADATA = {"kernelspec", "language_info", "mystnb"}
-CELL_METADATA = {"tags", "mystnb", "editable", "slideshow"}
+from embedlens.notebook_files import KERNEL, BookError, Notebook, cleaned, read, tagged, write
 
 MARK, MARKED = ".embedlens-book", "Made by `embedlens book`, which may replace and delete what lies in this folder.\n"
 NOT_OURS = ("src", "training", "tests", "LICENSES", ".ci", ".git", ".venv")  # beside the sources of the book
@@ -40,82 +34,11 @@ CHAPTER_MEMORY = 2 << 30  # bytes that a chapter on the miniature needs at most
 ROWS = "EMBEDLENS_ROWS"  # names the folder in which `embedlens.run` keeps what it measured, see there
 KEPT = 3  # runs of each chapter, of other parameters or sources
 
-Notebook = dict[str, Any]  # what nbformat reads: a dict with attribute access
-
-
-class BookError(EmbedLensError):
-    """The book cannot be run or rendered; where there are several findings, one to a line."""
-
 
 class ChapterFailed(BookError):
     """A cell of a chapter raises, or its kernel ends; the message names it."""
 
     exit_code = 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Notebooks as files
-
-
-def read(path: Path) -> Notebook:
-    """The notebook at `path`, in format 4."""
-    import nbformat
-
-    return nbformat.read(path, as_version=4)
-
-
-def write(notebook: Notebook, path: Path) -> None:
-    """Write the notebook, ending in one newline."""
-    import nbformat
-
-    nbformat.write(notebook, path)
-
-
-def cleaned(notebook: Notebook) -> Notebook:
-    """The notebook without what belongs to one run on one machine (times, durations, versions, kernel names), and
-    with its figures in a third of the bytes: every run that is committed stays in the repository's history."""
-    notebook["metadata"] = {
-        **{key: value for key, value in notebook["metadata"].items() if key in NOTEBOOK_METADATA},
-        "kernelspec": dict(KERNEL),
-        "language_info": {"name": "python"},
-    }
-    for cell in notebook["cells"]:
-        cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA}
-        tags = cell["metadata"].get("tags", [])
-        if "injected-parameters" in tags and "hide-input" not in tags:
-            tags.append("hide-input")
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            data |= {mime: lighter(content) for mime, content in data.items() if mime.endswith("image/png")}
-    return notebook
-
-
-def lighter(png: str) -> str:
-    """The picture, base64 as notebooks hold it, in 256 colours; one with see-through parts is left as it is."""
-    import numpy as np
-    from PIL import Image
-
-    picture = Image.open(BytesIO(b64decode(png)))
-    if picture.mode == "P" or np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
-        return png
-    written = BytesIO()
-    picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
-    return b64encode(written.getvalue()).decode("ascii")
-
-
-def merged(present: Notebook, run: Notebook) -> Notebook:
-    """The prose as it is now with the outputs of a run, and the cell of parameters that the run was given, if any."""
-    ran = [cell for cell in run["cells"] if cell["cell_type"] == "code"]
-    cells = []
-    for cell in present["cells"]:
-        if cell["cell_type"] == "code":
-            one = ran.pop(0)
-            cell["outputs"], cell["execution_count"] = one["outputs"], one["execution_count"]
-        cells.append(cell)
-        while ran and "injected-parameters" in ran[0]["metadata"].get("tags", []):
-            cells.append(ran.pop(0))
-    present["cells"] = cells
-    return present
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,8 +124,7 @@ def inputs(source: Path, page: Path, values: Mapping[str, Any], package: str) ->
 
 def reads_all_records(source: Path, page: Path) -> bool:
     """Whether a chapter has a parameter `results`, the folder of all records, and so has to wait for the others."""
-    cells = [cell for cell in read(source / page)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
-    return any(re.search(r"^results\b", cell["source"], re.M) for cell in cells)
+    return any(re.search(r"^results\b", cell["source"], re.M) for cell in tagged(read(source / page), "parameters"))
 
 
 def records(source: Path, page: Path, everyones: bool = False) -> list[Path]:
@@ -272,10 +194,14 @@ def _restored(source: Path, page: Path, place: Path, everyones: bool) -> bool:
     others = [path for path in records(source, page, everyones) if str(path.relative_to(source)) not in told["writes"]]
     if told["reads"] != digest(others):
         return False
-    for name in told["writes"]:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(place / name, source / name)
+    _copy(told["writes"], place, source)
     return True
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, target / name)
 
 
 def _side_by_side(
@@ -423,9 +349,7 @@ def _keep(notebook: Notebook, source: Path, place: Path, wrote: Sequence[Path], 
     new.mkdir()
     write(notebook, new / "notebook.ipynb")
     names = [str(path.relative_to(source)) for path in wrote]
-    for name in names:
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, new / name)
+    _copy(names, source, new)
     (new / "run.json").write_text(json.dumps({**told, "writes": names}), encoding="utf-8")
     shutil.rmtree(place, ignore_errors=True)
     new.rename(place)
