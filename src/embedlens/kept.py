@@ -35,9 +35,7 @@ def digest(value: Any) -> str:
     """Of numbers, texts, arrays, models, functions and what is made of them, by value: the same in every process.
 
     A function counts with its source, what it encloses, and the functions and plain values beside it that it names.
-
-    Raises:
-        TypeError: something in it is not known by its value, such as a generator.
+    TypeError: something in it is not known by its value, such as a generator.
 
     >>> digest({"a": 1, "b": (2.0, "x")}) == digest({"b": (2.0, "x"), "a": 1}) != digest({"a": 1})
     True
@@ -109,11 +107,7 @@ def sources() -> str:
 
 
 def of_study(study: Callable[..., Any]) -> str:
-    """Digest of a study: its code, and what is bound to it.
-
-    Raises:
-        TypeError: something bound to it is not known by its value.
-    """
+    """Digest of a study: its code, and what is bound to it. TypeError: something bound is not known by its value."""
     code = "" if isinstance(study, partial) or inspect.isroutine(study) else source_of(type(study))
     return digest((code, study))
 

@@ -15,7 +15,7 @@ ALONE = "run `unset WORLD_SIZE` to work in one process, or start several with ac
 
 @dataclass(frozen=True)
 class Processes:
-    """How many run this together, and which of them this is."""
+    """Those that run this together, and which of them this is."""
 
     rank: int = 0
     count: int = 1
@@ -30,13 +30,7 @@ class Processes:
 
 
 def own_device() -> str | None:
-    """Where this process loads its model: its own GPU where a launcher started several processes; None: `load` chooses.
-
-    Without a GPU all processes share the CPU.
-
-    >>> own_device() is None
-    True
-    """
+    """Where a process of several loads its model: its own GPU, or the CPU that all share; None: `load` chooses."""
     if _launched() == 1:
         return None
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

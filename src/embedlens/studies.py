@@ -35,12 +35,11 @@ Prepared = tuple[Callable[..., Any], "list[Sample]"]
 class Named:
     """A study with its pictures, and what is written of its table."""
 
-    about: str
-    """What it is and whether a record comes of it; `embedlens run --help` says the same."""
+    about: str  #: What it is and whether a record comes of it; `embedlens run --help` says the same
+    #: (model, dataset, n, seed) → the study, taking a batch, and the samples to run it on
     prepare: Callable[[VisionLanguageModel, str, int, int], Prepared]
-    """(model, dataset, n, seed) → the study, taking a batch, and the samples to run it on."""
+    #: (results, model, dataset, table, seed) → the record that a chapter reads; None: the table is all
     record: Callable[[Path, str, str, pd.DataFrame, int], Path] | None = None
-    """(results, model, dataset, table, seed) → the record that a chapter reads; None: the table is all."""
 
 
 def _anatomy(model: VisionLanguageModel, dataset: str, n: int, seed: int) -> Prepared:
@@ -83,9 +82,6 @@ STUDIES: Mapping[str, Named] = {
 def own_study(name: str) -> Callable[..., Any]:
     """A study of the reader's own, `module:function`, found from the working folder on.
 
-    Raises:
-        EmbedLensError: no such study, module or function.
-
     >>> own_study("json:dumps").__name__
     'dumps'
     """
@@ -123,9 +119,6 @@ def run_named(
     Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
     go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record goes to
     `results`, by default the checkout's own, as `records.results` finds it.
-
-    Raises:
-        EmbedLensError: as `load`, `samples.load` and `embedlens.run`; `device="auto"` with several processes.
     """
     named = STUDIES.get(name)
     function = None if named else own_study(name)
@@ -149,8 +142,7 @@ def run_named(
     size = batch_size if isinstance(batch_size, int) else 1
     free = memory.available(device or "cuda")
     aloud(f"memory: {need.told(size)} on each device" + (f"; {free / memory.GIB:.1f} GiB are free" if free else ""))
-    chosen = {} if preprocessing is None else {"preprocessing": preprocessing}
-    loaded = load(model, device=device, dtype=dtype, quantize=quantize, **chosen)
+    loaded = load(model, device=device, dtype=dtype, quantize=quantize, preprocessing=preprocessing)
     if named is not None:
         function, measured = named.prepare(loaded, dataset, n, seed)
     else:
