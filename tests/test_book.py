@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import book_build as book
 import book_rules
+import book_runs
 import nbformat
+import notebook_files
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from embedlens import book, book_runs, notebook_files
+from embedlens import EmbedLensError
+from embedlens.book import printable
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = "n_images: int = 4  # pictures to measure on\nseed: int = 0  # of the draw"
@@ -85,7 +89,7 @@ def quiet(_line):
     [(np.float64(0.123456), 0.1235), (np.int64(7), 7), (True, True), ("cat", "cat"), (123456.78, 123457.0), (0.0, 0.0)],
 )
 def test_glue_hands_on_plain_rounded_values(value, expected):
-    handed_on = book.printable("share", value)
+    handed_on = printable("share", value)
     assert handed_on == expected
     assert type(handed_on) is type(expected)
 
@@ -93,14 +97,14 @@ def test_glue_hands_on_plain_rounded_values(value, expected):
 @pytest.mark.parametrize("value", [None, "", float("nan"), float("inf"), np.float32("nan")])
 def test_glue_refuses_what_would_leave_a_hole(value):
     with pytest.raises(ValueError, match="share"):
-        book.printable("share", value)
+        printable("share", value)
 
 
 def test_glue_refuses_arrays_and_names_that_prose_cannot_refer_to():
     with pytest.raises(TypeError, match="one value"):
-        book.printable("share", np.zeros(3))
+        printable("share", np.zeros(3))
     with pytest.raises(ValueError, match="letters, digits and underscores"):
-        book.printable("share:alive", 1)
+        printable("share:alive", 1)
 
 
 # What a notebook may look like
@@ -283,7 +287,7 @@ def test_a_malformed_parameter_is_refused(word):
 
 
 def test_outside_a_checkout_the_error_says_so(tmp_path):
-    with pytest.raises(book.BookError, match="checkout"):
+    with pytest.raises(EmbedLensError, match="checkout"):
         book.find_root(tmp_path)
 
 
@@ -360,7 +364,8 @@ def test_a_build_refuses_a_folder_that_it_did_not_make_and_touches_nothing(check
 
 def test_a_second_build_in_the_same_folder_is_refused_while_the_first_lives(checkout):
     holder = (
-        "import sys, time\nfrom embedlens.book_runs import owned\nfrom pathlib import Path\n"
+        f"import sys, time\nsys.path.append({str(ROOT / 'book/_tools')!r})\n"
+        "from book_runs import owned\nfrom pathlib import Path\n"
         "with owned(Path(sys.argv[1]), '_build', ()):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", holder, checkout], stdout=subprocess.PIPE, text=True)

@@ -20,7 +20,7 @@ HOUSE = [
     "lenses context tracing attention_maps engine cues readings remembered",
     "clusters groups redundancy codebook pruners kept memory study tasks arms prefix",
     "sweep paired pruner_arms measures",
-    "notebook_files book_runs book records claims figures probe explorer",
+    "book records claims figures probe explorer",
     "released parameters lmms lmms_model studies",
 ]
 ORDER = [module for floor in HOUSE for module in floor.split()]

@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import book_build as book
 import book_rules
 import launch
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-
-from embedlens import book
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "https://github.com/owner/name"

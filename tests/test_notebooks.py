@@ -3,11 +3,10 @@
 import sys
 from pathlib import Path
 
+import book_build as book
 import book_rules
 import launch
 import pytest
-
-from embedlens import book
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.ipynb"))

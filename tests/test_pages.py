@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import book_build as book
 import book_pages
 import browser
 import pytest
@@ -11,7 +12,6 @@ import yaml
 from bs4 import BeautifulSoup
 
 import embedlens
-from embedlens import book
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"

@@ -5,11 +5,12 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import book_build as book
 import launch
 import papermill
 import pytest
 
-from embedlens import EmbedLensError, book, loading, parameters
+from embedlens import EmbedLensError, loading, parameters
 from embedlens.parameters import check
 
 ROOT = Path(__file__).parents[1]

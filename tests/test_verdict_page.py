@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+import book_build as book
 import book_pages
 import pytest
 from bs4 import BeautifulSoup
 
-from embedlens import book, claims, records
+from embedlens import claims, records
 from embedlens.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE
 from embedlens.measures.anatomy import CHAPTER, GROUPS, RANKS
 

@@ -25,11 +25,11 @@ from typing import Any
 
 import book_rules
 import yaml
+from book_build import chapters, pages
+from notebook_files import BookError, Notebook, read
 from sphinx.util import logging
 
 from embedlens import __version__
-from embedlens.book import chapters, pages
-from embedlens.notebook_files import BookError, Notebook, read
 
 NO_ADDRESS = "the address of the copy you read"
 API = re.compile(r"<!-- api: ([\w. ]+?) -->")

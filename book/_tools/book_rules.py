@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from embedlens.notebook_files import CELL_METADATA, KERNEL, NOTEBOOK_METADATA, Notebook, read
+from notebook_files import CELL_METADATA, KERNEL, NOTEBOOK_METADATA, Notebook, read
 
 
 def run_faults(notebook: Notebook, name: str) -> list[str]:

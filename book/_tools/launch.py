@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens import book
+import book_build as book
 
 INSTALL, CHECK = "install", "check-parameters"  # ids of the cells
 CHECKING = """\

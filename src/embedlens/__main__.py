@@ -275,13 +275,13 @@ def book(
     ] = None,
 ) -> None:
     """Run the chapters that changed, check them and render the book (in a checkout of the repository)."""
+    from embedlens.book import builder
     from embedlens.errors import EmbedLensError
 
     if (refresh or not render) and (parameter or not execute):
         raise EmbedLensError("--refresh and --no-render run the committed notebooks as they are: drop -p, --no-execute")
     try:
-        from embedlens import book as the_book
-
+        the_book = builder()
         root = the_book.find_root()
         pages = the_book.chapters(root, chapters) if parameter else []
         values = the_book.parse_parameters(parameter or [], [root / page for page in pages])

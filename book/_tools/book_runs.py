@@ -24,9 +24,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from embedlens.model_names import MINIATURE
-from embedlens.notebook_files import KERNEL, BookError, Notebook, cleaned, read, tagged, write
+from notebook_files import KERNEL, BookError, Notebook, cleaned, read, tagged, write
 
+import embedlens
+from embedlens.model_names import MINIATURE
+
+PACKAGE = Path(embedlens.__file__).resolve().parent
 MARK, MARKED = ".embedlens-book", "Made by `embedlens book`, which may replace and delete what lies in this folder.\n"
 NOT_OURS = ("src", "training", "tests", "LICENSES", ".ci", ".git", ".venv")  # beside the sources of the book
 CELL_TIMEOUT = 3600  # seconds for one cell
@@ -56,7 +59,7 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
     from filelock import FileLock, Timeout  # comes with torch
 
     folder = (root / Path(out).expanduser()).resolve()
-    own = [*(root / name for name in (*sources, *NOT_OURS)), Path(__file__).resolve().parent]
+    own = [*(root / name for name in (*sources, *NOT_OURS)), PACKAGE]
     overlap = next((path for path in own if folder in (path, *path.parents) or path in folder.parents), None)
     if overlap:
         raise BookError(f"--out {out} would overlap {overlap}: name a folder for the book alone, such as _build")
@@ -105,7 +108,7 @@ def digest(paths: Iterable[Path], *more: Any) -> str:
 def installed() -> str:
     """Digest of the package, its weights, and the version of everything installed."""
     versions = sorted({(str(found.metadata["Name"]), found.version) for found in distributions()})
-    return digest(Path(__file__).parent.rglob("*"), sys.version, versions)
+    return digest(PACKAGE.rglob("*"), sys.version, versions)
 
 
 def inputs(source: Path, page: Path, values: Mapping[str, Any], package: str) -> str:
