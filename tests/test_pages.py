@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import book_build as book
+import book_pages
 import browser
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 
 import embedlens
-from embedlens import book, book_pages, book_rules
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -187,7 +188,7 @@ def numbers(text):
 
 def glued(chapter, *names):
     """First numbers of what a chapter's committed run hands to the prose."""
-    notebook = book_rules.read(next((ROOT / "notebooks").glob(f"{chapter}*.ipynb")))
+    notebook = book.read(next((ROOT / "notebooks").glob(f"{chapter}*.ipynb")))
     values = {
         output["metadata"]["scrapbook"]["name"]: next(iter(output["data"].values()))
         for cell in notebook["cells"]
@@ -277,17 +278,15 @@ def test_every_work_that_a_page_cites_is_in_the_bibliography():
 
 
 def test_a_mark_that_names_nothing_is_an_error_that_says_what_there_is(tmp_path):
-    (tmp_path / "book").mkdir()
     page = tmp_path / "book" / "api.md"
-    page.write_text("<!-- api: no_such_name -->")
-    with pytest.raises(book_rules.BookError, match=r"no_such_name, which the package does not have"):
-        book_pages.completed(tmp_path, [Path("book/api.md")])
-    page.write_text("<!-- figure: 04_dead_tokens | a map of nothing -->")
-    with pytest.raises(book_rules.BookError, match="no chapter"):
-        book_pages.completed(tmp_path, [Path("book/api.md")])
+    with pytest.raises(book.BookError, match=r"no_such_name, which the package does not have"):
+        book_pages.filled("<!-- api: no_such_name -->", tmp_path, page)
+    mark = "<!-- figure: 04_dead_tokens | a map of nothing -->"
+    with pytest.raises(book.BookError, match="no chapter"):
+        book_pages.filled(mark, tmp_path, page)
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    with pytest.raises(book_rules.BookError, match=r"'a map of nothing'; there is: \w+"):
-        book_pages.completed(tmp_path, [Path("book/api.md")])
+    with pytest.raises(book.BookError, match=r"'a map of nothing'; there is: \w+"):
+        book_pages.filled(mark, tmp_path, page)
 
 
 def test_the_package_page_names_every_public_name():

@@ -29,7 +29,7 @@ from embedlens.families.plain import Inputs
 from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.patches import ManyViews, Span, UnevenGrid
+from embedlens.patches import ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-OneVision"
 CLASSES = ("LlavaOnevisionForConditionalGeneration",)
@@ -68,7 +68,7 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
     if ratio > 1.1:
         columns, lines = tiles.spans
         fewer = (thinned(columns, int(tiles.cols // ratio)), thinned(lines, int(tiles.rows // ratio)))
-        tiles = UnevenGrid.of_spans(tiles.frame, *fewer)
+        tiles = PatchGrid.of_spans(tiles.frame, *fewer)
     return ManyViews.of([whole, tiles])
 
 
