@@ -35,7 +35,7 @@ from embedlens.book_rules import (  # noqa: F401 - tests and other modules know 
 from embedlens.book_runs import digest, environment, installed, merged, owned, run_all
 from embedlens.errors import EmbedLensError
 
-SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
+SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks", "training")
 
 
 def glue(name: str, value: Any, digits: int = 4) -> None:
