@@ -24,7 +24,7 @@ from notebook_files import KERNEL, BookError, cleaned, merged, read, write  # no
 from embedlens.book import find_root
 from embedlens.errors import EmbedLensError
 
-SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks")
+SOURCES = ("_config.yml", "_toc.yml", "book", "notebooks", "results", "benchmarks", "training")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
