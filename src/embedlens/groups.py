@@ -33,7 +33,7 @@ from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at
-from embedlens.samples import Sample, load, readable
+from embedlens.samples import Sample, calibration, photographs, readable
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
@@ -198,7 +198,7 @@ def discover(
         EmbedLensError: fewer than two pictures.
     """
     if samples is None:
-        samples = load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, model.canvas_side / 112))
+        samples = calibration("miniworld", CALIBRATION, scale=max(1.0, model.canvas_side / 112))
     samples = list(readable(samples))
     if len(samples) < 2:
         raise EmbedLensError(f"{len(samples)} pictures: what tells groups apart needs at least two, better 50")
@@ -344,14 +344,20 @@ def _dead_id(distant: Sequence[tuple[int, int] | None], tokens: Sequence[str]) -
 
 # --- belonging -------------------------------------------------------------------------------------------------------
 
-_REFERENCES: WeakKeyDictionary[VisionLanguageModel, Reference] = WeakKeyDictionary()
+_REFERENCES: WeakKeyDictionary[VisionLanguageModel, dict[tuple[str, int] | None, Reference]] = WeakKeyDictionary()
 
 
-def reference_of(model: VisionLanguageModel) -> Reference:
-    """`discover` with its defaults, once per model."""
-    if model not in _REFERENCES:
-        _REFERENCES[model] = discover(model)
-    return _REFERENCES[model]
+def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: int = 0) -> Reference:
+    """`discover` in pictures of a data set, once per model: in photographs where photographs are measured.
+
+    Args:
+        dataset, seed: as of the pictures that are measured, see `embedlens.samples.calibration`. Data sets that are
+            drawn have training pictures of the miniature world for this, whatever the seed.
+    """
+    known, key = _REFERENCES.setdefault(model, {}), (dataset, seed) if photographs(dataset) else None
+    if key not in known:
+        known[key] = discover(model, None if key is None else calibration(dataset, CALIBRATION, seed))
+    return known[key]
 
 
 def token_groups(

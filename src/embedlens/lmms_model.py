@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from embedlens.loading import load
 from embedlens.processes import own_device, processes
 
 try:
+    import lmms_eval.tasks
     from lmms_eval.api.model import lmms as Base
     from loguru import logger
 
@@ -93,6 +95,7 @@ class EmbedLensModel(Base):
         """
         answers: list[str] = []
         try:
+            plugin.check_keys(sorted({request.args[4] for request in requests}), Path(lmms_eval.tasks.__file__).parent)
             said = self.answerer.answers(map(self._asked, requests))
             bar = tqdm(said, total=len(requests), disable=self._quiet(), unit="question")
             for one, request in zip(bar, requests, strict=True):

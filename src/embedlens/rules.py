@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ def conclude(rule: str, parts: Mapping[str, Any], partly: str | Sequence[str] = 
     Args:
         rule: see `decide`.
         partly: rules, each a part of the paper's sentence.
-        needs: whether what the claim is about exists here.
+        needs: whether what the claim is about exists here. Nor is anything testable here that an undecided rule asks of
+            questions which the model cannot answer (`Estimate.testable`).
 
     >>> from embedlens.stats import Estimate
     >>> spread = {"a": Estimate(0.1, 0.0, 0.3, 9)}
@@ -48,7 +49,14 @@ def conclude(rule: str, parts: Mapping[str, Any], partly: str | Sequence[str] = 
         return HOLDS
     if any(decide(part, parts) for part in ([partly] if isinstance(partly, str) else partly)):
         return PARTLY
+    if whole is None and any(not getattr(part, "testable", True) for part in _each(parts.values())):
+        return UNTESTABLE
     return UNDECIDED if whole is None else FAILS
+
+
+def _each(parts: Iterable[Any]) -> Iterator[Any]:
+    for part in parts:
+        yield from part if isinstance(part, (list, tuple)) else [part]
 
 
 def decide(rule: str, parts: Mapping[str, Any]) -> bool | None:

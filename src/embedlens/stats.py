@@ -45,6 +45,8 @@ class Estimate:
     high: float
     n: int
     of: str = "pictures"
+    testable: bool = True
+    """False: of questions that the model cannot answer; no bar is met or missed then, whatever the numbers."""
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.value, self.low, self.high))):
@@ -72,16 +74,19 @@ class Estimate:
         return format(self, ".3g")
 
     def __gt__(self, bar: Any) -> bool | None:
-        return True if self.low > _bar(bar) else False if self.high <= bar else None
+        return self._sure(self.low > _bar(bar), self.high <= bar)
 
     def __lt__(self, bar: Any) -> bool | None:
-        return True if self.high < _bar(bar) else False if self.low >= bar else None
+        return self._sure(self.high < _bar(bar), self.low >= bar)
 
     def __ge__(self, bar: Any) -> bool | None:
-        return True if self.low >= _bar(bar) else False if self.high < bar else None
+        return self._sure(self.low >= _bar(bar), self.high < bar)
 
     def __le__(self, bar: Any) -> bool | None:
-        return True if self.high <= _bar(bar) else False if self.low > bar else None
+        return self._sure(self.high <= _bar(bar), self.low > bar)
+
+    def _sure(self, met: bool, missed: bool) -> bool | None:
+        return None if not self.testable else True if met else False if missed else None
 
     def __abs__(self) -> Estimate:
         low, high = sorted((abs(self.low), abs(self.high)))

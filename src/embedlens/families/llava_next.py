@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
+from embedlens.families import instructions, plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs
 from embedlens.families.plain import feature_layer as feature_layer
@@ -30,6 +30,7 @@ CLASSES = ("LlavaNextForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf")
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+INSTRUCTIONS = instructions.LLAVA
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",
     "the picture is shown twice, so a box holds patches of both views",

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
+from embedlens.families import instructions, plain
 from embedlens.families.llava_next import canvas_side as canvas_side
 from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
 from embedlens.families.llava_next import enough as enough
@@ -37,6 +37,7 @@ EXAMPLES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-hf/llava-onevision
 PROCESSOR = "LlavaOnevisionProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+INSTRUCTIONS = instructions.LLAVA
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",
     "the picture is shown twice, so a box holds patches of both views",
