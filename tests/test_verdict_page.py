@@ -94,11 +94,11 @@ def test_seven_claims_are_the_abstracts_and_what_no_run_can_refute_is_not_counte
 def test_each_card_has_its_claim_as_anchor(tmp_path):
     (tmp_path / "notebooks").mkdir()
     page = tmp_path / "notebooks/05_alive_sparsity.html"
-    text = "<p><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p><th>E40</th><th>E41</th>"
+    text = "<p><strong>E40</strong> · tokens</p><p><strong>R01</strong> in prose</p><th>E40</th><th>E41</th>"
     page.write_text(text)
     book.anchor_cards(tmp_path)
     assert page.read_text() == (
-        '<p id="e40"><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p>'
+        '<p class="claim" id="e40"><strong>E40</strong> · tokens</p><p><strong>R01</strong> in prose</p>'
         '<th>E40</th><th id="e41">E41</th>'  # a claim without a card has its row in the chapter's table
     )
 

@@ -295,8 +295,8 @@ def anchor_cards(html: Path) -> None:
         text = page.read_text(encoding="utf-8")
         for claim in sorted(set(re.findall(r"<(?:strong|th)>([ER]\d\d)</", text))):
             card, row = f"<p><strong>{claim}</strong> · ", f"<th>{claim}</th>"
-            place = card if card in text else row
-            text = text.replace(place, place.replace(">", f' id="{claim.lower()}">', 1), 1)
+            place, look = (card, ' class="claim"') if card in text else (row, "")
+            text = text.replace(place, place.replace(">", f'{look} id="{claim.lower()}">', 1), 1)
         page.write_text(text, encoding="utf-8")
 
 
