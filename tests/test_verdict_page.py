@@ -94,9 +94,9 @@ def test_seven_claims_are_the_abstracts_and_what_no_run_can_refute_is_not_counte
 
 
 def test_each_card_has_its_claim_as_anchor():
-    text = "<p><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p><th>E40</th><th>E41</th>"
+    text = "<p><strong>E40</strong> · tokens</p><p><strong>R01</strong> in prose</p><th>E40</th><th>E41</th>"
     assert book_pages.anchored(text) == (
-        '<p id="e40"><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p>'
+        '<p class="claim" id="e40"><strong>E40</strong> · tokens</p><p><strong>R01</strong> in prose</p>'
         '<th>E40</th><th id="e41">E41</th>'  # a claim without a card has its row in the chapter's table
     )
 

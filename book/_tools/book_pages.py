@@ -99,8 +99,8 @@ def anchored(text: str) -> str:
     """A page with the claim as each card's anchor, `#e40`, where the verdict page leads; without a card, its row."""
     for claim in sorted(set(re.findall(r"<(?:strong|th)>([ER]\d\d)</", text))):
         card, row = f"<p><strong>{claim}</strong> · ", f"<th>{claim}</th>"
-        place = card if card in text else row
-        text = text.replace(place, place.replace(">", f' id="{claim.lower()}">', 1), 1)
+        place, look = (card, ' class="claim"') if card in text else (row, "")
+        text = text.replace(place, place.replace(">", f'{look} id="{claim.lower()}">', 1), 1)
     return text
 
 
@@ -108,7 +108,7 @@ FOLDED = {"hide-output", "hide-cell", "remove-cell", "remove-input", "remove-out
 
 
 def folded(notebook: Notebook) -> Notebook:
-    """The notebook with parameters, the code of verdicts and the table of them behind buttons.
+    """The notebook with parameters, the code of verdicts and the table of them behind buttons that say what they open.
 
     A verdict's card prints its rule as it was judged, and the table at the end repeats the cards.
     """
@@ -117,11 +117,17 @@ def folded(notebook: Notebook) -> Notebook:
         code = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
         if FOLDED & set(tags):
             continue
+        judges, draws = "chapter.judge(" in code, any("image/png" in o.get("data", ()) for o in cell.get("outputs", []))
         if "chapter.sign_off(" in code:
             cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-cell"]
-            cell["metadata"].setdefault("mystnb", {})["code_prompt_show"] = "All verdicts of this page, and its record"
-        elif "hide-input" not in tags and ("parameters" in tags or "chapter.judge(" in code):
-            cell["metadata"]["tags"] = [*tags, "hide-input"]
+            opens = "All verdicts of this page, and its record"
+        elif "hide-input" in tags or "parameters" in tags or judges:
+            cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-input"]
+            parameters = "Parameters" if "parameters" in tags else "Code"
+            opens = "Code of this verdict" if judges else "Code of this figure" if draws else parameters
+        else:
+            continue
+        cell["metadata"].setdefault("mystnb", {}).setdefault("code_prompt_show", opens)
     return notebook
 
 

@@ -123,8 +123,9 @@ class Card:
         return f"{self.claim} · {self.sentence} · {self.verdict} · rule: {self.rule}"
 
     def _repr_markdown_(self) -> str:
-        quoted = claims()[self.claim].statement
-        return f"**{self.claim}** · “{quoted}” · {self.sentence} · **{self.verdict}**\n\n*Rule:* `{self.rule}`"
+        claim = claims()[self.claim]
+        says = f"“{claim.headline}”" if claim.headline else claim.sentence.removesuffix(".")
+        return f"**{self.claim}** · {says} · {self.sentence} · **{self.verdict}**\n\n*Rule:* `{self.rule}`"
 
 
 def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:
