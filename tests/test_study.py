@@ -491,13 +491,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     "left",
-    [
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "many"},
-        {"WORLD_SIZE": "2", "RANK": "0"},
-        LAUNCHED | {"RANK": "x"},
-        LAUNCHED | {"RANK": "5"},
-    ],
+    [{"WORLD_SIZE": "many"}, {"WORLD_SIZE": "2", "RANK": "0"}, LAUNCHED | {"RANK": "x"}, LAUNCHED | {"RANK": "5"}],
 )
 def test_what_another_launcher_left_behind_is_named_with_the_way_out(monkeypatch, left):
     for name, value in left.items():

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -41,22 +41,19 @@ Picture = Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, .
 Model = Annotated[str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")]
 Question = Annotated[str, typer.Option(help="What to ask about the picture.")]
 Preprocessing = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10, too
+    str | None,
     typer.Option(
         help="'letterbox', 'centre-crop' or 'stretch': how LLaVA-1.5 makes a picture a square.",
         show_default="as the model's family does it",
     ),
 ]
 Device = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one, one to a process"
     ),
 ]
-Quantize = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
-]
+Quantize = Annotated[str | None, typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no")]
 
 
 @app.command()
@@ -65,7 +62,7 @@ def probe(
     model: Model = "miniature",
     question: Question = "What is in the picture?",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Where to write the annotated picture.", show_default="<PICTURE>-probed.png here"),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Words per visual token in the printed grid.", min=1)] = 1,
@@ -108,8 +105,7 @@ def explore(
     model: Model = "miniature",
     question: Question = "What is in the picture?",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here"),
+        Path | None, typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here")
     ] = None,
     preprocessing: Preprocessing = None,
     device: Device = None,
@@ -216,18 +212,18 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the pictures and of all that is drawn at random.", min=0)] = 0,
     device: Device = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="'float32', 'float16' or 'bfloat16'.", show_default="the checkpoint's own on a GPU"),
     ] = None,
     quantize: Quantize = None,
     preprocessing: Preprocessing = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at a time; 'auto' finds what fits.")] = "auto",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
     ] = None,
     results: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Folder for the record of other_models.", show_default="the checkout's results; outside one, results"
         ),
@@ -256,11 +252,11 @@ def _aside(line: str) -> None:
 @app.command()
 def book(
     chapters: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(help="Chapters to run, by number or name, such as 02; none: all.", show_default=False),
     ] = None,
     parameter: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A notebook parameter; may be repeated."),
     ] = None,
     execute: Annotated[bool, typer.Option(help="Run the chapters, or render their committed outputs.")] = True,
@@ -270,7 +266,7 @@ def book(
         Path, typer.Option(help="Folder for the run and rendered book; a new one, or one that this command made.")
     ] = Path("_build"),
     jobs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Chapters at a time.", show_default="as cores and memory allow; one on a GPU", min=1),
     ] = None,
 ) -> None:
