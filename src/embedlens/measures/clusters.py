@@ -173,20 +173,3 @@ def by_group(
             own.append(row)
         rows.append(own)
     return rows
-
-
-def joint_map(
-    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, most: int = 600, seed: int = 0
-) -> pd.DataFrame:
-    """t-SNE by cosine distance of visual tokens and words, at most so many of each: x, y, of (the group, or "text")."""
-    from sklearn.manifold import TSNE
-
-    rng = np.random.default_rng(seed)
-    prompts = prompts_of(model, samples)
-    kinds = np.concatenate([groups.names for groups in token_groups_of(model, prompts, reference)])
-    tokens = torch.cat([prompt.embeds[prompt.visual].float().cpu() for prompt in prompts])
-    kept, words = (np.sort(rng.choice(n, min(most, n), False)) for n in (len(tokens), len(model.tokens)))
-    points = np.concatenate([tokens[kept], model.input_embeddings[words].float().cpu()])
-    settings: dict[str, Any] = {"metric": "cosine", "init": "pca", "perplexity": 30, "max_iter": 500, "n_jobs": 1}
-    places = TSNE(random_state=seed, **settings).fit_transform(points)
-    return pd.DataFrame(places, columns=["x", "y"]).assign(of=[*kinds[kept], *["text"] * len(words)])

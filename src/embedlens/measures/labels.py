@@ -40,10 +40,7 @@ def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int,
     """The vocabulary entries that count as a label, ascending; empty if none does.
 
     A word counts with or without a leading space, in lower case, Capitalised or in CAPITALS, in singular and plural.
-
-    Args:
-        tokenizer: byte-level BPE or SentencePiece, as Hugging Face loads it.
-        rule: one of RULES; each includes the one before.
+    The tokenizer is byte-level BPE or SentencePiece; of RULES each includes the one before.
     """
     if rule not in RULES:
         raise EmbedLensError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
@@ -65,11 +62,7 @@ def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int,
 
 
 def _plural(name: str) -> str:
-    """As the captions of the miniature world have it, and -es where English wants it.
-
-    >>> [_plural(name) for name in ("dog", "knife", "bench", "cell phone")]
-    ['dogs', 'knives', 'benches', 'cell phones']
-    """
+    """As the captions of the miniature world have it, and -es where English wants it."""
     return f"{name}es" if name not in IRREGULAR and name.endswith(("s", "x", "ch", "sh")) else plural(name)
 
 
@@ -194,9 +187,7 @@ def named_patches(
 ) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
     """Of one picture's patches: which retrieve the label of an object they lie in, and which lie in an object.
 
-    Args:
-        grid: `prompt.grid` of the picture.
-        ids: retrieved vocabulary entries of each patch, as `lens.topk` gives them.
+    `ids` are the retrieved vocabulary entries of each patch, as `lens.topk` gives them.
     """
     named, covered = torch.zeros(2, len(grid), dtype=torch.bool)
     for name, _, inside in objects(sample, grid):
