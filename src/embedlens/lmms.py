@@ -359,6 +359,9 @@ metadata:
 def write_task(folder: Path | str, kinds: Sequence[str], n: int = 20, seed: int = 0) -> Path:
     """Write a task for `--include_path`: YAML, questions, and the functions that it names; pictures are drawn on use.
 
+    The questions stand in the words of the miniature. Other models, whose authors ask and write boxes in other words,
+    are asked in theirs by `tasks.evaluate` and `sweep.run_arms`, not here.
+
     Args:
         kinds: of `tasks.KINDS`.
         n: questions of each.

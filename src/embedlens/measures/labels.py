@@ -32,6 +32,9 @@ from embedlens.vlm import Prompt, VisionLanguageModel
 #: strict: the label or its plural as one token; head-word: or the last word of a label of several words ("phone" of
 #: "cell phone"); first-piece: or the first piece of a label that is several tokens (which gives false hits).
 RULES = ("strict", "head-word", "first-piece")
+#: Labels whose last word is the label of something else.
+FALSE_HEADS = ("hot dog",)
+PLURALS = {"mouse": "mice", "skis": "skis"}
 #: Any other way to get k words from every visual token of a prompt: (model, prompt, k) → ids.
 Reading = Callable[[VisionLanguageModel, Prompt, int], Int[Tensor, "layers tokens k"]]
 
@@ -46,14 +49,17 @@ def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int,
         raise EmbedLensError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if not label.strip():
         raise EmbedLensError("the label is empty: pass a category name")
-    words = {label, _plural(label)}
-    if rule != "strict" and " " in label:
+    words = {label, PLURALS.get(label) or _plural(label)}
+    if rule != "strict" and " " in label and label not in FALSE_HEADS:
         head = label.rsplit(" ", 1)[1]
         words |= {head, _plural(head)}
     vocabulary = tokenizer.get_vocab()
     written = {form for word in words for form in (word.lower(), word.capitalize(), word.upper())}
-    # Ġ is the leading space of byte-level vocabularies, ▁ that of SentencePiece
-    ids = {vocabulary[space + form] for form in written for space in ("", "Ġ", "▁") if space + form in vocabulary}
+    # Ġ is the leading space of byte-level vocabularies, ▁ that of SentencePiece, where a piece without it goes on with
+    # a word: "ties" is of "properties"
+    parts = "▁" in vocabulary
+    forms = {space + form for form in written for space in ("", "Ġ", "▁") if space or not (parts and form.islower())}
+    ids = {vocabulary[form] for form in forms if form in vocabulary}
     if rule == "first-piece" and not ids:
         pieces = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
         texts = tokenizer.convert_ids_to_tokens(pieces)
