@@ -300,6 +300,20 @@ def anchor_cards(html: Path) -> None:
         page.write_text(text, encoding="utf-8")
 
 
+AS_WRITTEN = re.compile(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]*>)", re.S)
+
+
+def typeset(html: Path) -> None:
+    """Set per cent signs one way, after a space that does not break, whoever wrote them: a run, a format, an author."""
+    for page in (*html.glob("book/*.html"), *html.glob("notebooks/*.html")):
+        text, parts, at = page.read_text(encoding="utf-8"), list[str](), 0
+        for kept in (*AS_WRITTEN.finditer(text), None):  # code and tags stay as they are
+            parts.append(re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None]))
+            parts.append(kept[0] if kept else "")
+            at = kept.end() if kept else at
+        page.write_text("".join(parts), encoding="utf-8")
+
+
 def build(
     notebooks: Sequence[str] | None = None,
     execute: bool = True,
@@ -357,6 +371,7 @@ def build(
             say("rendering")
             rendered = render(source, folder / "work", folder / "home")
             anchor_cards(rendered)
+            typeset(rendered)
             if (source / "results").is_dir():
                 shutil.copytree(source / "results", rendered / "results")  # the verdict page links to records
             demand(html_faults(rendered))
