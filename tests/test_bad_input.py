@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from notebook_files import BookError
 from pandas.testing import assert_frame_equal
 from PIL import Image
 
 from embedlens import EmbedLensError, __main__, open_picture, run
-from embedlens.book import BookError
 from embedlens.measures.labels import label_hits
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel

@@ -6,11 +6,12 @@ import json
 import os
 from pathlib import Path
 
+import book_build as book
 import numpy as np
 import pandas as pd
 import pytest
 
-from embedlens import book, claims, records
+from embedlens import claims, records
 from embedlens.errors import EmbedLensError
 from embedlens.stats import Estimate
 

@@ -57,6 +57,19 @@ def test_what_was_written_is_read_back(written, capsys):
     assert capsys.readouterr() == ("", "")  # pycocotools prints
 
 
+def test_groups_are_found_in_other_photographs_of_the_folder(written, tiny):
+    from embedlens.groups import discover, reference_of
+
+    dataset = f"coco:{written[1]}"
+    measured, others = samples.load(dataset, n=4, seed=1), samples.calibration(dataset, n=2, seed=1)
+    assert not {sample.id for sample in measured} & {sample.id for sample in others}
+    every = samples.calibration(dataset, n=64, seed=1)  # as many as there are
+    assert len(every) == 6 and {sample.id for sample in [*measured, *others]} == {sample.id for sample in every}
+    found = reference_of(tiny, dataset, 1)
+    assert found == discover(tiny, every) and found.n_pictures == 6
+    assert reference_of(tiny, dataset, 1) is found and reference_of(tiny).n_pictures == 64
+
+
 def test_every_way_to_name_a_folder_finds_it(written, folder, monkeypatch):
     images = [sample.id for sample in samples.load(f"coco:{written[1] / 'images'}", n=6)]
     assert images == [sample.id for sample in samples.load(f"coco:{written[1]}", n=6)]

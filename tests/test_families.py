@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
-from twins import BY_FAMILY, SIBLINGS, TWINS, save_twin
+from twins import BY_FAMILY, SIBLINGS, TWINS, VICUNA, save_twin
 
 import embedlens as el
 from conftest import little_memory
@@ -34,6 +34,7 @@ from embedlens import (
     prompts,
 )
 from embedlens.checks import check
+from embedlens.families.instructions import VICUNA_V1
 from embedlens.groups import discover, token_groups_of
 from embedlens.measures.patch_reading import canvas_of
 from embedlens.measures.readout import random_projector
@@ -69,7 +70,10 @@ class Stock:
             mean = self.processor.image_processor.image_mean
             image = squared(image, "letterbox", tuple(int(255 * part) for part in mean))
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        turns = [{"role": "user", "content": content}]
+        if self.processor.chat_template == VICUNA:  # trained with a system prompt that the template lacks
+            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": VICUNA_V1}]})
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
         return self.processor(images=image, text=text, return_tensors="pt")
 
     @torch.no_grad()

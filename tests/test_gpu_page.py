@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
+import book_build as book
 import torch
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from embedlens import book
 from embedlens.__main__ import app
 from embedlens.families import FAMILIES
 from embedlens.memory import needed

@@ -176,6 +176,31 @@ def test_the_task_asks_the_questions_of_tasks_and_scores_as_it_does(tmp_path):
     assert Path(written["dataset_kwargs"]["data_files"]["test"]).is_file()
 
 
+def test_a_task_that_a_judge_scores_is_refused_without_its_key(tmp_path, monkeypatch):
+    """As lmms-eval lays out HallusionBench (the key is read in a module beside), MMBench (by its template), MM-Vet."""
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    scored = "task: {}\nprocess_results: !function {}.scored\n"
+    (bench / "hallusion.yaml").write_text(scored.format("hallusion_bench_image", "evaluate_hb"))
+    (bench / "evaluate_hb.py").write_text("from lmms_eval.tasks.bench.utils import scored\n")
+    (bench / "utils.py").write_text('API_KEY = os.getenv("OPENAI_API_KEY", "YOUR_API_KEY")\n')
+    (bench / "mmbench.yaml").write_text("task: mmbench_en_dev\ninclude: _template_yaml\n")
+    (bench / "_template_yaml").write_text("process_results: !function en_utils.scored\n")
+    (bench / "en_utils.py").write_text('key = os.environ["AZURE_API_KEY"] or os.environ.get("OPENAI_API_KEY")\n')
+    (bench / "mmvet.yaml").write_text(scored.format("mmvet", "vet"))
+    (bench / "vet.py").write_text("from lmms_eval.llm_judge import get_server\n")
+    (bench / "pope.yaml").write_text(scored.format('"pope"', "pope"))
+    (bench / "pope.py").write_text("KEYBOARD = 1\n")
+    for key in ("OPENAI_API_KEY", "AZURE_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    for task in ("hallusion_bench_image", "mmbench_en_dev", "mmvet"):
+        with pytest.raises(EmbedLensError, match=f"{task} is scored by a judge .* OPENAI_API_KEY is not set"):
+            lmms.check_keys(["pope", task], tmp_path)
+    lmms.check_keys(["pope", "embedlens_miniature"], tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    lmms.check_keys(["hallusion_bench_image", "mmbench_en_dev", "mmvet"], tmp_path)
+
+
 def test_without_lmms_eval_its_model_names_the_pip_command():
     code = (
         "import sys; sys.modules['lmms_eval'] = None; from embedlens.lmms_model import EmbedLensModel as Model; Model()"

@@ -5,13 +5,14 @@ from itertools import permutations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import book_build as book
+import book_pages
 import browser
 import pytest
 import yaml
 from bs4 import BeautifulSoup
 
 import embedlens
-from embedlens import book, book_pages, book_rules
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -248,13 +249,10 @@ def test_a_page_that_breaks_the_rules_is_caught(tmp_path):
     assert "5% of a cosine" in " ".join(percent_faults(pages))
 
 
-def test_per_cent_signs_are_set_one_way_and_code_stays_as_it_is_written(tmp_path):
-    (tmp_path / "book").mkdir()
-    page = tmp_path / "book" / "page.html"
-    page.write_text("<p title='5%'>35% of 7 %</p><pre>x %  5% <b>5%</b></pre><code>9%</code> 1%")
-    book.typeset(tmp_path)
+def test_per_cent_signs_are_set_one_way_and_code_stays_as_it_is_written():
     nbsp = "\u00a0"
-    assert page.read_text() == (
+    text = "<p title='5%'>35% of 7 %</p><pre>x %  5% <b>5%</b></pre><code>9%</code> 1%"
+    assert book_pages.typeset(text) == (
         f"<p title='5%'>35{nbsp}% of 7{nbsp}%</p><pre>x %  5% <b>5%</b></pre><code>9%</code> 1{nbsp}%"
     )
 
@@ -269,7 +267,7 @@ def numbers(text):
 
 def glued(chapter, *names):
     """First numbers of what a chapter's committed run hands to the prose."""
-    notebook = book_rules.read(next((ROOT / "notebooks").glob(f"{chapter}*.ipynb")))
+    notebook = book.read(next((ROOT / "notebooks").glob(f"{chapter}*.ipynb")))
     values = {
         output["metadata"]["scrapbook"]["name"]: next(iter(output["data"].values()))
         for cell in notebook["cells"]
@@ -359,17 +357,15 @@ def test_every_work_that_a_page_cites_is_in_the_bibliography():
 
 
 def test_a_mark_that_names_nothing_is_an_error_that_says_what_there_is(tmp_path):
-    (tmp_path / "book").mkdir()
     page = tmp_path / "book" / "api.md"
-    page.write_text("<!-- api: no_such_name -->")
-    with pytest.raises(book_rules.BookError, match=r"no_such_name, which the package does not have"):
-        book_pages.completed(tmp_path, [Path("book/api.md")])
-    page.write_text("<!-- figure: 04_dead_tokens | a map of nothing -->")
-    with pytest.raises(book_rules.BookError, match="no chapter"):
-        book_pages.completed(tmp_path, [Path("book/api.md")])
+    with pytest.raises(book.BookError, match=r"no_such_name, which the package does not have"):
+        book_pages.filled("<!-- api: no_such_name -->", tmp_path, page)
+    mark = "<!-- figure: 04_dead_tokens | a map of nothing -->"
+    with pytest.raises(book.BookError, match="no chapter"):
+        book_pages.filled(mark, tmp_path, page)
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    with pytest.raises(book_rules.BookError, match=r"'a map of nothing'; there is: \w+"):
-        book_pages.completed(tmp_path, [Path("book/api.md")])
+    with pytest.raises(book.BookError, match=r"'a map of nothing'; there is: \w+"):
+        book_pages.filled(mark, tmp_path, page)
 
 
 def test_the_package_page_names_every_public_name():

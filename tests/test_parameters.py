@@ -5,10 +5,12 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import book_build as book
+import launch
 import papermill
 import pytest
 
-from embedlens import EmbedLensError, book, launch, loading, parameters
+from embedlens import EmbedLensError, loading, parameters
 from embedlens.parameters import check
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +97,8 @@ def typed_notebook(tmp_path):
     from nbformat.v4 import new_code_cell, new_notebook
 
     cell = new_code_cell(f"{DECLARED}\nloud: bool = False  # or not", metadata={"tags": ["parameters"]})
-    book.write(new_notebook(cells=[new_code_cell("model: int = 3"), cell]), tmp_path / "chapter.ipynb")
+    cells = [new_code_cell("model: int = 3"), cell]
+    book.write(new_notebook(cells=cells, metadata={"kernelspec": book.KERNEL}), tmp_path / "chapter.ipynb")
     return tmp_path / "chapter.ipynb"
 
 

@@ -78,9 +78,9 @@ def alone(model, item, arm, groups) -> str:
     of_picture = groups(model, [prompt])[0]
     plan = arm.act(of_picture, prompt.grid, sweep.generator(item.sample.id, arm.name, arm.seed))
     if not plan:
-        return model.answer(prompt, tasks.ANSWER_TOKENS)
+        return model.answer(prompt, tasks.answer_tokens(model))
     with el.intervene(model, *plan):
-        return model.answer(prompt, tasks.ANSWER_TOKENS)
+        return model.answer(prompt, tasks.answer_tokens(model))
 
 
 # --- the sweep equals one question after the other -------------------------------------------------------------------

@@ -33,7 +33,7 @@ from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at
-from embedlens.samples import Sample, load, readable
+from embedlens.samples import Sample, calibration, photographs, readable
 
 if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
@@ -143,6 +143,21 @@ def ratios(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     return h.abs() / torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def ratio_fence(largest: Shaped[np.ndarray, " n"], width: int) -> float:
+    """`fence` of tokens' largest |x|/RMS, in the same unit and below its end, √width.
+
+    The fence is that of |x_i| over the RMS of the *other* dimensions, which has no end. A rule without this step found
+    no sink dimension in SmolLM2 (width 576), where BOS takes 39 % of the attention: the fence lay above √576.
+
+    >>> ratio_fence(np.array([11.0, 12.0, 13.0, 14.0]), 576) < 24 < fence(np.array([9.0, 12.0, 13.0, 16.0]))
+    True
+    """
+    largest = np.asarray(largest, dtype=np.float64)
+    rest = np.maximum((width - largest**2) / (width - 1), 1e-12)
+    beyond = fence(largest / np.sqrt(rest))
+    return float(beyond * np.sqrt(width / (width - 1 + beyond**2)))
+
+
 def phi(h: Float[Tensor, "*batch d"], dims: Sequence[int]) -> Float[Tensor, "*batch"]:
     """How strongly a vector excites the sink dimensions: the largest |x_i| / RMS(x) among them.
 
@@ -167,9 +182,9 @@ def discover(
     """Find what tells this model's sink, dead and alive tokens apart.
 
     1. ViT sinks: L2 norms at the tower's last layer, pooled over pictures; the threshold is their `fence`.
-    2. LLM sinks: at each layer, the `fence` of every other token's largest |x|/RMS. A dimension is a sink dimension if
-       the *first* token of the sequence lies beyond it there in at least half of the layers from the first to the last
-       but one. The threshold of phi is halfway, on a log scale, between the median token and the first one.
+    2. LLM sinks: at each layer, the `ratio_fence` of every other token's largest |x|/RMS. A dimension is a sink
+       dimension if the *first* token of the sequence lies beyond it there in at least half of the layers from the first
+       to the last but one. The threshold of phi is halfway, on a log scale, between the median token and the first one.
     3. Dead: in every picture, the largest anchor cluster whose centroid lies further from the words' centroid than
        the picture's other tokens do; its nearest word. The reference word is the one of most pictures; if no word is
        found in half of them, there is none.
@@ -183,7 +198,7 @@ def discover(
         EmbedLensError: fewer than two pictures.
     """
     if samples is None:
-        samples = load("miniworld", n=CALIBRATION, split="train", scale=max(1.0, model.canvas_side / 112))
+        samples = calibration("miniworld", CALIBRATION, scale=max(1.0, model.canvas_side / 112))
     samples = list(readable(samples))
     if len(samples) < 2:
         raise EmbedLensError(f"{len(samples)} pictures: what tells groups apart needs at least two, better 50")
@@ -202,7 +217,7 @@ def discover(
             distant.append(_distant(prompt.embeds[prompt.visual].float(), lens, words, threshold))
     notes: dict[str, str] = {}
     vit_norm, notes["ViT sink"] = _vit_norm(norms)
-    dims, layer, phi_threshold, notes["LLM sink"] = _sink_dims(first, np.stack(largest))
+    dims, layer, phi_threshold, notes["LLM sink"] = sink_dims(first, np.stack(largest))
     dead_id, notes["dead"] = _dead_id(distant, model.tokens)
     found = vit_norm, dims, layer, phi_threshold, dead_id
     measured = Reference(model.name, model.width, len(model.tokens), len(samples), threshold, *found, None, None, notes)
@@ -248,12 +263,12 @@ def _vit_norm(norms: Iterable[Float[np.ndarray, " _"]]) -> tuple[float | None, s
     )
 
 
-def _sink_dims(
+def sink_dims(
     of_first: Float[np.ndarray, "layers d"], largest: Float[np.ndarray, "pictures layers m"]
 ) -> tuple[tuple[int, ...], int | None, float | None, str]:
     """(dimensions, first layer, threshold of phi, how)."""
     n = len(of_first)
-    fences = np.array([fence(largest[:, layer].ravel()) for layer in range(n)])
+    fences = np.array([ratio_fence(largest[:, layer].ravel(), of_first.shape[1]) for layer in range(n)])
     middle = slice(1, max(2, n - 1))
     beyond = of_first > fences[:, None]
     dims = np.flatnonzero(beyond[middle].mean(0) >= 0.5)
@@ -329,14 +344,20 @@ def _dead_id(distant: Sequence[tuple[int, int] | None], tokens: Sequence[str]) -
 
 # --- belonging -------------------------------------------------------------------------------------------------------
 
-_REFERENCES: WeakKeyDictionary[VisionLanguageModel, Reference] = WeakKeyDictionary()
+_REFERENCES: WeakKeyDictionary[VisionLanguageModel, dict[tuple[str, int] | None, Reference]] = WeakKeyDictionary()
 
 
-def reference_of(model: VisionLanguageModel) -> Reference:
-    """`discover` with its defaults, once per model."""
-    if model not in _REFERENCES:
-        _REFERENCES[model] = discover(model)
-    return _REFERENCES[model]
+def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: int = 0) -> Reference:
+    """`discover` in pictures of a data set, once per model: in photographs where photographs are measured.
+
+    Args:
+        dataset, seed: as of the pictures that are measured, see `embedlens.samples.calibration`. Data sets that are
+            drawn have training pictures of the miniature world for this, whatever the seed.
+    """
+    known, key = _REFERENCES.setdefault(model, {}), (dataset, seed) if photographs(dataset) else None
+    if key not in known:
+        known[key] = discover(model, None if key is None else calibration(dataset, CALIBRATION, seed))
+    return known[key]
 
 
 def token_groups(

@@ -11,6 +11,8 @@ This module does not need lmms-eval; `lmms_model`, which the entry point leads t
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -36,6 +38,7 @@ MODEL = "embedlens"  # the name that lmms-eval knows the model by
 TASK = "embedlens_miniature"
 CALIBRATION = 64  # pictures in which a model's groups are found
 NEW_TOKENS = 128  # where a task does not say
+BOX_TOKENS = 64  # as Qwen-VL writes a box
 DEAD, SINKS = ("dead",), ("LLM sink", "ViT sink")
 
 #: Name → the arm, of a seed, a layer and a factor.
@@ -274,6 +277,49 @@ def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
     return pictures[0], "\n".join(part["text"] for part in parts if part["type"] == "text").strip()
 
 
+def judges(task: str, folder: Path) -> set[str]:
+    """Names of keys one of which a task's scoring needs, as a judge behind a service reads the answers; {}: none.
+
+    Args:
+        folder: lmms-eval's `tasks`. What a task's YAML names, and what that imports beside it, is searched for keys.
+    """
+    files = (file for file in folder.rglob("*.yaml") if re.search(_NAMED, file.read_text("utf-8")))
+    for file in files:
+        text = file.read_text("utf-8")
+        if task not in re.findall(_NAMED, text):
+            continue
+        parts = [file.parent / part for part in re.findall(r"(?m)^include: *(\S+)", text)]
+        text += "".join(part.read_text("utf-8") for part in parts if part.is_file())
+        modules, code = re.findall(r"!function (\w+)\.", text), {}
+        while modules:
+            module = file.parent / f"{modules.pop()}.py"
+            if module not in code and module.is_file():
+                code[module] = module.read_text("utf-8")
+                modules += re.findall(r"(?m)^from [\w.]*\b(\w+) import", code[module])
+        read = "".join(code.values())
+        keys = set(re.findall(r"(?:getenv\(|environ\.get\(|environ\[)\s*[\"'](\w*KEY\w*)", read))
+        return keys | ({"OPENAI_API_KEY"} if "llm_judge" in read else set())
+    return set()
+
+
+_NAMED = r"(?m)^task: *[\"']?([\w+-]+)"
+
+
+def check_keys(tasks_asked: Iterable[str], folder: Path) -> None:
+    """Say before anything runs that a key is missing: without it every answer would be scored as a wrong one.
+
+    Raises:
+        EmbedLensError: a task is scored by a judge, and none of its keys is set.
+    """
+    for task in tasks_asked:
+        keys = judges(task, folder)
+        if keys and not any(os.environ.get(key) for key in keys):
+            raise EmbedLensError(
+                f"{task} is scored by a judge behind a service, and {' or '.join(sorted(keys))} is not set, so that "
+                "answers would count as wrong: set it, or leave the task out"
+            )
+
+
 def manifests() -> Any:
     """What lmms-eval's entry point asks for: the model's name and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -338,7 +384,8 @@ def write_task(folder: Path | str, kinds: Sequence[str], n: int = 20, seed: int 
     questions.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
     names = "mean, pictures_of, scored, text_of"
     (folder / "utils.py").write_text(f"from embedlens.lmms import {names}  # noqa: F401\n", encoding="utf-8")
-    text = YAML.format(task=TASK, n=n, seed=seed, questions=questions.resolve(), tokens=tasks.ANSWER_TOKENS)
+    tokens = BOX_TOKENS if "box" in kinds else tasks.ANSWER_TOKENS
+    text = YAML.format(task=TASK, n=n, seed=seed, questions=questions.resolve(), tokens=tokens)
     file = folder / f"{TASK}.yaml"
     file.write_text(text, encoding="utf-8")
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from tqdm import tqdm
 from embedlens import lmms as plugin
 from embedlens.errors import EmbedLensError
 from embedlens.loading import load
-from embedlens.processes import meet, own_device
+from embedlens.processes import own_device, processes
 
 try:
+    import lmms_eval.tasks
     from lmms_eval.api.model import lmms as Base
     from loguru import logger
 
@@ -69,7 +71,8 @@ class EmbedLensModel(Base):
         together = plugin.batch_size_of(batch_size)
         arm = plugin.arm_of(intervention, seed, layer, factor)
         place = own_device() or device
-        self._rank, self._world_size = meet("cuda" if (place or "").startswith("cuda") else "cpu")
+        launched = processes("cuda" if (place or "").startswith("cuda") else "cpu")
+        self._rank, self._world_size = launched.rank, launched.count
         if self._world_size > 1:
             from accelerate import Accelerator
 
@@ -92,6 +95,7 @@ class EmbedLensModel(Base):
         """
         answers: list[str] = []
         try:
+            plugin.check_keys(sorted({request.args[4] for request in requests}), Path(lmms_eval.tasks.__file__).parent)
             said = self.answerer.answers(map(self._asked, requests))
             bar = tqdm(said, total=len(requests), disable=self._quiet(), unit="question")
             for one, request in zip(bar, requests, strict=True):

@@ -90,9 +90,6 @@ def compare(
         of: "accuracy" of all questions in the table, a family (the mean of its metrics), or "Avg" of the four.
         correct: the column that says what is right; "correct_original" reads boxes in the original picture's frame.
 
-    Raises:
-        EmbedLensError: an arm or family that is not there, or arms that answered other questions.
-
     Source: Tango, Statistics in Medicine 17 (1998).
     """
     base, repeats = _of_arm(table, baseline), _of_arm(table, arm)
@@ -106,7 +103,10 @@ def compare(
     parts = [_chosen(rows, of) for rows in (*base, *repeats)]
     scores = _resampled(parts, of, correct, resamples, seed)
     of_base, of_arm = np.mean(scores[: len(base)], axis=0), np.mean(scores[len(base) :], axis=0)
-    change, narrow = (_estimate(of_arm - of_base, parts[0], level) for level in (LEVEL, 2 * LEVEL - 1))
+    able = bool(of_base[0] > 0) and all(rows["testable"].all() for rows in parts if "testable" in rows)
+    change, narrow = (
+        replace(_estimate(of_arm - of_base, parts[0], level), testable=able) for level in (LEVEL, 2 * LEVEL - 1)
+    )
     right = [rows[correct].to_numpy(dtype=float) > 0 for rows in parts]
     before, after = right[: len(base)] * (len(repeats) // len(base)), right[len(base) :]
     gained = float(np.mean([(now & ~was).sum() for was, now in zip(before, after, strict=True)]))

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
+from embedlens.families.instructions import instructions_of
 from embedlens.families.plain import OWN, Features
 from embedlens.patches import Frame, PatchGrid, within
 from embedlens.pictures import LARGEST, natural_side, resized, squared
@@ -133,6 +134,8 @@ def written(model: Any, picture: Image, question: str) -> tuple[Int[Tensor, " s"
         )
     content = [{"type": "image", "image": shown(model, picture)}, {"type": "text", "text": question}]
     turn = [{"role": "user", "content": content}]
+    if system := instructions_of(model).system:
+        turn = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turn]
     try:  # what a template raises is whatever its author wrote; without a picture in it the processor is at a loss
         text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         why = "" if processor.image_token in text else "writes no picture"

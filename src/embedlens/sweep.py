@@ -42,7 +42,7 @@ from embedlens.interventions import MASKED, Intervention
 from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, identity
 from embedlens.samples import Sample
-from embedlens.tasks import ANSWER_TOKENS, Item, box_score, score
+from embedlens.tasks import Item, able, answer_tokens, box_score, in_words_of, score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,10 +58,12 @@ def run_arms(
     arms: Sequence[Arm],
     groups: Callable[..., Sequence[Any]] = token_groups_of,
     batch_size: int = 32,
-    max_new_tokens: int = ANSWER_TOKENS,
+    max_new_tokens: int | None = None,
     halve: bool = True,
 ) -> pd.DataFrame:
-    """Ask every question under every arm.
+    """Ask every question under every arm, in the words of the model's family.
+
+    Before them all, `tasks.able` looks which families are testable here; of the others a few questions are asked.
 
     Args:
         model: from `embedlens.load`.
@@ -70,7 +72,7 @@ def run_arms(
         groups: (model, prompts) → what arms choose by, of each prompt's picture: its groups, bind a reference or
             membership with `partial`, or `pruners.seen` for the arms of pruners.
         batch_size: pictures that run together, each with up to eight questions.
-        max_new_tokens: of an answer.
+        max_new_tokens: of an answer; by default as many as the model needs to write the longest expected one.
         halve: run fewer pictures together where they do not fit on the device; False: raise, the caller halves.
 
     Returns:
@@ -87,6 +89,9 @@ def run_arms(
 
     items, arms = list(items), list(arms)
     _check(items, arms, batch_size)
+    unable = able(model, items, ask=any(arm.name == BASELINE.name for arm in arms))
+    items = [item for item in items if item in unable.get(item.question.family, (item,))]
+    items, max_new_tokens = in_words_of(model, items), max_new_tokens or answer_tokens(model)
     rows: list[dict[str, Any]] = []
     common = arms, groups, max_new_tokens
     what = {"model": kept.of_model(model), "asked": common} if halve and kept.ROWS in os.environ else None
@@ -101,7 +106,8 @@ def run_arms(
         rows += found
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
     rows.sort(key=lambda row: (row["item"], order[row["arm"], row["seed"]]))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.assign(testable=~table["family"].isin(unable))
 
 
 def asked(items: Sequence[Item]) -> list[Sample]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
+from embedlens.families import instructions, plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs
 from embedlens.families.plain import feature_layer as feature_layer
@@ -30,6 +30,7 @@ EXAMPLES = ("OpenGVLab/InternVL3-8B-hf", "OpenGVLab/InternVL3-1B-hf")
 PROCESSOR = "InternVLProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+INSTRUCTIONS = instructions.INTERNVL
 LIMITS = (
     "the picture is shown in tiles and once more as a whole, so a box holds patches of both",
     "a row of the vision tower is four patches side by side, as the pixel shuffle leaves them",

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
+from embedlens.families import instructions, plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs, side_by_side
 from embedlens.families.plain import feature_layer as feature_layer
@@ -29,6 +29,7 @@ CLASSES = ("LlavaForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
 MODULES = dict(plain.MODULES)
+INSTRUCTIONS = instructions.LLAVA
 
 #: What it cannot do, in words; the rest of the package works.
 LIMITS: tuple[str, ...] = ()

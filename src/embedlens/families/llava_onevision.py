@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
+from embedlens.families import instructions, plain
 from embedlens.families.llava_next import canvas_side as canvas_side
 from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
 from embedlens.families.llava_next import enough as enough
@@ -29,7 +29,7 @@ from embedlens.families.plain import Inputs
 from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.patches import ManyViews, Span, UnevenGrid
+from embedlens.patches import ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-OneVision"
 CLASSES = ("LlavaOnevisionForConditionalGeneration",)
@@ -37,6 +37,7 @@ EXAMPLES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-hf/llava-onevision
 PROCESSOR = "LlavaOnevisionProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+INSTRUCTIONS = instructions.LLAVA
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",
     "the picture is shown twice, so a box holds patches of both views",
@@ -68,7 +69,7 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
     if ratio > 1.1:
         columns, lines = tiles.spans
         fewer = (thinned(columns, int(tiles.cols // ratio)), thinned(lines, int(tiles.rows // ratio)))
-        tiles = UnevenGrid.of_spans(tiles.frame, *fewer)
+        tiles = PatchGrid.of_spans(tiles.frame, *fewer)
     return ManyViews.of([whole, tiles])
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
+from embedlens.families import instructions, plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs
 from embedlens.families.plain import image_token_id as image_token_id
@@ -30,6 +30,7 @@ EXAMPLES = ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct")
 PROCESSOR = "Qwen2_5_VLProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = plain.MODULES | {"vision_tower": "model.visual", "projector": "model.visual.merger"}
+INSTRUCTIONS = instructions.QWEN
 LIMITS = (
     "no Prune(positions='renumber'): patches stand at a row and a column, and gaps between those cannot be closed",
     "a row of the vision tower is four patches side by side, as the merger reads them",

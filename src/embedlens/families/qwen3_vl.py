@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from embedlens.families import plain, qwen2_5_vl
+from embedlens.families import instructions, plain, qwen2_5_vl
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs
 from embedlens.families.plain import image_token_id as image_token_id
@@ -35,6 +35,7 @@ EXAMPLES = ("Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3-VL-4B-Instruct")
 PROCESSOR = "Qwen3VLProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(qwen2_5_vl.MODULES)
+INSTRUCTIONS = instructions.QWEN3
 LIMITS = (
     *qwen2_5_vl.LIMITS,
     "what joins visual tokens after the first blocks is no sublayer: it is part of what leaves the block before",

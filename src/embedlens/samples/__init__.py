@@ -113,7 +113,7 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
             given = ", ".join(sorted(set(options) - {"side", "patch"})) or f"split={split!r}"
             raise EmbedLensError(f"{given} is of the miniature world: patchbench takes side and patch, in px")
         return [picture.sample() for picture in patchbench.pictures(n, seed, **options)]
-    if dataset.startswith("coco:") or (dataset != "miniworld" and Path(dataset).expanduser().is_dir()):
+    if photographs(dataset):
         from embedlens.samples import coco
 
         if split != "heldout" or options:
@@ -129,6 +129,26 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
 
     first = miniworld.first_index(seed)
     return [miniworld.sample(first + i, split, **options) for i in range(n)]
+
+
+def photographs(dataset: str) -> bool:
+    """Whether a data set is a COCO folder, not drawn here."""
+    return dataset.startswith("coco:") or (dataset != "miniworld" and Path(dataset).expanduser().is_dir())
+
+
+def calibration(dataset: str, n: int, seed: int = 0, scale: float = 1) -> list[Sample]:
+    """Pictures of the same world as a data set's, for what must be found in others than those that are measured.
+
+    Args:
+        dataset: as `load` takes it. Of the drawn world, training pictures; of a COCO folder, the last in the order of
+            `seed`, of which `load` gives the first: where a folder has fewer than both, some are in common.
+        scale: of drawn pictures.
+    """
+    if photographs(dataset):
+        from embedlens.samples import coco
+
+        return coco.load(dataset.removeprefix("coco:"), n, seed, last=True)
+    return load("miniworld", n=n, split="train", scale=scale)
 
 
 def full_scene(samples: Sequence[Sample], kinds: int = 3, filled: float = 0.2) -> Sample:

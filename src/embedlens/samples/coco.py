@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DOWNLOAD = "https://cocodataset.org/#download"
 
 
-def load(folder: str | Path, n: int, seed: int = 0) -> list[Sample]:
+def load(folder: str | Path, n: int, seed: int = 0, last: bool = False) -> list[Sample]:
     """`n` pictures of a COCO folder, drawn and ordered by `seed`; the first of many are the few.
 
     Annotations are COCO's own. Crowds are among them, marked `iscrowd`, but are no labels. Boxes without area and
@@ -47,6 +47,7 @@ def load(folder: str | Path, n: int, seed: int = 0) -> list[Sample]:
             `annotations/instances.json` is understood too.
         n: how many pictures.
         seed: different seeds draw different pictures, possibly some in common.
+        last: the last `n` in this order, or all there are: other pictures than the first, as far as the folder goes.
 
     Raises:
         EmbedLensError: a folder or file is missing or not COCO's format, an entry cannot be understood, a category is
@@ -65,7 +66,7 @@ def load(folder: str | Path, n: int, seed: int = 0) -> list[Sample]:
     instances = _by_picture(content, images, annotations)
     _check_categories(instances, category_names, annotations)
     ids = sorted(images)
-    if n > len(ids):
+    if n > len(ids) and not last:
         raise EmbedLensError(f"n is {n}, but {annotations} lists {len(ids)} pictures: ask for at most as many")
     random.Random(seed).shuffle(ids)
     spoken = annotations.with_name(annotations.name.replace("instances", "captions", 1))
@@ -74,7 +75,7 @@ def load(folder: str | Path, n: int, seed: int = 0) -> list[Sample]:
         captions = _by_picture(_read(spoken, ("images", "annotations")), images, spoken)
     samples: list[Sample] = []
     flat = mute = 0
-    for id in ids[:n]:
+    for id in ids[-n:] if last else ids[:n]:
         entries = [_entry(entry, annotations) for entry in instances.get(id, ())]
         with_area = tuple(entry for entry in entries if entry["bbox"][2] > 0 and entry["bbox"][3] > 0)
         flat += len(entries) - len(with_area)

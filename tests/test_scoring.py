@@ -1,0 +1,227 @@
+"""Answers as real models give them, and what is asked of each family so that it answers in a word."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedlens import EmbedLensError, paired, rules, scoring, tasks
+from embedlens.families.instructions import LETTER, SHORT, VICUNA_V1, instructions_of
+from embedlens.interventions import Silence
+from embedlens.samples import Question
+from embedlens.sweep import BASELINE, everywhere, run_arms
+
+LLAVA, NEXT = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"
+MISTRAL, ONEVISION = "llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+QWEN, QWEN3, INTERNVL = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-8B-Instruct", "OpenGVLab/InternVL3-8B-hf"
+PETS = ("cat", "dog", "hot dog", "bus")
+
+# kind, the right answer, what a model wrote, whether that is right
+ANSWERS = """
+existence | yes | Yes, there is a dog in the picture.             | 1
+existence | yes | Yes there is.                                   | 1
+existence | yes | There is a dog in the picture.                  | 1
+existence | no  | No.                                             | 1
+existence | no  | No, there is no dog in the image, only a cat.   | 1
+existence | no  | There is no dog in the picture.                 | 1
+existence | no  | There isn't a dog in the picture.               | 1
+existence | no  | The answer is no                                | 1
+existence | yes | no dog, yes a cat                               | 0
+existence | no  | no dog, yes a cat                               | 0
+existence | yes | Yes, but it is not a dog.                       | 0
+existence | no  | No, wait, yes.                                  | 0
+existence | yes | Yes and no.                                     | 0
+existence | no  | I'm not sure.                                   | 0
+existence | no  | There is no way to tell.                        | 0
+existence | no  | No idea                                         | 0
+existence | yes | There is a hot dog in the picture.              | 0
+existence | yes | There is a cat in the picture.                  | 0
+existence | yes | yesterday                                       | 0
+count     | two | 2                                               | 1
+count     | two | There are two dogs in the picture.              | 1
+count     | two | Two (2)                                         | 1
+count     | two | two or three                                    | 0
+count     | two | two dogs and one cat                            | 0
+count     | two | more than two                                   | 0
+count     | two | There are not two dogs.                         | 0
+count     | two | 12                                              | 0
+count     | one | One is left, one is right.                      | 0
+count     | zero | There are no dogs.                             | 1
+choice    | B   | B                                               | 1
+choice    | B   | (B)                                             | 1
+choice    | B   | b.                                              | 1
+choice    | B   | B. dog                                          | 1
+choice    | B   | B: dog                                          | 1
+choice    | B   | The answer is B.                                | 1
+choice    | B   | **B**                                           | 1
+choice    | B   | A dog                                           | 1
+choice    | A   | A dog                                           | 0
+choice    | B   | B. cat                                          | 0
+choice    | B   | A or B                                          | 0
+choice    | A   | A, B                                            | 0
+choice    | B   | A hot dog.                                      | 0
+choice    | B   | Both                                            | 0
+choice    | B   | not B                                           | 0
+choice    | D   | There is a bus.                                 | 1
+colour    | red | The car is red.                                 | 1
+colour    | red | red and white                                   | 0
+colour    | red | not red                                         | 0
+colour    | red | reddish                                         | 0
+colour    | purple | Violet                                       | 1
+relation  | left | The dog is to the left of the cat.             | 1
+relation  | left | above and to the left                          | 0
+where     | top left | in the top-left corner                     | 1
+where     | left | top left                                       | 0
+object    | dog | It is a dog.                                    | 1
+object    | dog | A hot dog                                       | 0
+object    | dog | a dog and a cat                                 | 0
+object    | wine glass | glass                                    | 0
+object    | couch | A sofa.                                       | 1
+word      | STOP | The word is "STOP".                            | 1
+word      | STOP | stop                                           | 1
+word      | STOP | A sign that says STOP                          | 1
+word      | STOP | STOP or GO                                     | 0
+word      | STOP | STOPPED                                        | 0
+character | A   | A                                               | 1
+character | A   | A letter B is written                           | 0
+character | A   | The letter is 'A'.                              | 1
+character | 7   | 17                                              | 0
+box       | [0.10, 0.20, 0.50, 0.60] | It is at [0.1, 0.2, 0.5, 0.6].   | 1
+box       | [0.10, 0.20, 0.50, 0.60] | [100, 200, 500, 600]             | 0
+box       | [0.10, 0.20, 0.50, 0.60] | [0.10, 0.20, 0.50,               | 0
+box       | [100, 200, 500, 600] | the dog[[101, 199, 505, 590]]         | 1
+box       | [100, 200, 500, 600] | (101,199),(505,590)                   | 1
+box       | [100, 200, 500, 600] | ```json [{"bbox_2d": [101, 199, 505, 590], "label": "dog"}] ``` | 1
+box       | [100, 200, 500, 600] | [0.10, 0.20, 0.50, 0.60]              | 0
+"""
+CASES = [tuple(part.strip() for part in line.rsplit("|", 1)) for line in ANSWERS.strip().splitlines()]
+
+
+@pytest.mark.parametrize(("case", "right"), CASES)
+def test_an_answer_is_read_as_a_person_would_and_two_answers_are_none(case, right):
+    kind, answer, text = (part.strip() for part in case.split("|", 2))
+    choices = {"existence": ("yes", "no"), "choice": PETS}.get(kind, ())
+    asked = "Is there a dog in the picture?" + SHORT if kind == "existence" else "?"
+    question = Question(asked, answer, "general", kind, choices)
+    assert scoring.score(question, text) == float(right)
+    if kind == "existence":
+        assert scoring.said_yes(text, asked) == (scoring.said(question, text) == "yes")
+
+
+def item(kind: str) -> tasks.Item:
+    return tasks.questions(kind, n=1)[0]
+
+
+SUFFIXES = {
+    LLAVA: (SHORT, SHORT, LETTER),
+    NEXT: (SHORT, SHORT, LETTER),
+    INTERNVL: (SHORT, SHORT, LETTER),
+    QWEN: (
+        "short words or phrases if possible.",
+        " Please answer yes or no.",
+        "correct answer from the options above.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUFFIXES)
+def test_a_published_model_is_asked_in_the_words_of_its_authors(twin_of, name):
+    _, model = twin_of(name)
+    for kind, suffix in zip(("colour", "existence", "choice"), SUFFIXES[name], strict=True):
+        asked = tasks.in_words_of(model, [item(kind)])[0].question
+        assert asked.text.startswith(item(kind).question.text.split("?")[0]) and asked.text.endswith(suffix)
+        assert asked.answer == item(kind).question.answer
+    assert tasks.evaluate(model, [item("colour")]).question[0].endswith(SUFFIXES[name][0])
+    assert run_arms(model, [item("colour")], [BASELINE]).question[0].endswith(SUFFIXES[name][0])
+    assert tasks.asked_with(model)["answer_tokens"] > 12
+
+
+def test_the_miniature_is_asked_as_it_was_trained(miniature, tiny):
+    items = [item(kind) for kind in ("colour", "existence", "choice", "box")]
+    for model in (miniature, tiny):
+        assert tasks.in_words_of(model, items) == items and tasks.asked_with(model) == {}
+        assert instructions_of(model).system == ""
+    assert tasks.answer_tokens(miniature) == 12
+
+
+@pytest.mark.parametrize("name", [LLAVA, NEXT, MISTRAL, ONEVISION, QWEN, QWEN3, INTERNVL])
+def test_only_models_in_vicunas_format_get_the_system_prompt_of_their_training(twin_of, name):
+    _, model = twin_of(name)
+    text = model.tokenizer.decode(model.prompt(item("colour").sample.image, "What?").ids.tolist())
+    assert (VICUNA_V1 in " ".join(text.split())) == (name in (LLAVA, NEXT))
+    assert ("system_prompt" in tasks.asked_with(model)) == (name in (LLAVA, NEXT))
+
+
+@pytest.mark.parametrize("name", [LLAVA, QWEN, QWEN3, INTERNVL])
+def test_a_box_is_in_the_frame_and_unit_of_its_family_and_fits_into_the_answer(twin_of, name):
+    _, model = twin_of(name)
+    sample, question = item("box")
+    assert sample.width != sample.height
+    asked = tasks.in_words_of(model, [item("box")])[0]
+    padded, numbers = scoring.box_of(question.answer), scoring.box_of(asked.question.answer)
+    x0, y0, x1, y1 = scoring.in_original(padded, sample.width, sample.height)
+    if name == LLAVA:
+        assert numbers == padded and "this sentence describes: the " in asked.question.text
+    else:
+        read = model.family.enough(model.hf, model.processor, (sample.width, sample.height))
+        across, down = read if name == QWEN else (1000, 1000)
+        assert numbers == pytest.approx((x0 * across, y0 * down, x1 * across, y1 * down), abs=0.5)
+    how = instructions_of(model)
+    written = how.written.format(asked.question.answer, "red potted plant")
+    assert scoring.score(asked.question, written) == 1 == scoring.box_score(asked, written)
+    assert name == LLAVA or scoring.box_score(asked, written, "original") == 1  # there is but one frame
+    needed = len(model.tokenizer(written, add_special_tokens=False)["input_ids"])
+    assert 12 < needed < tasks.answer_tokens(model)
+
+
+# The guard
+
+
+def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_testable(tiny, monkeypatch):
+    items = [*tasks.questions("existence", 40), *tasks.questions("colour", 40)]
+    right = {(i.sample.id, i.question.text): i.question.answer for i in items}
+    asked = []
+
+    def answers(model, prompts, *more):  # it sees colours, and says yes to whatever is asked
+        asked.extend(prompts)
+        return [
+            "yes" if "Is there" in p.question else right.get((p.image.info.get("id"), p.question), "?") for p in prompts
+        ]
+
+    def prompts(model, images, questions):
+        made = original(model, images, questions)
+        for one, image in zip(made, images, strict=True):
+            one.image.info["id"] = next(i.sample.id for i in items if i.sample.image is image)
+        return made
+
+    original = type(tiny).prompts
+    monkeypatch.setattr(type(tiny), "prompts", prompts)
+    monkeypatch.setattr(type(tiny), "answers", answers)
+    with pytest.warns(UserWarning, match="'hallucination' rightly.* about another picture"):
+        unable = tasks.able(tiny, items)
+    assert list(unable) == ["hallucination"] and len(unable["hallucination"]) == tasks.GUARD
+    assert len(asked) == 2 * 2 * tasks.GUARD
+    assert list(tasks.able(tiny, items)) == ["hallucination"] and len(asked) == 4 * tasks.GUARD  # known by now
+    monkeypatch.undo()
+    table = run_arms(tiny, items, [BASELINE, everywhere("same", Silence("mlp"))])
+    counts = table[table.arm == "same"].groupby("family").agg(asked=("item", "size"), testable=("testable", "all"))
+    assert counts.asked.to_dict() == {"general": 40, "hallucination": tasks.GUARD}
+    assert counts.testable.to_dict() == {"general": True, "hallucination": False}
+
+
+def test_a_model_that_is_never_right_earns_no_verdict(tiny):
+    items = tasks.family_questions("ocr", 6)
+    table = run_arms(tiny, items, [BASELINE, everywhere("same", Silence("mlp"))])
+    table = table.loc[table.index.repeat(400)].assign(item=range(400 * len(table)), id=range(400 * len(table)))
+    table["item"] = table.groupby("arm").cumcount()
+    table["id"] = table["item"]
+    for correct, verdict in ((0.0, rules.UNTESTABLE), (1.0, rules.HOLDS)):
+        one = paired.compare(table.assign(correct=correct), "same", "ocr")
+        assert rules.conclude("all(kept > -0.01)", {"kept": [one.narrow]}) == verdict
+    one = paired.compare(table.assign(correct=1.0, testable=False), "same", "ocr")
+    assert rules.conclude("kept > -0.01", {"kept": one.narrow}) == rules.UNTESTABLE
+    assert one.verdict == "undecided" and (one.change > -1) is None
+
+
+def test_a_frame_that_nobody_writes_is_refused():
+    with pytest.raises(EmbedLensError, match="unknown frame 'mine'"):
+        scoring.box_score(item("box"), "[0, 0, 1, 1]", "mine")
