@@ -300,7 +300,7 @@ def test_building_runs_renders_and_leaves_the_sources_alone(checkout):
 
     page = (checkout / "_build/html/notebooks/01_first.html").read_text()
     assert (
-        '<span class="pasted-text">75%</span>' in page
+        '<span class="pasted-text">75\u00a0%</span>' in page
     )  # 6 of 8: the parameter arrived, the number is in its sentence
     assert '<span class="pasted-text">6</span>' in (checkout / "_build/html/book/intro.html").read_text()
     assert "_static/mathjax/tex-mml-chtml.js" in page  # mathematics without the network

@@ -62,6 +62,8 @@ def _fill(app: Any, name: str, text: list[str]) -> None:
 def _anchor(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     if name.startswith("notebooks/"):
         context["body"] = anchored(context["body"])
+    if "body" in context:
+        context["body"] = typeset(context["body"])
 
 
 def _finish(app: Any, error: Exception | None) -> None:
@@ -102,6 +104,19 @@ def anchored(text: str) -> str:
         place, look = (card, ' class="claim"') if card in text else (row, "")
         text = text.replace(place, place.replace(">", f'{look} id="{claim.lower()}">', 1), 1)
     return text
+
+
+AS_WRITTEN = re.compile(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]*>)", re.S)
+
+
+def typeset(text: str) -> str:
+    """A page with one space, which does not break, before each per cent sign, whether a run or an author wrote it."""
+    parts, at = list[str](), 0
+    for kept in (*AS_WRITTEN.finditer(text), None):  # code and tags stay as they are
+        parts.append(re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None]))
+        parts.append(kept[0] if kept else "")
+        at = kept.end() if kept else at
+    return "".join(parts)
 
 
 FOLDED = {"hide-output", "hide-cell", "remove-cell", "remove-input", "remove-output"}

@@ -52,7 +52,7 @@ MOST_SIMILAR = 1500  # tokens of which all pairs are kept
 HEADS_BYTES = 700_000  # of attention by head; beyond it the later answer tokens have the mean over heads only
 SIDE = 560  # px of a view's picture
 AT_ONCE = 64  # prompts of one visual token that run together
-HEIGHT = 900  # px of the page in a notebook
+HEIGHT = 1180  # px of the page in a notebook
 
 
 @dataclass(frozen=True, eq=False)

@@ -124,7 +124,7 @@ def stacked_bars(axes: Axes, parts: Mapping[str, Mapping[str, float]], looks: Ma
         for y, x, w in zip(rows, left, width, strict=True):
             if w > 0.07:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.75}
-                axes.text(x + w / 2, y, f"{w:.0%}", ha="center", va="center", fontsize=10, bbox=box)
+                axes.text(x + w / 2, y, f"{100 * w:.0f} %", ha="center", va="center", fontsize=10, bbox=box)
         left = left + width
     axes.set_yticks(rows, list(parts))
     axes.set_xlim(0, 1)
@@ -136,7 +136,7 @@ def percent_axis(axis: Axis) -> None:
     """Write the ticks of an axis of shares as whole per cent."""
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1, 0))
+    axis.set_major_formatter(PercentFormatter(1, 0, " %"))
 
 
 def paper_line(axes: Axes, value: float, text: str, at: float, **place: Any) -> None:
