@@ -140,11 +140,9 @@ def explore(
 
 def _warn_of_the_miniature(model: str) -> None:
     if model == "miniature":
-        typer.echo(
-            "note: the miniature knows only the drawn world that it was trained on; for a photograph name a real "
-            "model, such as --model llava-hf/llava-1.5-7b-hf",
-            err=True,
-        )
+        from embedlens.explorer import NOTE
+
+        typer.echo(f"note: {NOTE}", err=True)
 
 
 @app.command()
