@@ -269,18 +269,6 @@ def test_alone_is_the_prompt_without_the_others(miniature):
     assert_close(sure[20], expected.values, atol=1e-4, rtol=1e-3)
 
 
-def test_every_family_can_be_explored(twin):
-    facts, _, model = twin
-    reference = discover(model, el.samples.load("miniworld", n=4, seed=0))
-    page = el.explore(model, picture(facts.sizes[1]), QUESTION, reference=reference)
-    scene = page.scenes[0]
-    n = len(model.prompt(picture(facts.sizes[1]), QUESTION).grid)
-    assert [lens["name"] for lens in scene["lenses"]] == ["EmbedLens", "LogitLens", "Alone"]
-    assert scene["lenses"][0]["ids"].shape[:2] == (model.n_layers + 1, n)
-    assert sum(view["rows"] * view["cols"] for view in scene["views"]) == n
-    assert page.twin.width > page.twin.height
-
-
 def test_wrong_layers_patches_and_endings_are_named(miniature, tmp_path):
     with pytest.raises(EmbedLensError, match="no layer 9 in miniature: pass 0 to 8"):
         el.explore(miniature, picture(), layer=9)
@@ -510,11 +498,17 @@ def test_the_page_of_the_miniature_is_used_by_keyboard_alone(miniature, bank, ta
     used_by_keyboard(tab, page, tmp_path)
 
 
-@needs_chromium
-def test_the_page_of_every_family_is_used_by_keyboard_alone(twin, tab, tmp_path):
+def test_every_family_is_explored_by_keyboard_alone(twin, request, tmp_path):
     facts, _, model = twin
     reference = discover(model, el.samples.load("miniworld", n=4, seed=0))
-    used_by_keyboard(tab, el.explore(model, picture(facts.sizes[1]), QUESTION, reference=reference), tmp_path)
+    page = el.explore(model, picture(facts.sizes[1]), QUESTION, reference=reference)
+    scene, n = page.scenes[0], len(model.prompt(picture(facts.sizes[1]), QUESTION).grid)
+    assert [lens["name"] for lens in scene["lenses"]] == ["EmbedLens", "LogitLens", "Alone"]
+    assert scene["lenses"][0]["ids"].shape[:2] == (model.n_layers + 1, n)
+    assert sum(view["rows"] * view["cols"] for view in scene["views"]) == n
+    assert page.twin.width > page.twin.height
+    if CHROMIUM is not None:
+        used_by_keyboard(request.getfixturevalue("tab"), page, tmp_path)
 
 
 @needs_chromium
@@ -637,6 +631,13 @@ def test_the_command_does_not_write_over_the_picture(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["explore", "some.png", "--out", "some.html"])
     assert isinstance(done.exception, EmbedLensError) and "name another --out" in str(done.exception)
     assert Path("some.png").read_bytes() == before
+
+
+def test_a_page_of_a_photograph_says_what_the_miniature_knows_and_one_of_a_drawing_does_not(miniature):
+    drawn = el.samples.load("miniworld", n=1, seed=0)[0].image
+    page = el.explore(miniature, [picture((400, 300)), drawn], max_new_tokens=1)
+    noted = [scene["note"] for scene in page.scenes]
+    assert "knows only the drawn world" in noted[0] and "SmolVLM-256M" in noted[0] and not noted[1]
 
 
 def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):

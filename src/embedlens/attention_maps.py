@@ -224,9 +224,10 @@ def _weights(
     query: Float[Tensor, "b h q c"], key: Float[Tensor, "b kv s c"], mask: Tensor | None, scaling: float | None
 ) -> Float[Tensor, "b h q s"]:
     """softmax(q k^T) of the last q rows of a causal sequence, float32."""
-    heads, queries, width = query.shape[1:]
-    key = key.float().repeat_interleave(heads // key.shape[1], dim=1)  # products rounded to bfloat16 are 4 % off
-    scores = (query.float() @ key.mT) * (width**-0.5 if scaling is None else scaling)
+    queries, width = query.shape[2:]
+    shared = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # heads that share a key stand together
+    scores = shared @ key.float().mT  # products rounded to bfloat16 are 4 % off
+    scores = scores.unflatten(2, (-1, queries)).flatten(1, 2) * (width**-0.5 if scaling is None else scaling)
     if mask is None:
         last = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
         mask = last.tril(key.shape[2] - queries)
