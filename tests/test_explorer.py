@@ -78,6 +78,10 @@ def test_attention_is_the_stock_models_own(twin):
     for layer, weights in enumerate(expected):
         assert_close(asking[layer], weights[0, :, -asking.shape[2] :][..., whole.visual], atol=2e-5, rtol=1e-4)
     assert not torch.allclose(found[:, :, 0], found[:, :, 3], atol=1e-4)  # and the queries do look elsewhere
+    mask = torch.arange(len(prompt.grid)) % 2 == 0
+    with intervene(model, Prune(mask)):
+        pruned = el.attention(model, prompt, ids)
+    assert bool((pruned[..., mask] == 0).all()) and bool((pruned[..., ~mask] > 0).all())
 
 
 @torch.no_grad()

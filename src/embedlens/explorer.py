@@ -177,7 +177,7 @@ def explore(
             twin = _side_by_side(prompt, top)
         scenes.append({"name": name, **scene})
     start = {"layer": int(layer)} | ({} if patch is None else {"patch": int(patch)})
-    return Explorer(scenes, words.listed, model.name, twin, start)
+    return Explorer(scenes, list(words.numbers), model.name, twin, start)
 
 
 def _name(image: Picture, place: int) -> str:
@@ -194,10 +194,6 @@ class _Dictionary:
         used, places = np.unique(ids.cpu().numpy(), return_inverse=True)
         numbers = [self.numbers.setdefault(tokens[index], len(self.numbers)) for index in used.tolist()]
         return np.array(numbers, dtype=np.uint32)[places].reshape(ids.shape)
-
-    @property
-    def listed(self) -> list[str]:
-        return list(self.numbers)
 
 
 @torch.no_grad()

@@ -29,19 +29,12 @@ NAME = "SmolVLM / Idefics3"
 CLASSES = ("Idefics3ForConditionalGeneration",)
 EXAMPLES = ("HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct")
 PREPROCESSINGS = plain.CUTTING
-MODULES = {
-    "vision_tower": "model.vision_model",
-    "projector": "model.connector",
-    "decoder": "model.text_model",
-    "embedding": "model.text_model.embed_tokens",
-    "blocks": "model.text_model.layers",
-    "final_norm": "model.text_model.norm",
-    "head": "lm_head",
-}
+MODULES = {role: path.replace("language_model", "text_model") for role, path in plain.MODULES.items()}
+MODULES |= {"vision_tower": "model.vision_model", "projector": "model.connector"}
 LIMITS = (
     "the picture is shown in tiles and once more as a whole, so a box holds patches of both",
     "a token is a block of patches, 4x4 in SmolVLM-256M, and a row of the vision tower is those side by side",
-    "SmolVLM2, the model of videos, is another class and not read",
+    "SmolVLM2, the model of videos, is another class and not read; tested with transformers 5.23.0 alone",
 )
 
 
