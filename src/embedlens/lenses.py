@@ -294,11 +294,7 @@ def _contenders(
 def _ranked(
     at: Int[Tensor, " pairs"], ids: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"], rows: int, k: int
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k best of each row, of which each has so many at least: (values, ids), ties by lowest id.
-
-    >>> _ranked(torch.tensor([0, 0, 0]), torch.tensor([2, 1, 0]), torch.tensor([2.0, 2.0, 1.0]), 1, 2)[1].tolist()
-    [[1, 2]]
-    """
+    """The k best of each row, of which each has so many at least: (values, ids), ties by lowest id."""
     order = ids.argsort()
     for key in (-values, at):
         order = order[key[order].argsort(stable=True)]
