@@ -144,11 +144,9 @@ def _check_out(out: Path, endings: set[str], kind: str, picture: Path) -> None:
 
 def _warn_of_the_miniature(model: str) -> None:
     if model == "miniature":
-        typer.echo(
-            "note: the miniature knows only the drawn world that it was trained on; for a photograph name a real "
-            "model, such as --model llava-hf/llava-1.5-7b-hf",
-            err=True,
-        )
+        from embedlens.explorer import NOTE
+
+        typer.echo(f"note: {NOTE}", err=True)
 
 
 @app.command()

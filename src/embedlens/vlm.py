@@ -288,8 +288,7 @@ class VisionLanguageModel:
     @property
     def projector(self) -> nn.Module:
         """The model's own projector, taking rows of `tower_states_of` at `feature_layer`, one per visual token."""
-        module = self._module("projector")
-        return self.family.of_tokens(module) if hasattr(self.family, "of_tokens") else module
+        return self.family.of_tokens(self.hf) if hasattr(self.family, "of_tokens") else self._module("projector")
 
     @property
     def canvas_side(self) -> int:
