@@ -108,11 +108,7 @@ def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
 def looked_at(
     model: Any, samples: Iterable[Sample], batch_size: int = 8
 ) -> Iterator[tuple[list[Sample], list[Prompt]]]:
-    """Batches of the samples that can be read, with `prompts_of` them; pictures are opened batch by batch.
-
-    Raises:
-        EmbedLensError: no samples.
-    """
+    """Batches of the samples that can be read, with `prompts_of` them; pictures are opened batch by batch."""
     stream, some = readable(samples), False
     while batch := list(islice(stream, batch_size)):
         some = True
@@ -223,28 +219,13 @@ def assembled(
 # --- side by side ----------------------------------------------------------------------------------------------------
 
 
-def side_by_side(parts: Sequence[Tensor], side: Side, begins: Sequence[int] | None = None) -> Tensor:
-    """Rows of different lengths as one padded tensor [b, s, ...].
+def side_by_side(parts: Sequence[Tensor], side: Side) -> Tensor:
+    """Rows of different lengths as one tensor [b, s, ...], padded with zeros on a side.
 
-    Args:
-        parts: one tensor [length, ...] per prompt.
-        side: where the padding stands.
-        begins: how many leading entries of each part are remembered from an earlier forward. They end at one common
-            column; what comes after them is padded on `side`.
-
-    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])], "left", begins=[2, 1]).tolist()
-    [[1, 2, 0, 3], [0, 4, 5, 6]]
+    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4])], "left").tolist()
+    [[1, 2, 3], [0, 0, 4]]
     """
-    begins = [0] * len(parts) if begins is None else begins
-    before = max(begins)
-    after = max(len(part) - begin for part, begin in zip(parts, begins, strict=True))
-    whole = parts[0].new_zeros(len(parts), before + after, *parts[0].shape[1:])
-    for row, (part, begin) in enumerate(zip(parts, begins, strict=True)):
-        new = len(part) - begin
-        first = before + (after - new if side == "left" else 0)
-        whole[row, before - begin : before] = part[:begin]
-        whole[row, first : first + new] = part[begin:]
-    return whole
+    return nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_side=side)
 
 
 def padded(
