@@ -136,6 +136,7 @@ def test_every_kind_of_intervention_answers_the_same(tiny, ids, kernel):
         (SkipSublayers(drawn(rng, n), at=[0.5, 1, 1.5]),),
         (Silence("attention"),),
         (Silence("mlp", layers=[tiny.n_layers - 1]),),
+        (Silence("mlp", rows="text"),),
         (EnterAt(2),),
         (LeaveAt(drawn(rng, n), 2),),
         (LeaveAt(drawn(rng, n), 1, "renumber"), LeaveAt(drawn(rng, n), 2, "renumber")),

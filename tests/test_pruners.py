@@ -101,15 +101,6 @@ def test_only_what_can_run_is_offered():
         usable(features, context, ["magic"])
 
 
-def test_the_full_budget_keeps_everything_as_it_is():
-    features, context = made_up()
-    for name, pruner in PRUNERS.items():
-        chosen = prune(pruner, features, context, 16)
-        assert bool(chosen.keep.all())
-        if name == "pooling":
-            assert_close(chosen.merged, features.tokens)
-
-
 # --- one by one ------------------------------------------------------------------------------------------------------
 
 
@@ -443,19 +434,3 @@ def test_known_attention_and_the_batch_size_change_no_choice(tiny, prompts):
         for a, b in zip(one, many, strict=True):
             assert [value.layer for value in a] == [value.layer for value in b]
             assert all(torch.equal(x.mask, y.mask) for x, y in zip(a, b, strict=True))
-
-
-def test_planted_attention_decides_what_leaves_first(tiny, prompts):
-    """Each layer looks at other tokens: FastV asks the layer before its drop, PyramidDrop the one after."""
-    planted = torch.zeros(tiny.n_layers, 16)
-    for layer in range(tiny.n_layers):
-        planted[layer, layer * 5 : layer * 5 + 5] = 1
-    for name, asks in (("FastV", 1), ("PyramidDrop", 1)):
-        rule = INSIDE[name]
-        assert rule.layers(tiny.n_layers)[0] + rule.ranked == asks
-        stages = tuple((layer, 5) for layer in rule.layers(tiny.n_layers))
-        (plan,) = plans_inside(tiny, prompts[:1], rule, [stages], [planted])
-        assert (~plan[0].mask).nonzero()[:, 0].tolist() == [5, 6, 7, 8, 9]
-        assert len(plan) == 1  # later stages have nothing to drop
-    (plan,) = plans_inside(tiny, prompts[:1], INSIDE["FastV"], [INSIDE["FastV"].left(16, tiny.n_layers, 16)], [planted])
-    assert plan == ()  # nothing leaves, nothing is done

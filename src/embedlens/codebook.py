@@ -250,25 +250,18 @@ def build(
         raise EmbedLensError(
             f"{len(tokens)} pictures' tokens, {len(scores)} scores, {len(image_ids)} ids: pass one each, at least one"
         )
-    rows: list[Tensor] = []
-    columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
-    candidates = 0
-    at = VARIANTS.index(recipe.variant)
+    kept: list[list[Tensor]] = []
+    candidates, at, most = 0, VARIANTS.index(recipe.variant), recipe.most_in_picture
     for every, score, image_id in zip(tokens, scores, image_ids, strict=True):
         sampled = every.detach().float().cpu()[score.places]
         low = (score.probability < thresholds.probability) & (score.cascade(recipe.variant) < thresholds.divergence)
-        low = low.cpu()
         candidates += int(low.sum())
         labels = dpc_knn(sampled, recipe.picture_clusters, recipe.neighbours, recipe.rms)
         sizes = labels.bincount()[labels]
-        most = recipe.most_in_picture
-        keep = low & (sizes <= (most * len(sampled) if isinstance(most, float) else most))
-        rows.append(sampled[keep])
-        own = {"image_ids": torch.full((len(sampled),), int(image_id)), "patches": score.places}
-        own |= {"probability": score.probability, "region": score.region[:, at], "picture": score.picture[:, at]}
-        for name, values in own.items():
-            columns[name].append(values.cpu()[keep])
-    pool = torch.cat(rows)
+        keep = low.cpu() & (sizes <= (most * len(sampled) if isinstance(most, float) else most))
+        own = (score.places, score.probability, score.region[:, at], score.picture[:, at])
+        kept.append([part.cpu()[keep] for part in (sampled, torch.full((len(sampled),), int(image_id)), *own)])
+    pool, ids, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
     if not candidates:
         raise EmbedLensError(f"no token is below both thresholds ({thresholds}): raise them, or take quantiles")
     if not len(pool):
@@ -276,27 +269,23 @@ def build(
             f"all {candidates} candidates lie in clusters of their picture beyond Recipe.most_in_picture = "
             f"{recipe.most_in_picture}: raise it"
         )
-    found = {name: torch.cat(parts) for name, parts in columns.items() if parts}
     # clusters over all pictures: an eighth of the pool where it is small
     labels = dpc_knn(pool, max(1, min(recipe.clusters, len(pool) // 8)), recipe.neighbours, recipe.rms)
     bar = recipe.more_pictures * (len(set(image_ids)) if isinstance(recipe.more_pictures, float) else 1)
-    spans = torch.tensor([len(found["image_ids"][labels == label].unique()) for label in range(int(labels.max()) + 1)])
+    spans = torch.tensor([len(ids[labels == label].unique()) for label in range(int(labels.max()) + 1)])
     keep = (spans > bar)[labels]
     if not bool(keep.any()):
         raise EmbedLensError(
             f"no cluster of the {len(pool)} tokens left spans more than {recipe.more_pictures} pictures: lower "
             "Recipe.more_pictures, or score more pictures"
         )
-    found["clusters"] = labels
     provenance = {
         "pictures": str(len(image_ids)),
         "thresholds": f"{thresholds.probability:.6g} {thresholds.divergence:.6g}",
         "recipe": repr(recipe),
         "protocol": repr(protocol),
     }
-    book = Codebook(
-        pool[keep], **{name: part[keep] for name, part in found.items()}, model=model.name, provenance=provenance
-    )
+    book = Codebook(pool[keep], *(part[keep] for part in (ids, *found, labels)), model.name, provenance)
     return book, Stages(sum(len(score.places) for score in scores), candidates, len(pool), len(book))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,11 +23,7 @@ from torch.nn import functional
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PatchGrid
 from embedlens.tracing import reading
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 SPARSEVLM_LAYER = 2  # the first of its three
 
@@ -48,12 +44,6 @@ class Features:
     #: Attention received by a patch, mean over heads and queries, of every block up to that layer
     received: Float[Tensor, "blocks n"] | None = None
     project: Callable[[Tensor], Tensor] | None = None  #: The projector, for pruners that merge before it
-
-    @property
-    def has(self) -> set[str]:
-        """Which of NEEDS the tower meets."""
-        found = {"CLS"} if self.cls is not None and self.cls_attention is not None else set()
-        return found | ({"keys"} if self.keys is not None and self.received is not None else set())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +25,7 @@ from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence
 from embedlens.prompts import side_by_side
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 TOGETHER = 8  # questions on a picture that run in one row
 HELD = 2  # times `batch_size`: pictures under a plan that are remembered at a time

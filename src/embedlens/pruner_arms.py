@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -33,13 +34,7 @@ from embedlens.patches import PatchGrid
 from embedlens.pruners import CODEBOOK, FASTV_LAYER, Context, Pruner, keep_highest, prune, usable
 from embedlens.sweep import run_arms
 from embedlens.tasks import Item
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 Stages: TypeAlias = tuple[tuple[int, int], ...]
 """(layer, visual tokens that it and later ones have), in order of depth. Layers before the first have all."""
@@ -322,8 +317,6 @@ def at_budgets(
     Returns:
         The rows of `run_arms` with `share`; arm "baseline" has share 1.
     """
-    import pandas as pd
-
     tables = [run_arms(model, items, [BASELINE]).assign(share=1.0)]
     first = model.prompt(items[0].sample.image, items[0].question.text)
     for share in shares:

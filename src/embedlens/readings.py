@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,12 +18,7 @@ from torch import Tensor
 from embedlens.attention_maps import _followed_by
 from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE, unsigned
-from embedlens.vlm import QUESTION
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
+from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
 
 #: The released prompt for LLaVA-1.5.
 RELEASED_QUESTION = "What does this image show? You must provide a single word that best describes the image."

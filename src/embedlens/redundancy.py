@@ -15,20 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
+from embedlens.patches import PatchGrid
 from embedlens.readings import HEAD, Protocol, prepared
-
-if TYPE_CHECKING:
-    from embedlens.patches import PatchGrid
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    PatchGrid = Prompt = VisionLanguageModel = object
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 VARIANTS = ("released", "textbook")
 RANKS = (  # places in the order of similarity to CLS, of 576, that the release scores; counted from 0

@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -43,11 +44,7 @@ from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, identity
 from embedlens.samples import Sample
 from embedlens.tasks import ANSWER_TOKENS, Item, box_score, score
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 CHUNK = 8  # batches whose pictures are held at a time, so that questions of a length find each other
 
@@ -79,8 +76,6 @@ def run_arms(
 
     Whatever an arm or the model raises stops the sweep; no answer is ever made up.
     """
-    import pandas as pd
-
     items, arms = list(items), list(arms)
     _check(items, arms, batch_size)
     rows: list[dict[str, Any]] = []

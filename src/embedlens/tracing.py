@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embedlens.errors import EmbedLensError
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 _ATTENTION = RLock()  # transformers looks its attention up in one place for all models
 
