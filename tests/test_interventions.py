@@ -12,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import embedlens as el
+from benchmarks.sweep import eager
 from embedlens import (
     EmbedLensError,
     EnterAt,
@@ -253,13 +254,10 @@ def test_eager_attention_gives_what_sdpa_gives(tiny, arm):
     prompts = prompts_of(tiny, 3)
     with intervene(tiny, *ARMS[arm](per_prompt(prompts))):
         streams, texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
-        tiny.hf.set_attn_implementation("eager")
-        try:
-            eager, eager_texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
-        finally:
-            tiny.hf.set_attn_implementation("sdpa")
-    assert texts == eager_texts
-    for one, other in zip(eager, streams, strict=True):
+        with eager(tiny):
+            others, other_texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
+    assert texts == other_texts
+    for one, other in zip(others, streams, strict=True):
         assert_close(one, other, **CLOSE)
 
 
@@ -432,12 +430,9 @@ def test_rescaling_is_running_the_rescaled_prompt(tiny, prompt):
 
 def test_the_released_layer_0_moves_attention_as_the_released_code_does(tiny, prompt):
     """The full weights of layer 0, rewritten as facts about the release say, times the values."""
-    tiny.hf.set_attn_implementation("eager")
-    try:
+    with eager(tiny):
         with torch.no_grad():
             stock = tiny.decoder(inputs_embeds=prompt.embeds[None], output_attentions=True, use_cache=False)
-    finally:
-        tiny.hf.set_attn_implementation("sdpa")
     weights = stock.attentions[0][0].clone()  # [heads, queries, keys]
     places = prompt.visual.nonzero()[:, 0]
     first, after = int(places[0]), int(places[-1]) + 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 import embedlens as el
 from embedlens import (
@@ -158,11 +159,15 @@ def test_answers_that_end_early_change_no_other(tiny, ids, monkeypatch):
     ids(tiny)
     vocabulary = tiny.hf.get_output_embeddings().out_features
     monkeypatch.setattr(tiny.hf.generation_config, "eos_token_id", list(range(2, vocabulary, 3)))
+    left, select = [], DynamicCache.batch_select_indices
+    monkeypatch.setattr(
+        DynamicCache, "batch_select_indices", lambda cache, rows: left.append(len(rows)) or select(cache, rows)
+    )
     rng = np.random.default_rng(1)
     cases = [Case(p, plan) for p in prompts_of(tiny, 6) for plan in ((), (Prune(drawn(rng, len(p.grid))),))]
     found = prefix.answers(tiny, cases, 12)
     assert found == [alone(tiny, case, 12) for case in cases]
-    assert len({len(answer.split()) for answer in found}) > 3
+    assert len({len(answer.split()) for answer in found}) > 3 and left  # rows that have ended leave the batch
 
 
 def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_share(tiny, ids):

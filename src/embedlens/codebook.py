@@ -67,15 +67,13 @@ class Recipe:
     most_in_picture: int | float = 8
     """Largest cluster of its own picture that a prototype may belong to: tokens, or as a float a share of those
     scored (the release's 8 of 96 is 1/12)."""
-    clusters: int = 64
-    """Over all pictures."""
+    clusters: int = 64  #: Over all pictures
     more_pictures: int | float = 64
     """A cluster stays if it has members from more pictures than this: a number, or as a float a share of the pictures
     (the release's 64 of 500 is 0.128). This is the condition of context independence."""
     variant: str = "released"
     neighbours: int = 5
-    rms: float | None = None
-    """Unit of the tokens while they are clustered; see `dpc_knn`."""
+    rms: float | None = None  #: Unit of the tokens while they are clustered; see `dpc_knn`
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:

@@ -38,8 +38,7 @@ class Case:
     """A prompt to answer, and what is done to its picture's tokens meanwhile."""
 
     prompt: Prompt
-    plan: tuple[Intervention, ...] = ()
-    """Interventions, masks for this prompt alone; empty: none."""
+    plan: tuple[Intervention, ...] = ()  #: Interventions, masks for this prompt alone; empty: none
     kind: str = ""
     """Answers of a kind are of like length; those run together."""
 
@@ -195,21 +194,19 @@ def _decoded(
     owner = beside([torch.full((len(memory[0][0]),), ALL) for memory in memories])
     embeds = beside([torch.cat([case.prompt.embeds[_end(case.prompt) :] for case in row]) for row in asked])
     own, positions = torch.zeros(2, *embeds.shape[:2], dtype=torch.long)
-    later = torch.zeros(2, len(asked), max(map(len, asked)), dtype=torch.long)  # the same of a new token each
-    questions = []
+    questions = []  # row, number within it, the column that gives its first token, the position of that token
     for row, cases in enumerate(asked):
         stop = embeds.shape[1]
         for number, case in reversed(list(enumerate(cases))):
-            end, length = _end(case.prompt), len(case.prompt)
+            end, length, closed = _end(case.prompt), len(case.prompt), _closed(case.plan)
             own[row, stop - (length - end) : stop] = FIRST + number
-            positions[row, stop - (length - end) : stop] = torch.arange(end, length) - _closed(case.plan)
-            later[:, row, number] = torch.tensor([FIRST + number, length - _closed(case.plan)])
-            questions.append((row, number, stop - 1))
+            positions[row, stop - (length - end) : stop] = torch.arange(end, length) - closed
+            questions.append((row, number, stop - 1, length - closed))
             stop -= length - end
-    rows, numbers, columns = torch.tensor(sorted(questions)).T
+    rows, numbers, columns, following = torch.tensor(sorted(questions)).T.contiguous()
     head, embedding, greedy = model.unembed.head, model.hf.get_input_embeddings(), model.greedy(max_new_tokens)
     written = torch.full((len(rows), max_new_tokens), greedy.pad_token_id)
-    going = torch.ones(len(rows), dtype=torch.bool)
+    going = torch.arange(len(rows))  # the questions whose answers have not ended
     for step in range(max_new_tokens):
         owner = torch.cat([owner, own], 1)
         seen = ((owner == ALL)[:, None] | (owner[:, None] == own[..., None])).tril(owner.shape[1] - own.shape[1])
@@ -222,14 +219,22 @@ def _decoded(
                 past_key_values=past,
                 use_cache=True,
             ).last_hidden_state
-        chosen = head(hidden[rows, columns].to(head.weight.device)).argmax(-1).cpu()
-        written[going, step] = chosen[going]
-        going &= ~torch.isin(chosen, torch.tensor(greedy.eos_token_id))
-        if not going.any():
+        chosen = head(hidden[rows[going], columns].to(head.weight.device)).argmax(-1).cpu()
+        written[going, step] = chosen
+        more = ~torch.isin(chosen, torch.tensor(greedy.eos_token_id))
+        going, chosen = going[more], chosen[more]
+        if not len(going):
             break
-        ids = torch.zeros_like(later[0])
-        ids[rows, numbers] = chosen
-        embeds, own, positions, columns = embedding(ids.to(model.device)), later[0], later[1] + step, numbers
+        left = rows[going].unique()
+        if 2 * len(left) <= len(owner):  # most have ended
+            past.batch_select_indices(left)
+            owner, rows = owner[left], torch.searchsorted(left, rows)
+        at = rows[going]
+        columns = torch.arange(len(going)) - torch.searchsorted(at, at)
+        ids, own, positions = torch.zeros(3, len(owner), int(columns.max()) + 1, dtype=torch.long)
+        ids[at, columns], own[at, columns] = chosen, FIRST + numbers[going]
+        positions[at, columns] = following[going] + step
+        embeds = embedding(ids.to(model.device))
     return [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 

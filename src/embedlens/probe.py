@@ -32,11 +32,9 @@ COLUMN = 12  # characters of a table column at most
 class PictureProbe:
     """The top words of every visual token of one picture."""
 
-    image: Image
-    """The picture, upright RGB, original size."""
+    image: Image  #: The picture, upright RGB, original size
     grid: PatchGrid
-    words: list[list[str]]
-    """Best words first, one list per patch."""
+    words: list[list[str]]  #: Best words first, one list per patch
     ids: Int[Tensor, "n k"]
     scores: Float[Tensor, "n k"]
     """Cosine (embed) or logit (logit) of each word."""

@@ -44,18 +44,13 @@ class Prompt:
     """Rotary positions (time, height, width) where a family gives patches such; None: 0 to s-1."""
     deep: Float[Tensor, "joins n d"] | None = field(default=None, repr=False)
     """What is added to the visual rows after decoder block 0, 1, ..., where a family does that."""
-    said: int = field(default=0, repr=False)
-    """How many of the last ids are the answer's."""
+    said: int = field(default=0, repr=False)  #: How many of the last ids are the answer's
 
     def __post_init__(self) -> None:
-        length = len(self.ids)
-        if self.embeds.shape[:1] != (length,) or self.visual.shape != (length,):
-            raise EmbedLensError(
-                f"the prompt has {length} ids, embeds of shape {tuple(self.embeds.shape)} and a visual mask of shape "
-                f"{tuple(self.visual.shape)}: all three need the same first side"
-            )
-        if self.positions is not None and self.positions.shape[1] != length:
-            raise EmbedLensError(f"the prompt has {length} ids but {self.positions.shape[1]} positions: pass as many")
+        sides = {"ids": len(self.ids), "embeds": len(self.embeds), "visual": len(self.visual)}
+        sides |= {} if self.positions is None else {"positions": self.positions.shape[1]}
+        if len(set(sides.values())) > 1:
+            raise EmbedLensError(f"the parts of a prompt are of unequal lengths, {sides}: pass as many of each")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -36,18 +36,14 @@ class Protocol:
     replacement: str = "row 0"
     """What stands in for a removed token: "row 0" of the input embeddings (the release's padding id), "zeros", or the
     "mean token" of the picture."""
-    articles: tuple[str, ...] = ARTICLES
-    """Words that are skipped where the answer begins with one."""
+    articles: tuple[str, ...] = ARTICLES  #: Words that are skipped where the answer begins with one
     aligned: bool = True
     """True: the run without the token is read after the article that the intact run wrote. False, as released: each
     run skips its own article, so that two runs may be compared at different steps."""
     head: int = HEAD
-    side: int = 3
-    """Of the square neighbourhood, in patches."""
-    k: int = 10
-    """Words of the intact run that the divergence compares."""
-    weights: tuple[float, float] = (1.0, 16.0)
-    """Of region and picture in the cascade."""
+    side: int = 3  #: Of the square neighbourhood, in patches
+    k: int = 10  #: Words of the intact run that the divergence compares
+    weights: tuple[float, float] = (1.0, 16.0)  #: Of region and picture in the cascade
 
     def __post_init__(self) -> None:
         if self.replacement not in REPLACEMENTS:

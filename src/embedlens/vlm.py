@@ -43,8 +43,7 @@ class Unembed:
 
     final_norm: nn.Module
     head: nn.Linear
-    n_rows: int
-    """Logits returned: one per real row of the vocabulary, padded rows cut off."""
+    n_rows: int  #: Logits returned: one per real row of the vocabulary, padded rows cut off
 
     def __call__(self, h: Float[Tensor, "*batch d"], norm: bool = True) -> Float[Tensor, "*batch V"]:
         """Logits of a residual stream taken *before* the final norm, moved to the head's device and dtype.
