@@ -17,7 +17,7 @@ HOUSE = [
     "errors model_names words printed pictures patches stats rules processes interventions",
     "samples families prompts",
     "checks vlm loading",
-    "lenses context tracing attention_maps engine cues readings remembered",
+    "lenses context tracing attention_maps engine cues readings",
     "clusters groups redundancy codebook pruners kept memory study scoring asking tasks arms prefix",
     "sweep paired pruner_arms measures",
     "book records claims figures probe explorer",

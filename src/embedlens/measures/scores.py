@@ -86,7 +86,7 @@ def scored(
     prompts = model.prompts([sample.image for sample in samples], [protocol.question] * len(samples))
     features = [one for _, batch in model.batches(prompts, 16) for one in features_of(model, batch)]
     attention = [part.double().sum(0).cpu() for part, _ in attended(model, prompts)]
-    similarity = [cls_similarity(one).double().cpu() for one in features if "CLS" in one.has]
+    similarity = [cls_similarity(one).double().cpu() for one in features if one.cls is not None]
     order = similarity if len(similarity) == len(samples) else attention
     tables = []
     for i, sample in enumerate(samples):
