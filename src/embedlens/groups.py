@@ -31,7 +31,7 @@ from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at
-from embedlens.samples import Sample, calibration, readable
+from embedlens.samples import Sample, calibration, photographs, readable
 from embedlens.vlm import Prompt, VisionLanguageModel
 
 MEMBERSHIPS = ("top3", "centroid")
