@@ -93,14 +93,6 @@ def of_scene(
     """A layout of your own as a sample."""
     from embedlens.samples import Sample
 
-    width, height = draw.pixels(drawn.width, drawn.height, scale)
-    return Sample(
-        id=image_id,
-        width=width,
-        height=height,
-        annotations=instances(drawn, image_id, scale),
-        captions=captions,
-        questions=questions,
-        category_names=CATEGORY_NAMES,
-        draw=partial(draw.picture, drawn, scale),
-    )
+    size, entries = draw.pixels(drawn.width, drawn.height, scale), instances(drawn, image_id, scale)
+    picture = partial(draw.picture, drawn, scale)
+    return Sample(image_id, *size, entries, captions, questions, CATEGORY_NAMES, picture)
