@@ -257,24 +257,6 @@ def test_a_damaged_chunk_is_named_and_measured_again(tmp_path, harm):
     same(run(of_batch, stand_in(), pictures(6), tmp_path, batch_size=2), whole)
 
 
-FULL = Path("/dev/full")  # every write to it finds no space
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
-def test_a_full_disk_is_named_and_what_fitted_is_kept(tmp_path, monkeypatch):
-    run(of_batch, stand_in(), pictures(2), tmp_path, batch_size=2)
-    opened = Path.open
-    full = {"wb": FULL}
-    monkeypatch.setattr(Path, "open", lambda path, mode="r", *a, **k: opened(full.get(mode, path), mode, *a, **k))
-    with pytest.raises(EmbedLensError, match=r"cannot write .*json \(No space left on device\): free space on that"):
-        run(of_batch, stand_in(), pictures(4), tmp_path, batch_size=2)
-    monkeypatch.undo()
-    CALLS.clear()
-    table = run(of_batch, stand_in(), pictures(4), tmp_path, batch_size=2)
-    assert CALLS == [102, 103]  # the first two were kept
-    same(table, expected_of_batches(pictures(4), 2))
-
-
 def version(n):
     if n == 1:
 
