@@ -283,7 +283,8 @@ def build(
         "recipe": repr(recipe),
         "protocol": repr(protocol),
     }
-    book = Codebook(pool[keep], *(part[keep] for part in (ids, *found, labels)), model.name, provenance)
+    columns = {name: part[keep] for name, part in zip(COLUMNS, (ids, *found, labels), strict=True)}
+    book = Codebook(pool[keep], **columns, model=model.name, provenance=provenance)
     return book, Stages(sum(len(score.places) for score in scores), candidates, len(pool), len(book))
 
 
