@@ -48,18 +48,9 @@ class Trace:
 
     @property
     def sublayers(self) -> Float[Tensor, "sublayers s d"]:
-        """The stream after every sublayer, input first; `sublayer_names` names the rows."""
+        """The stream after every sublayer: input, MHA-1, MLP-1, MHA-2 ... as the paper counts, from 1."""
         between = torch.stack([self.resid_mid, self.resid_post], dim=1).flatten(0, 1)
         return torch.cat([self.stream[:1], between])
-
-
-def sublayer_names(n_layers: int) -> list[str]:
-    """Names as the paper prints them, which counts from 1; in code MHA-2 is 1 and MLP-2 is 1.5.
-
-    >>> sublayer_names(2)
-    ['input', 'MHA-1', 'MLP-1', 'MHA-2', 'MLP-2']
-    """
-    return ["input", *(f"{part}-{layer + 1}" for layer in range(n_layers) for part in ("MHA", "MLP"))]
 
 
 def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
