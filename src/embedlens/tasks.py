@@ -374,27 +374,6 @@ def evaluate(
     )
 
 
-def metric_scores(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Family → metric → score from 0 to 1, of the families that are there.
-
-    Args:
-        table: one row per question, with columns family, kind, answer, prediction and correct; one arm.
-
-    Raises:
-        EmbedLensError: several answers to one question, or a family of which a metric was not asked.
-    """
-    if "item" in table and table["item"].duplicated().any():
-        raise EmbedLensError("the table holds several answers to a question: choose the rows of one arm and seed")
-    found: dict[str, dict[str, float]] = {}
-    for family in [family for family in FAMILIES if (table["family"] == family).any()]:
-        found[family] = {}
-        for metric in FAMILIES[family]:
-            rows = rows_of(table, family, metric)
-            hits, asked = metric_parts(rows, metric)
-            found[family][metric.name] = sum(hits) / sum(asked) if sum(asked) else 0.0
-    return found
-
-
 def rows_of(table: pd.DataFrame, family: str, metric: Metric) -> pd.DataFrame:
     """The answers that a metric counts; EmbedLensError if there are none."""
     rows = table[(table["family"] == family) & table["kind"].isin(metric.kinds)]
@@ -416,17 +395,3 @@ def metric_parts(rows: pd.DataFrame, metric: Metric, correct: str = "correct") -
         [2.0 * (a and b) for a, b in zip(yes, said, strict=True)],
         [float(a) + float(b) for a, b in zip(yes, said, strict=True)],
     )
-
-
-def family_scores(table: pd.DataFrame) -> dict[str, float]:
-    """Family → unweighted mean of its metrics; "Avg" → mean of the four families, where all are there (Appendix A).
-
-    The paper's Avg is the mean of the four family means, not of its twelve scores.
-
-    >>> import pandas as pd
-    >>> rows = [("box", "[0.1, 0.1, 0.2, 0.2]", 1.0), ("box", "none", 0.0)]
-    >>> family_scores(pd.DataFrame(rows, columns=["kind", "prediction", "correct"]).assign(family="grounding"))
-    {'grounding': 0.5}
-    """
-    found = {family: sum(parts.values()) / len(parts) for family, parts in metric_scores(table).items()}
-    return found | ({"Avg": sum(found.values()) / len(found)} if len(found) == len(FAMILIES) else {})
