@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from embedlens.attention_maps import _followed_by
+from embedlens.attention_maps import followed_by
 from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE, unsigned
 from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
@@ -245,7 +245,7 @@ class PromptReader(Reader):
         return logits, articles
 
     def _longer(self, prompts: list[Prompt], rows: Int[Tensor, " b"], words: Int[Tensor, " b"]) -> Tensor:
-        own = [_followed_by(self.model, prompts[row], word[None]) for row, word in zip(rows, words, strict=True)]
+        own = [followed_by(self.model, prompts[row], word[None]) for row, word in zip(rows, words, strict=True)]
         return self._whole(own)
 
     def _whole(self, prompts: list[Prompt]) -> Float[Tensor, "b V"]:
