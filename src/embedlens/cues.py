@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PatchGrid
 from embedlens.tracing import attending
@@ -76,8 +77,9 @@ def features_of(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[F
         for name, module in tower.named_modules():
             if wanted.search(name):
                 hooks.append(module.register_forward_hook(partial(_keep, seen, name[wanted.search(name).start() :])))  # type: ignore[union-attr]
-        try:
-            states = model.tower_states_of(prompts)
+        try:  # all in one pass, or not at all: of halves the hooks would keep the last
+            inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
+            states = model.family.tower_states(model.hf, inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -174,7 +176,8 @@ def attention_of(
 
     What comes after those layers is not run.
     """
-    for start, batch in model.batches(prompts, batch_size):
+
+    def run(start: int, batch: Sequence[Prompt]) -> Iterator[Tensor]:
         with model.running(batch, start, len(prompts)) as entered:
             layers: list[list[Tensor]] = []
             embeds, mask = model.padded(entered)
@@ -183,6 +186,8 @@ def attention_of(
         for row, prompt in enumerate(entered):
             places = prompt.visual.nonzero()[:, 0]
             yield torch.stack([layer[row][:, places.to(layer[row].device)] for layer in layers])
+
+    return in_batches(run, prompts, batch_size)
 
 
 def raters(prompt: Prompt) -> Int[Tensor, " r"]:

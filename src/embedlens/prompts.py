@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from embedlens.batches import watched
 from embedlens.errors import EmbedLensError
 from embedlens.families.plain import OWN, Features
 from embedlens.patches import Frame, PatchGrid, within
@@ -113,7 +114,7 @@ def looked_at(
     Raises:
         EmbedLensError: no samples.
     """
-    stream, some = readable(samples), False
+    stream, some = readable(watched(samples, model.name, "pictures"), opened=True), False
     while batch := list(islice(stream, batch_size)):
         some = True
         yield batch, prompts_of(model, batch)

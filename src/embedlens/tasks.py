@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from embedlens import memory
 from embedlens.errors import EmbedLensError
 from embedlens.patches import Box, Frame
 from embedlens.samples import Question, Sample
@@ -375,7 +374,7 @@ def evaluate(
     for start in range(0, len(items), batch_size):
         part = slice(start, start + batch_size)
         prompts = model.prompts([sample.image for sample in shown[part]], [item.question.text for item in items[part]])
-        texts += memory.halving(partial(model.answers, prompts, ANSWER_TOKENS), batch_size)[0]
+        texts += model.answers(prompts, ANSWER_TOKENS, batch_size)
     return pd.DataFrame(
         {
             "id": sample.id,

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +25,16 @@ from embedlens.samples import Sample
 from embedlens.sweep import generator
 from embedlens.vlm import VisionLanguageModel
 
+CENTROIDS = ("means", "null_means")
+
 
 @dataclass(frozen=True, eq=False)
 class ClusterStudy:
-    """The clusters of many pictures at one threshold. Per picture two centroids of each rank are kept, no tokens."""
+    """The clusters of many pictures at one threshold. Per picture some centroids of each rank are kept, no tokens.
+
+    Centroids lie in a temporary file, so that memory does not grow with the pictures: at width 4096 and three repeats
+    0.4 MB a picture.
+    """
 
     threshold: float
     order: str
@@ -81,12 +89,14 @@ class ClusterStudy:
             null: of the matched random token sets instead, averaged over repeats.
         """
         means = self.null_means if null else self.means[:, None]  # [pictures, repeats, k, d]
-        units = unit_vectors(means - self.center if mean_removed else means)
         there = torch.from_numpy(self.sizes > 0)
         parts = []
         for some in np.array_split(pairs, max(1, len(pairs) // 512)):
             first, second = torch.from_numpy(some).unbind(1)
-            cosines = units[first] @ units[second].mT  # [pairs, repeats, k, k]
+            needed, places = np.unique(some, return_inverse=True)
+            units = unit_vectors(means[needed] - self.center if mean_removed else means[needed])
+            at_first, at_second = torch.from_numpy(places.reshape(some.shape)).unbind(1)
+            cosines = units[at_first] @ units[at_second].mT  # [pairs, repeats, k, k]
             cosines = cosines.masked_fill(~there[second][:, None, None], -torch.inf)
             best = cosines.amax(-1).mean(1)
             parts.append(best.masked_fill(~there[first], torch.nan))
@@ -124,7 +134,8 @@ def cluster_study(
     """
     lens = EmbedLens.from_model(model)
     text = text_centroid(model)
-    parts: dict[tuple[float, str], list[dict[str, object]]] = {}
+    parts: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    files: dict[Any, IO[bytes]] = defaultdict(TemporaryFile)
     total = torch.zeros(model.width, dtype=torch.float64)
     seen = 0
     for batch, prompts in looked_at(model, samples, batch_size):
@@ -136,11 +147,18 @@ def cluster_study(
                 for order in orders:
                     labels = anchor_clusters(tokens, threshold, order)
                     sets = [matched_null(labels, generator(sample.id, f"random {r}", seed)) for r in range(repeats)]
-                    part = {"ids": sample.id, **_kept(tokens, labels, padded, lens, text, sets, most)}
+                    part: dict[str, Any] = {"ids": sample.id, **_kept(tokens, labels, padded, lens, text, sets, most)}
                     parts.setdefault((threshold, order), []).append(part)
+                    for name in CENTROIDS:
+                        files[threshold, order, name].write(part[name].numpy().tobytes())
+                        part[name] = part[name].shape
             seen += 1
     center = (total / seen).float()
-    return {(t, order): _study(t, order, found, center) for (t, order), found in parts.items()}
+    studies = {}
+    for at, found in parts.items():
+        means, null = (_mapped(files[(*at, name)], found, name) for name in CENTROIDS)
+        studies[at] = _study(*at, found, center, means, null)
+    return studies
 
 
 def _kept(
@@ -158,7 +176,7 @@ def _kept(
     of = labels.cpu().numpy()
     counts = np.bincount(of)
     bars = np.bincount(of, weights=padded) / counts
-    null = torch.stack([cluster_means(tokens, own, most) for own in sets])
+    null = torch.stack([cluster_means(tokens, own, most) for own in sets]) if sets else means.new_zeros(0, *means.shape)
 
     def filled(values: np.ndarray, value: float) -> np.ndarray:
         return np.concatenate([values[:most], np.full(missing, value, dtype=values.dtype)])
@@ -177,10 +195,18 @@ def _kept(
     }
 
 
-def _study(threshold: float, order: str, parts: list[dict], center: Float[Tensor, " d"]) -> ClusterStudy:
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
+def _mapped(file: IO[bytes], parts: list[dict], name: str) -> Tensor:
+    """What was written to a file, picture by picture, read from it where it is used."""
+    file.flush()
+    shape = (len(parts), *parts[0][name])
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape)) if np.prod(shape) else torch.zeros(shape)
+
+
+def _study(
+    threshold: float, order: str, parts: list[dict], center: Float[Tensor, " d"], means: Tensor, null: Tensor
+) -> ClusterStudy:
+    columns = {name: [part[name] for part in parts] for name in parts[0] if name not in CENTROIDS}
     largest, ids = tuple(columns.pop("largest")), tuple(columns.pop("ids"))
-    means, null = torch.stack(columns.pop("means")), torch.stack(columns.pop("null_means"))
     stacked = {name: np.array(column) for name, column in columns.items()}
     return ClusterStudy(threshold, order, ids, means=means, null_means=null, center=center, largest=largest, **stacked)
 

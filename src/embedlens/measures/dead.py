@@ -127,7 +127,7 @@ def common(
     pictures = 0
     for batch, prompts in looked_at(model, samples, batch_size):
         named = _named(model, batch, prompts, reference, seed)
-        towers, streams = model.tower_states_of(prompts), model.hidden_states_of(prompts, len(prompts))
+        towers, streams = model.tower_states_of(prompts), model.streams_of(prompts, len(prompts))
         for prompt, groups, tower, states in zip(prompts, named, towers, streams, strict=True):
             masks = groups | {"all": torch.ones_like(groups["dead"])}
             for where, tokens in (("stream", states[:, prompt.visual]), ("tower", tower)):

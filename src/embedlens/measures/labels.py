@@ -170,7 +170,7 @@ def label_hits(
     for batch, prompts in looked_at(model, samples, batch_size):
         if not tables:
             tables = {rule: _table(model, batch[0].category_names, rule) for rule in rules}
-        for sample, prompt, states in zip(batch, prompts, model.hidden_states_of(prompts, batch_size), strict=True):
+        for sample, prompt, states in zip(batch, prompts, model.streams_of(prompts, batch_size), strict=True):
             entries = [entry for entry in sample.annotations if not entry["iscrowd"]]
             objects = [(sample.category_names[entry["category_id"]], entry["bbox"]) for entry in entries]
             inside = [(name, prompt.grid.inside((x, y, x + w, y + h))) for name, (x, y, w, h) in objects]

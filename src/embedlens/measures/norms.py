@@ -53,7 +53,7 @@ def by_layer(
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for scale in scales:
         scaled = [prompt.rescaled(scale) for prompt in prompts]
-        for own, named, states in zip(rows, masks, model.hidden_states_of(scaled, len(scaled)), strict=True):
+        for own, named, states in zip(rows, masks, model.streams_of(scaled, len(scaled)), strict=True):
             for name, mask in named.items():
                 columns = _course(states[:, mask.to(states.device)].float())
                 if lens is not None and scale == 1 and name == "visual":

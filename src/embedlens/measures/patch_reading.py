@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.measures.labels import label_ids
 from embedlens.prefix import Case, answers
@@ -80,10 +81,10 @@ def ask(
     asked = [(other.image, own) for other, own in zip(shown, rows, strict=True) if own]
     if not asked:
         raise EmbedLensError("no question to ask: pass at least one picture that has a question on these axes")
-    said: list[str] = []
     together = max(1, batch_size // 4)  # what is remembered of so many takes the memory of batch_size prompts
-    for start in range(0, len(asked), batch_size):  # a picture runs once for all its questions
-        images, own = zip(*asked[start : start + batch_size], strict=True)
+
+    def run(start: int, batch: Sequence[Any]) -> list[str]:  # a picture runs once for all its questions
+        images, own = zip(*batch, strict=True)
         texts = [[question.text for _, _, question in row] for row in own]
         firsts = model.prompts(images, [first for first, *_ in texts])
         prompts = [
@@ -91,7 +92,9 @@ def ask(
             for first, (_, *more) in zip(firsts, texts, strict=True)
             for prompt in (first, *(model.asked(first, question) for question in more))
         ]
-        said += answers(model, [Case(prompt) for prompt in prompts], ANSWER_TOKENS, together)
+        return answers(model, [Case(prompt) for prompt in prompts], ANSWER_TOKENS, together)
+
+    said = list(in_batches(run, asked, batch_size))
     return pd.DataFrame(
         {
             "id": picture.id,
@@ -231,7 +234,7 @@ def content_states(
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
         prompts = model.prompts([picture.image for picture in batch], [QUESTION] * len(batch))
-        streams = model.hidden_states_of(prompts, batch_size)
+        streams = model.streams_of(prompts, batch_size)
         for picture, prompt, stream in zip(batch, prompts, streams, strict=True):
             x0, y0, x1, y1 = picture.box
             index = prompt.grid.patch_at((x0 + x1) / 2, (y0 + y1) / 2)
