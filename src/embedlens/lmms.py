@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embedlens import memory, samples, study, sweep
+from embedlens import batches, samples, study, sweep
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
 from embedlens.interventions import EnterAt, Intervention, Rescale, Silence
@@ -155,7 +155,7 @@ class Answerer:
                 batch = left[: self.batch_size]
                 said = self._said_if_it_fits(batch)
                 if said is None:
-                    memory.release()
+                    batches.release()
                     self.batch_size = len(batch) // 2
                 else:
                     yield from said
@@ -165,7 +165,7 @@ class Answerer:
         try:
             return self._said(batch)
         except RuntimeError as error:
-            if len(batch) == 1 or not memory.out_of_memory(error):
+            if len(batch) == 1 or not batches.out_of_memory(error):
                 raise
         return None
 

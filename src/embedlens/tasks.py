@@ -27,7 +27,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from embedlens import memory
 from embedlens.asking import ANSWER_TOKENS, answer_tokens, asked_with, in_words_of  # noqa: F401
 from embedlens.errors import EmbedLensError
 from embedlens.samples import Question
@@ -371,7 +370,7 @@ def evaluate(
     for start in range(0, len(items), batch_size):
         part = slice(start, start + batch_size)
         prompts = model.prompts([sample.image for sample in shown[part]], [item.question.text for item in items[part]])
-        texts += memory.halving(partial(model.answers, prompts, most), batch_size)[0]
+        texts += model.answers(prompts, most, batch_size)
     return pd.DataFrame(
         {
             "id": sample.id,

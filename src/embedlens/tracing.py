@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.vlm import Prompt, VisionLanguageModel
 
@@ -78,7 +79,8 @@ def traces(
     """
     if masks is not None and len(masks) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
-    for start, batch in model.batches(prompts, batch_size):
+
+    def run(start: int, batch: Sequence[Prompt]) -> Iterator[Trace]:
         named = [] if masks is None else list(masks[start : start + len(batch)])
         middle: list[Tensor] = []
         mass: list[Tensor] = []
@@ -95,6 +97,8 @@ def traces(
         for row, prompt in enumerate(entered):
             attention = {name: torch.stack([m[row, : len(prompt), g] for m in mass]) for g, name in enumerate(names)}
             yield Trace(stream[row, :, : len(prompt)], mid[row, :, : len(prompt)], attention)
+
+    yield from in_batches(run, prompts, batch_size)
 
 
 def _indicators(
