@@ -6,10 +6,9 @@ good are taken from `_build`."""
 import json
 from pathlib import Path
 
+import book_build as book
 import pytest
 from notebook_outputs import differences
-
-from embedlens import book
 
 ROOT = Path(__file__).parents[1]
 

@@ -108,4 +108,4 @@ def test_stacked_parts_of_a_whole_lie_end_to_end(axes):
     figures.stacked_bars(axes, {"text": {"stays": 0.25, "turns": 0.75}, "patch": {"turns": 1.0}}, looks)
     ends = sorted((patch.get_y(), patch.get_x(), patch.get_width()) for patch in axes.patches)
     assert [end[1:] for end in ends] == [(0.0, 0.0), (0.0, 1.0), (0.0, 0.25), (0.25, 0.75)]
-    assert [text.get_text() for text in axes.texts] == ["25%", "75%", "100%"]
+    assert [text.get_text() for text in axes.texts] == ["25 %", "75 %", "100 %"]

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import book_build as book
 import jaxtyping
 import pytest
 import tomllib
@@ -12,7 +13,6 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from typer.main import get_command
 
-from embedlens import book
 from embedlens.__main__ import app
 
 ROOT = Path(__file__).parents[1]
@@ -58,12 +58,19 @@ def test_the_lock_can_build_the_package_without_the_network():
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("src", ("book", "benchmarks")), ("benchmarks", ()), ("training", ("book",)), ("tests", ("test", "book"))],
+    [
+        ("src", ("book", "benchmarks")),
+        ("benchmarks", ()),
+        ("training", ("book",)),
+        ("book", ("book",)),
+        ("tests", ("test", "book")),
+    ],
 )
 def test_every_import_is_a_declared_dependency(folder, extras):
     known = {IMPORTED_AS.get(r.name, r.name.replace("-", "_")) for r in requirements(*extras)}
-    known |= set(sys.stdlib_module_names) | {"embedlens", "training", "benchmarks", "packaging", "IPython", "myst_nb"}
-    known |= {path.stem for path in (ROOT / "tests").glob("*.py")}
+    known |= set(sys.stdlib_module_names) | {"embedlens", "training", "benchmarks", "packaging", "IPython"}
+    known |= {"myst_nb", "sphinx"}  # of jupyter-book
+    known |= {path.stem for tools in ("tests", "book/_tools") for path in (ROOT / tools).glob("*.py")}
     unknown = {}
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -17,11 +17,11 @@ HOUSE = [
     "errors model_names words printed pictures patches stats rules processes interventions",
     "samples families prompts",
     "checks vlm loading",
-    "lenses context tracing attention_maps engine cues readings remembered",
+    "lenses context tracing attention_maps engine cues readings",
     "clusters groups redundancy codebook pruners kept memory study scoring asking tasks arms prefix",
     "sweep paired pruner_arms measures",
-    "book_rules book_runs book_pages book records claims figures probe explorer",
-    "launch released parameters lmms lmms_model studies",
+    "book records claims figures probe explorer",
+    "released parameters lmms lmms_model studies",
 ]
 ORDER = [module for floor in HOUSE for module in floor.split()]
 

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import book_build as book
+import book_rules
+import launch
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-
-from embedlens import book, book_rules, launch
 
 ROOT = Path(__file__).parents[1]
 ADDRESS = "https://github.com/owner/name"
@@ -40,7 +41,7 @@ def test_the_cells_are_written_once_and_the_notebook_stays_sound():
     ]
     nbformat.validate(notebook)
     assert launch.stated(notebook) == ADDRESS
-    assert book.metadata_faults(notebook, "chapter") == []
+    assert book_rules.metadata_faults(notebook, "chapter") == []
     again = nbformat.from_dict(notebook)
     assert not launch.begin(again, ADDRESS) and again == notebook
     assert launch.begin(again, "https://github.com/other/name")  # a fork puts its own address there
@@ -100,6 +101,8 @@ def test_a_rendered_page_has_buttons_that_lead_to_its_notebook(tmp_path):
     (tmp_path / "notebooks").mkdir()
     notebook = chapter()
     launch.begin(notebook, ADDRESS)
+    for count, cell in enumerate((cell for cell in notebook["cells"] if cell["cell_type"] == "code"), start=1):
+        cell["execution_count"] = count
     book.write(notebook, tmp_path / "notebooks/01_first.ipynb")
     page = (book.render(tmp_path, tmp_path / "work", tmp_path / "home") / "notebooks/01_first.html").read_text()
     assert "colab.research.google.com/github/owner/name/blob/main/notebooks/01_first.ipynb" in page

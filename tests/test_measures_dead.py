@@ -22,11 +22,8 @@ from embedlens.measures.dead import (
     checked,
     chosen_by_half,
     common,
-    entropy,
-    group_means,
-    halves,
     is_word,
-    masks,
+    masks_of,
     pairwise_cosine,
 )
 from embedlens.tracing import trace
@@ -88,34 +85,16 @@ def test_pairwise_cosine_is_the_mean_over_pairs(seed):
                 assert math.isnan(float(found[layer, group]))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_entropy_is_its_definition_and_survives_impossible_entries(seed):
-    logits = 5 * seeded(4, 11, seed=seed)
-    logits[0, 3] = -torch.inf
-    for row, found in zip(logits, entropy(logits), strict=True):
-        shares = [math.exp(x) for x in row.double().tolist()]
-        shares = [share / sum(shares) for share in shares]
-        assert float(found) == pytest.approx(-sum(p * math.log(p) for p in shares if p), rel=1e-4)
-    assert float(entropy(torch.zeros(50))) == pytest.approx(math.log(50))
-
-
-def test_group_means_are_what_loops_give():
-    values, members = seeded(3, 6), torch.tensor([[True, False, True, True, False, False], [False] * 6])
-    found = group_means(values, members)
-    assert found[:, 0].tolist() == pytest.approx([float(row[[0, 2, 3]].mean()) for row in values], abs=1e-6)
-    assert bool(found[:, 1].isnan().all())
-
-
 def test_random_tokens_are_as_many_as_dead_and_hang_on_picture_and_seed_alone(tiny, pictures, reference):
-    prompt = tiny.prompt(pictures[3].image, QUESTION)
-    groups = token_groups_of(tiny, [prompt], reference)[0]
-    found = masks(groups, 3)
-    assert tuple(found) == GROUPS
-    assert found["random"].sum() == found["dead"].sum() > 0
-    assert bool((found["remaining"] == ~found["dead"]).all())
-    assert torch.equal(masks(groups, 3)["random"], found["random"])
-    draws = [masks(groups, at)["random"].tolist() for at in range(20)]
-    assert found["dead"].all() or len({tuple(draw) for draw in draws}) > 1
+    prompts = tiny.prompts([picture.image for picture in pictures], [QUESTION] * len(pictures))
+    found = masks_of(tiny, pictures, prompts, reference, seed=0)
+    assert sum(int(masks["dead"].sum()) for masks in found)
+    for masks, picture, prompt in zip(found, pictures, prompts, strict=True):
+        assert tuple(masks) == GROUPS and masks["random"].sum() == masks["dead"].sum()
+        assert torch.equal(masks["remaining"], ~masks["dead"])
+        (alone,), (other,) = (masks_of(tiny, [picture], [prompt], reference, seed) for seed in (0, 1))
+        assert torch.equal(alone["random"], masks["random"])
+        assert not 3 < masks["dead"].sum() < 13 or not torch.equal(other["random"], masks["random"])
 
 
 def test_rows_do_not_hang_on_batches_or_on_the_pictures_before(tiny, pictures, reference, shared, rows):
@@ -153,15 +132,14 @@ def test_rows_are_what_one_picture_after_the_other_gives(tiny, pictures, referen
         ]
         assert of("stream", "dead", "inside") == pytest.approx(pairs, abs=1e-4)
         aligned, removed = [], []
-        for h, direction, center in zip(
-            states, shared.direction["stream"]["dead"], shared.center["stream"], strict=True
-        ):
+        for h, direction, center in zip(states, shared["stream"]["dead"], shared["stream"]["all"], strict=True):
             aligned.append(np.mean([cosine(h[i], direction) for i in chosen]))
             removed.append(np.mean([cosine(normalize(h[i], dim=0) - center, direction - center) for i in chosen]))
         assert of("stream", "dead", "aligned") == pytest.approx(aligned, abs=1e-5)
         assert of("stream", "dead", "aligned_removed") == pytest.approx(removed, abs=1e-4)
-        logits = tiny.logits(prompt)[prompt.visual][chosen]
-        assert of("picture", "dead", "entropy") == pytest.approx([float(entropy(logits).mean())], abs=1e-3)
+        shares = tiny.logits(prompt)[prompt.visual][chosen].double().softmax(-1)
+        nats = -(shares * shares.log()).sum(-1)
+        assert of("picture", "dead", "entropy") == pytest.approx([float(nats.mean())], abs=1e-3)
         tower = torch.stack(tiny.tower_states_of([prompt]))[0][:, chosen]
         assert of("tower", "dead", "norm") == pytest.approx(tower.norm(dim=-1).mean(-1).tolist(), rel=1e-5)
         assert of("tower", "dead", "norm_l1") == pytest.approx(tower.abs().sum(-1).mean(-1).tolist(), rel=1e-5)
@@ -174,12 +152,12 @@ def test_rows_are_what_one_picture_after_the_other_gives(tiny, pictures, referen
 def test_common_is_the_mean_of_all_tokens_whatever_the_batches(tiny, pictures, reference, shared):
     prompts = tiny.prompts([picture.image for picture in pictures[:2]], [QUESTION] * 2)
     tokens = torch.cat([prompt.embeds[prompt.visual] for prompt in prompts])
-    torch.testing.assert_close(shared.center["stream"][0], normalize(tokens, dim=-1).mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(shared["stream"]["all"][0], normalize(tokens, dim=-1).mean(0), atol=1e-6, rtol=1e-5)
     together = common(tiny, pictures[:2], reference, batch_size=2)
     for where in ("stream", "tower"):
-        own, other = shared.direction[where]["remaining"], together.direction[where]["remaining"]
+        own, other = shared[where]["remaining"], together[where]["remaining"]
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
-    assert shared.n_pictures == 2 and "ViT sink" not in shared.direction["stream"]
+    assert "ViT sink" not in shared["stream"]
     with pytest.raises(EmbedLensError, match="no samples"):
         common(tiny, [], reference)
 
@@ -205,17 +183,11 @@ def test_a_dead_word_stands_only_if_both_halves_of_the_pictures_have_tokens_near
     assert checked(tiny, pictures, replace(reference, dead_id=None)).dead_id is None
 
 
-def test_halves_are_disjoint_and_both_are_selected_on():
-    for chosen, rest in halves(11, splits=2, seed=3):
-        assert sorted([*chosen.tolist(), *rest.tolist()]) == list(range(11))
-    assert len(halves(11, splits=2)) == 4
-    assert [a.tolist() for a, _ in halves(11)] == [a.tolist() for a, _ in halves(11)]
-
-
 def test_likeness_is_measured_on_the_half_that_did_not_choose(tiny, pictures, reference, shared):
     tokens = tiny.visual_features_of([pictures[3].image])[0].float()
-    words = {}
-    for chosen, rest in halves(tiny.width, splits=1):
+    words, order = {}, torch.from_numpy(np.random.default_rng((0, 0)).permutation(tiny.width))
+    one, other = order[: tiny.width // 2], order[tiny.width // 2 :]
+    for chosen, rest in ((one, other), (other, one)):
         lens = EmbedLens(tiny.input_embeddings[:, chosen], tiny.tokens)
         words[rest] = lens.topk(tokens[:, chosen], 3)[1]
     often = int(torch.cat(list(words.values())).flatten().bincount().argmax())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from torch.nn.utils import parametrize
 import embedlens as el
 from embedlens import stats, tasks
 from embedlens.errors import EmbedLensError
+from embedlens.measures import adapters
 from embedlens.measures import entry as late_entry
 from training import entry
 from training.data import Batch
@@ -71,12 +71,12 @@ def row(prompt):
 def moved(tmp_path_factory):
     """Arms that differ from the shipped weights, and the folder beside which a model would find them."""
     arms, home = moved_arms(), tmp_path_factory.mktemp("home")
-    entry.written(arms, SHORT, 0, home / late_entry.FOLDER)
+    entry.written(arms, SHORT, 0, home / adapters.FOLDER)
     return arms, home
 
 
 def adapter_of(home, layer):
-    return late_entry.Adapter(layer, 0, 2, home / late_entry.FOLDER / f"entry{layer}_seed0.safetensors", "")
+    return adapters.Adapter(layer, 0, 2, home / adapters.FOLDER / f"entry{layer}_seed0.safetensors", "")
 
 
 def test_every_arm_begins_at_the_shipped_weights(own, sample):
@@ -95,7 +95,7 @@ def test_a_saved_adapter_runs_as_it_was_trained(own, sample, moved, layer):
     arms, home = moved
     adapter = adapter_of(home, layer)
     plain = own.logits(own.prompt(sample.image, "What is this?"))
-    with late_entry.adapted(own, adapter), el.intervene(own, el.EnterAt(layer)):
+    with adapter.on(own), el.intervene(own, el.EnterAt(layer)):
         prompt = own.prompt(sample.image, "What is this?")
         ran = own.logits(prompt)
     with torch.no_grad():
@@ -108,15 +108,15 @@ def test_a_saved_adapter_runs_as_it_was_trained(own, sample, moved, layer):
 
 def test_the_own_weights_come_back_even_after_an_error(own, moved):
     before = {name: value.clone() for name, value in own.hf.state_dict().items()}
-    with pytest.raises(RuntimeError), late_entry.adapted(own, adapter_of(moved[1], 3)):
+    with pytest.raises(RuntimeError), adapter_of(moved[1], 3).on(own):
         raise RuntimeError
     assert all(torch.equal(value, before[name]) for name, value in own.hf.state_dict().items())
 
 
 def test_adapters_are_listed_by_seed_and_layer_and_a_folder_without_has_none(own, tiny, moved, monkeypatch):
-    assert late_entry.adapters(tiny) == ()
+    assert adapters.adapters(tiny) == ()
     monkeypatch.setattr(own.hf, "name_or_path", str(moved[1]))
-    assert [(found.seed, found.layer, found.steps) for found in late_entry.adapters(own)] == [(0, 0, 2), (0, 3, 2)]
+    assert [(found.seed, found.layer, found.steps) for found in adapters.adapters(own)] == [(0, 0, 2), (0, 3, 2)]
 
 
 def test_adapters_of_other_weights_are_refused(own, moved, monkeypatch):
@@ -124,24 +124,24 @@ def test_adapters_of_other_weights_are_refused(own, moved, monkeypatch):
     with torch.no_grad():
         own.hf.model.multi_modal_projector.linear_1.bias.add_(1)
     with pytest.raises(EmbedLensError, match=r"other weights.*training\.entry"):
-        late_entry.adapters(own)
+        adapters.adapters(own)
 
 
 def test_a_file_that_is_no_adapter_is_named(own, tmp_path, monkeypatch):
-    (tmp_path / late_entry.FOLDER).mkdir()
-    (tmp_path / late_entry.FOLDER / "broken.safetensors").write_bytes(b"nothing")
+    (tmp_path / adapters.FOLDER).mkdir()
+    (tmp_path / adapters.FOLDER / "broken.safetensors").write_bytes(b"nothing")
     monkeypatch.setattr(own.hf, "name_or_path", str(tmp_path))
     with pytest.raises(EmbedLensError, match=r"broken\.safetensors.*remake"):
-        late_entry.adapters(own)
+        adapters.adapters(own)
 
 
 def test_an_adapter_of_another_shape_is_refused(tiny, moved):
-    with pytest.raises(EmbedLensError, match="does not fit"), late_entry.adapted(tiny, adapter_of(moved[1], 3)):
+    with pytest.raises(EmbedLensError, match="does not fit"), adapter_of(moved[1], 3).on(tiny):
         pass
 
 
 def test_the_shipped_adapters_are_those_of_the_recipe(miniature):
-    found = late_entry.adapters(miniature)
+    found = adapters.adapters(miniature)
     wanted = [(seed, layer, LATE_ENTRY.stage.steps) for seed in range(LATE_ENTRY.seeds) for layer in LATE_ENTRY.layers]
     assert [(adapter.seed, adapter.layer, adapter.steps) for adapter in found] == wanted
 
@@ -184,31 +184,30 @@ def items():
     return tasks.family_questions("general", 5)[:2] + tasks.family_questions("grounding", 2)
 
 
-@pytest.fixture
-def worn(monkeypatch):
-    """Adapters that shift the projector's weights; the fixture is the log of what was put on."""
-    log = []
+@dataclass(frozen=True)
+class Run:
+    """A trained run that shifts the projector's weights, and logs that it was put on."""
+
+    layer: int
+    seed: int
+    log: list
 
     @contextmanager
-    def adapted(model, adapter):
-        log.append((adapter.layer, adapter.seed))
+    def on(self, model):
+        self.log.append((self.layer, self.seed))
         own = [parameter.detach().clone() for parameter in model.projector.parameters()]
         with torch.no_grad():
             for parameter in model.projector.parameters():
-                parameter.add_(0.1 * (1 + adapter.layer + 10 * adapter.seed))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(model.projector.parameters(), own, strict=True):
-                    parameter.copy_(value)
-
-    monkeypatch.setattr(late_entry, "adapted", adapted)
-    return log
+                parameter.add_(0.1 * (1 + self.layer + 10 * self.seed))
+        yield
+        with torch.no_grad():
+            for parameter, value in zip(model.projector.parameters(), own, strict=True):
+                parameter.copy_(value)
 
 
-def runs_of(*layers: int, seeds: int = 1) -> list[late_entry.Adapter]:
-    return [late_entry.Adapter(layer, seed, 1, Path("none"), "") for seed in range(seeds) for layer in layers]
+def runs_of(*layers: int) -> list[Run]:
+    log = []
+    return [Run(layer, seed, log) for seed in (0, 1) for layer in layers]
 
 
 def test_frozen_rows_stand_still_below_their_layer_and_are_read_all_the_way(tiny, items):
@@ -237,21 +236,22 @@ def test_another_picture_is_asked_the_same_and_pairs_with_the_own_one(tiny, item
         late_entry.about_another(tiny, items[:1])
 
 
-def test_every_run_is_asked_with_its_own_weights_and_entry(tiny, items, worn):
-    found = late_entry.trained_runs(tiny, items, runs_of(0, 1, seeds=2))
-    assert worn == [(0, 0), (1, 0), (0, 1), (1, 1)]
+def test_every_run_is_asked_with_its_own_weights_and_entry(tiny, items):
+    runs = runs_of(0, 1)
+    found = late_entry.trained_runs(tiny, items, runs)
+    assert runs[0].log == [(0, 0), (1, 0), (0, 1), (1, 1)]
     named = [(late_entry.entering(layer, trained=True), seed) for layer in (0, 1) for seed in (0, 1)]
     wanted = dict.fromkeys([("baseline", 0), *named], len(items))
     assert found.groupby(["arm", "seed"]).size().to_dict() == wanted
-    with late_entry.adapted(tiny, runs_of(1)[0]), el.intervene(tiny, el.EnterAt(1)):
+    with runs[1].on(tiny), el.intervene(tiny, el.EnterAt(1)):
         said = [tiny.answer(tiny.prompt(item.sample.image, item.question.text), 12) for item in items]
     rows = found[(found["arm"] == named[2][0]) & (found["seed"] == 0)]
     assert rows["prediction"].tolist() == said
 
 
-def test_what_is_grounded_at_entry_is_layer_zero_of_what_is_grounded_by_layer(tiny, worn):
+def test_what_is_grounded_at_entry_is_layer_zero_of_what_is_grounded_by_layer(tiny):
     samples = el.samples.load("miniworld", n=6, seed=3)
-    runs = runs_of(0, 2, seeds=2)
+    runs = runs_of(0, 2)
     at_entry = el.run(partial(late_entry.at_entry, runs=runs), tiny, samples, batch_size=4)
     layers = late_entry.by_layer(tiny, samples, runs)
     keys = ["entry", "run"]

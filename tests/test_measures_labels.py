@@ -225,16 +225,6 @@ def test_the_largest_object_is_found_at_its_middle(miniature, pictures):
         largest_object(miniature, crowd, grid)
 
 
-def test_two_lenses_of_one_kind_keep_apart(miniature, pictures):
-    plain, without = LogitLens.from_model(miniature), LogitLens.from_model(miniature, norm=False)
-    found = label_hits(miniature, pictures[:3], lenses={"with": plain, "without": without})
-    alone = label_hits(miniature, pictures[:3], lenses={"without": without})
-    assert set(found) == {("with", 5, "head-word"), ("without", 5, "head-word")}
-    key = ("without", 5, "head-word")
-    assert np.array_equal(found[key].retrieving, alone[key].retrieving)
-    assert not np.array_equal(found[key].retrieving, found["with", 5, "head-word"].retrieving)
-
-
 def test_anything_that_gives_words_to_tokens_stands_beside_the_lenses(miniature, pictures):
     def first(model, prompt, k):
         return LogitLens.from_model(model).topk(model.hidden_states(prompt)[-1:, prompt.visual], k)[1]

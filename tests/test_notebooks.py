@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
+import book_build as book
+import book_rules
+import launch
 import pytest
-
-from embedlens import book, launch
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -15,16 +16,7 @@ NOTEBOOKS = sorted(path.relative_to(ROOT) for path in (ROOT / "notebooks").glob(
 def test_a_committed_notebook_was_run_in_order_and_carries_nothing_of_its_machine(page):
     notebook = book.read(ROOT / page)
     machine = [str(ROOT), str(Path.home()) + "/", sys.prefix]
-    assert book.run_faults(notebook, str(page)) + book.metadata_faults(notebook, str(page), machine) == []
-
-
-@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
-def test_a_notebook_says_what_each_parameter_is(page):
-    notebook = book.read(ROOT / page)
-    if any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"]):
-        helps = book.declared_parameters(ROOT / page)
-        assert helps
-        assert not [name for name, text in helps.items() if not text.strip()]
+    assert book_rules.run_faults(notebook, str(page)) + book_rules.metadata_faults(notebook, str(page), machine) == []
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
@@ -42,7 +34,7 @@ def test_every_notebook_is_in_the_book():
 
 
 def test_glued_values_and_prose_fit_together():
-    assert book.glue_faults(ROOT, book.pages(ROOT)) == []
+    assert book_rules.glue_faults(ROOT, book.pages(ROOT)) == []
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
@@ -58,7 +50,7 @@ def test_no_cell_hides_its_value_behind_a_semicolon(page):
 def test_a_notebook_begins_with_the_cell_that_installs_what_is_missing_and_checks_its_parameters(page):
     notebook = book.read(ROOT / page)
     address = launch.stated(notebook)
-    assert address is not None, "run python -m embedlens.launch"
-    assert not launch.begin(notebook, address), "run python -m embedlens.launch"
+    assert address is not None, "run python book/_tools/launch.py"
+    assert not launch.begin(notebook, address), "run python book/_tools/launch.py"
     sources = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert len(sources) == len(set(sources)), "a cell stands there twice"

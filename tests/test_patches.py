@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from embedlens import EmbedLensError, Frame, PatchGrid
-from embedlens.patches import PREPROCESSINGS, ManyViews, UnevenGrid
+from embedlens.patches import PREPROCESSINGS, ManyViews
 
 ODD_SIZES = [(1, 1), (1, 7), (7, 1), (3, 4), (5, 8), (57, 112), (112, 57), (113, 62), (99, 98), (255, 31), (31, 255)]
 
@@ -113,7 +113,7 @@ def test_a_canvas_that_patches_do_not_divide_loses_its_right_and_bottom_edge():
     grid = PatchGrid.of_canvas(Frame.stretch(384, 384), canvas=(384, 384), patch=14)
     assert (grid.rows, grid.cols) == (27, 27)
     assert grid.cell(len(grid) - 1) == (364, 364, 378, 378)
-    assert grid.covered == (Fraction(378, 384),) * 2
+    assert grid.spans[0][-1][1] == grid.spans[1][-1][1] == 378
 
 
 def test_a_patch_is_inside_a_box_that_holds_its_centre():
@@ -128,7 +128,7 @@ def many_views() -> ManyViews:
     columns = tuple((Fraction(6 * c), Fraction(6 * c + 5)) for c in range(5))
     lines = tuple((Fraction(5 * r), Fraction(5 * r + 5)) for r in range(4))
     frame = Frame.stretch(30, 20)
-    return ManyViews.of([PatchGrid(2, 3, frame), UnevenGrid.of_spans(frame, columns, lines)])
+    return ManyViews.of([PatchGrid(2, 3, frame), PatchGrid.of_spans(frame, columns, lines)])
 
 
 def test_several_views_are_one_grid_with_every_view_as_it_is_alone():

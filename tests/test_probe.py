@@ -116,7 +116,10 @@ def test_models_lists_families_and_the_miniature(monkeypatch, capsys, miniature)
     [
         (["probe", "gone.jpg"], "no picture at gone.jpg: check the path"),
         (["probe", "street.jpg", "--model", "nowhere"], "no folder 'nowhere': pass 'miniature', a checkpoint folder"),
-        (["probe", "street.jpg", "--out", "street.jpg"], "--out street.jpg is the picture itself: name another file"),
+        (
+            ["probe", "street.jpg", "--out", "street.jpg"],
+            "street.jpg is the picture itself and would be written over: name another --out",
+        ),
         (["probe", "street.jpg", "--out", "a/b.png"], "lies in a folder that does not exist: create a first"),
         (["probe", "street.jpg", "--out", "b.doc"], "--out b.doc has no picture ending: end it in .png or .jpg"),
         (["probe", "street.jpg", "--out", "."], "--out . is a folder: name a file in it"),

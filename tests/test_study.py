@@ -183,7 +183,7 @@ def test_a_bar_is_shown_on_terminals_and_on_request_only(capsys):
 
 
 def chunks(folder: Path) -> list[Path]:
-    return sorted(folder.glob("[0-9]*.json"))
+    return sorted(folder.glob("*.json"))
 
 
 def killed_until_done(folder: str, seed: int) -> None:
@@ -245,15 +245,6 @@ def test_a_finished_run_is_read_and_a_longer_one_goes_on_from_its_whole_chunks(t
     assert CALLS[4:8] == [200, 201, 202, 203] and len(CALLS) == 12
 
 
-def test_every_chunk_is_on_disk_before_the_next_is_measured(tmp_path):
-    table = run(partial(on_disk, folder=tmp_path), stand_in(), pictures(4), tmp_path, batch_size=2)
-    assert table["chunks"].tolist() == [0, 0, 1, 1]
-
-
-def on_disk(model, batch, folder):
-    return [{"chunks": len(chunks(folder))}] * len(batch)
-
-
 @pytest.mark.parametrize("harm", [lambda data: data[:-9], lambda data: b"", lambda data: data.replace(b"2", b"3")])
 def test_a_damaged_chunk_is_named_and_measured_again(tmp_path, harm):
     whole = run(of_batch, stand_in(), pictures(6), tmp_path, batch_size=2)
@@ -262,26 +253,8 @@ def test_a_damaged_chunk_is_named_and_measured_again(tmp_path, harm):
     CALLS.clear()
     with pytest.warns(UserWarning, match=f"{chunk.name} is damaged: what it held is measured again"):
         same(run(of_batch, stand_in(), pictures(6), tmp_path, batch_size=2), whole)
-    assert CALLS == [102, 103]
+    assert len(CALLS) == 2
     same(run(of_batch, stand_in(), pictures(6), tmp_path, batch_size=2), whole)
-
-
-FULL = Path("/dev/full")  # every write to it finds no space
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
-def test_a_full_disk_is_named_and_what_fitted_is_kept(tmp_path, monkeypatch):
-    run(of_batch, stand_in(), pictures(2), tmp_path, batch_size=2)
-    opened = Path.open
-    full = {"wb": FULL}
-    monkeypatch.setattr(Path, "open", lambda path, mode="r", *a, **k: opened(full.get(mode, path), mode, *a, **k))
-    with pytest.raises(EmbedLensError, match=r"cannot write .*json \(No space left on device\): free space on that"):
-        run(of_batch, stand_in(), pictures(4), tmp_path, batch_size=2)
-    monkeypatch.undo()
-    CALLS.clear()
-    table = run(of_batch, stand_in(), pictures(4), tmp_path, batch_size=2)
-    assert CALLS == [102, 103]  # the first two were kept
-    same(table, expected_of_batches(pictures(4), 2))
 
 
 def version(n):
@@ -302,36 +275,36 @@ def shifted(model, sample, by):
 
 
 @pytest.mark.parametrize(
-    ("other", "sentence"),
+    "other",
     [
-        ({"study": several}, r"another study \(test_study.shifted there, test_study.several here\): pass another out"),
-        ({"study": partial(shifted, by=np.arange(4))}, "another parameter 'by': pass"),
-        ({"model": stand_in(1)}, r"another model \(its weights differ\)"),
-        ({"model": stand_in(name="other")}, r"another model \(stand-in there, other here\)"),
-        ({"model": stand_in(preprocessing="stretch")}, "another preprocessing"),
-        ({"batch_size": 2}, r"another batch_size \(None there, 2 here\)"),
+        {"study": several},
+        {"study": partial(shifted, by=np.arange(4))},
+        {"model": stand_in(1)},
+        {"model": stand_in(name="other")},
+        {"model": stand_in(preprocessing="stretch")},
+        {"batch_size": 2, "study": of_batch},
     ],
 )
-def test_rows_of_something_else_are_not_mixed_in(tmp_path, other, sentence):
+def test_rows_of_something_else_are_not_mixed_in(tmp_path, other):
     usual = {"study": partial(shifted, by=np.arange(3)), "model": stand_in(), "samples": pictures(4), "out": tmp_path}
-    first = run(**usual)
-    with pytest.raises(EmbedLensError, match=sentence):
-        run(**usual | other)
+    first, kept = run(**usual), chunks(tmp_path)
+    same(run(**usual | other), run(**usual | other | {"out": None}))
+    assert len(chunks(tmp_path)) > len(kept) == 1
     same(run(**usual | {"study": partial(shifted, by=np.arange(3)), "model": stand_in()}), first)
 
 
 def test_changed_code_is_not_mixed_in(tmp_path, monkeypatch):
-    run(version(1), stand_in(), pictures(2), tmp_path)
-    with pytest.raises(EmbedLensError, match=r"another study \(its code has changed\)"):
-        run(version(2), stand_in(), pictures(2), tmp_path)
+    for n in (1, 2, 1):
+        assert run(version(n), stand_in(), pictures(2), tmp_path)["value"].tolist() == [n, n]
+    assert len(chunks(tmp_path)) == 2
     monkeypatch.setattr(kept, "sources", lambda: "of another version")
-    with pytest.raises(EmbedLensError, match=r"another embedlens \(its sources, torch or transformers have changed"):
-        run(version(1), stand_in(), pictures(2), tmp_path)
+    run(version(1), stand_in(), pictures(2), tmp_path)
+    assert len(chunks(tmp_path)) == 3
 
 
 def test_a_parameter_without_identity_is_refused_only_where_rows_are_asked_for(tmp_path, monkeypatch):
     study = partial(shifted, by=(i for i in range(3)))
-    with pytest.raises(EmbedLensError, match="parameter 'by' is a generator, .*leave out=None"):
+    with pytest.raises(EmbedLensError, match="cannot pickle 'generator' object.*leave out=None"):
         run(study, stand_in(), pictures(1), tmp_path)
     monkeypatch.setenv(kept.ROWS, str(tmp_path))
     with pytest.raises(AttributeError):
@@ -353,7 +326,7 @@ def test_under_the_environment_variable_every_run_is_kept_by_what_it_is(tmp_path
             same(run(of_batch, stand_in(), pictures(n), batch_size="auto"), tables[8][n])
         same(run(scaled, stand_in(), pictures(3)), plain)
     assert len(CALLS) == 5 + 1 + 5 + 3 + 3  # each chunk once
-    assert len(list((tmp_path / "rows").iterdir())) == 3
+    assert len(chunks(tmp_path / "rows")) == 4 + 2 + 1 + 1  # the batch size that was found, too
 
 
 def first_value(model, sample):
@@ -500,13 +473,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     "left",
-    [
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "many"},
-        {"WORLD_SIZE": "2", "RANK": "0"},
-        LAUNCHED | {"RANK": "x"},
-        LAUNCHED | {"RANK": "5"},
-    ],
+    [{"WORLD_SIZE": "many"}, {"WORLD_SIZE": "2", "RANK": "0"}, LAUNCHED | {"RANK": "x"}, LAUNCHED | {"RANK": "5"}],
 )
 def test_what_another_launcher_left_behind_is_named_with_the_way_out(monkeypatch, left):
     for name, value in left.items():
@@ -565,10 +532,13 @@ def test_a_batch_that_does_not_fit_is_measured_in_halves(tmp_path):
         run(partial(of_room, room=0), stand_in(), pictures(2), batch_size=2)
 
 
-def test_a_resumed_run_keeps_the_batch_size_it_began_with(tmp_path):
-    run(of_batch, stand_in(), pictures(5), tmp_path, batch_size=3)
-    table = run(of_batch, stand_in(), pictures(7), tmp_path, batch_size="auto")
-    same(table, run(of_batch, stand_in(), iter(pictures(7)), batch_size=3))
+def test_a_resumed_run_keeps_the_batch_size_that_was_found(tmp_path):
+    CALLS.clear()
+    table = run(partial(of_room, room=10), on_gpu(), pictures(20), tmp_path, batch_size="auto")
+    assert CALLS == [16, 8, 8, 8, 4]
+    same(run(partial(of_room, room=10), on_gpu(), pictures(20), tmp_path, batch_size="auto"), table)
+    run(partial(of_room, room=10), on_gpu(), pictures(28), tmp_path, batch_size="auto")
+    assert CALLS == [16, 8, 8, 8, 4, 8, 4]  # no trial, and the whole batches as they were
     fresh = run(of_batch, stand_in(), iter(pictures(20)), batch_size="auto")
     same(fresh, run(of_batch, stand_in(), pictures(20), batch_size=ON_CPU))
     with pytest.raises(EmbedLensError, match="batch_size is 'many': pass a number, 'auto'"):

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import book_build as book
+import book_pages
 import pytest
 from bs4 import BeautifulSoup
 
-from embedlens import book, claims, records
+from embedlens import claims, records
 from embedlens.claims import FAILS, HOLDS, PARTLY, UNDECIDED, UNTESTABLE
 from embedlens.measures.anatomy import CHAPTER, GROUPS, RANKS
 
@@ -91,14 +93,10 @@ def test_seven_claims_are_the_abstracts_and_what_no_run_can_refute_is_not_counte
     assert all(claim.sentence.endswith(".") for claim in listed)
 
 
-def test_each_card_has_its_claim_as_anchor(tmp_path):
-    (tmp_path / "notebooks").mkdir()
-    page = tmp_path / "notebooks/05_alive_sparsity.html"
-    text = "<p><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p><th>E40</th><th>E41</th>"
-    page.write_text(text)
-    book.anchor_cards(tmp_path)
-    assert page.read_text() == (
-        '<p id="e40"><strong>E40</strong> · “tokens”</p><p><strong>R01</strong> in prose</p>'
+def test_each_card_has_its_claim_as_anchor():
+    text = "<p><strong>E40</strong> · tokens</p><p><strong>R01</strong> in prose</p><th>E40</th><th>E41</th>"
+    assert book_pages.anchored(text) == (
+        '<p class="claim" id="e40"><strong>E40</strong> · tokens</p><p><strong>R01</strong> in prose</p>'
         '<th>E40</th><th id="e41">E41</th>'  # a claim without a card has its row in the chapter's table
     )
 

@@ -22,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from torch.nn.utils import parametrize
 from transformers import AutoTokenizer, LlamaModel, LlavaForConditionalGeneration
 
-from embedlens.measures.entry import FOLDER, fingerprint
+from embedlens.measures.adapters import FOLDER, fingerprint
 from training.data import Batch, Encoder, normalised
 from training.loop import autocast, optimisers, seed_everything, train
 from training.recipe import LATE_ENTRY, LateEntry, Recipe

@@ -183,6 +183,21 @@ ONWARD2 = replace(
     tuning=Stage(LONG, batch=24, lr=4e-4, weight_decay=0.05, warmup=40, seconds=4200, measurements=6),
     threads=1,
 )
+# The tower, which bounds what any answer can say, learns on as in recipe `onward`, for as long as the clock lets it:
+# with new heads, and the learning rate of a model that is past its start.
+ONWARD3 = replace(
+    ONWARD,
+    name="onward3",
+    seed=3,
+    onward=5,
+    experiment=True,
+    heads=Stage(steps=250, batch=48, lr=2e-3, muon_lr=4e-3, warmup=20, measurements=1),
+    tower=Stage(LONG, batch=48, lr=8e-4, muon_lr=2e-3, weight_decay=0.05, warmup=100, seconds=7200, measurements=8),
+    language=NOTHING,
+    alignment=NOTHING,
+    tuning=NOTHING,
+    threads=1,
+)
 # Sized for ten minutes of one H100 with 16 cores, which draw the pictures; not run yet (see the model card).
 GPU = replace(
     CPU,
@@ -286,4 +301,6 @@ class LateEntry:
 
 
 LATE_ENTRY = LateEntry(ONWARD)
-RECIPES = {recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, ONWARD2, RELATION_WORDS, RELATION_PICTURES, GPU)}
+RECIPES = {
+    recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, ONWARD2, ONWARD3, RELATION_WORDS, RELATION_PICTURES, GPU)
+}

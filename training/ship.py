@@ -130,6 +130,11 @@ def record(recipe: Recipe, folder: Path, home: Path = HOME) -> None:
     for stage, found in curves.items():
         name = recipe.name if len(curves) == 1 else f"{recipe.name}_{stage}"
         log.setdefault("experiments", {})[name] = {"stage": stage, **found}
+    measured = folder / "miniature.json"  # what the card's notebook found of its weights; absent if nobody asked
+    if measured.exists():
+        numbers = json.loads(measured.read_text())["numbers"].items()
+        bars = {name.removesuffix(" miniature"): value for name, value in numbers if name.endswith(" miniature")}
+        log["experiments"][name]["answers"] = bars
     file.write_text(json.dumps(log, separators=(",", ":")) + "\n")
     print(f"recorded {recipe.name} in {file.name}")
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -38,15 +37,32 @@ app = typer.Typer(
 )
 
 
+Picture = Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, ...", show_default=False)]
+Model = Annotated[str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")]
+Question = Annotated[str, typer.Option(help="What to ask about the picture.")]
+Preprocessing = Annotated[
+    str | None,
+    typer.Option(
+        help="'letterbox', 'centre-crop' or 'stretch': how LLaVA-1.5 makes a picture a square.",
+        show_default="as the model's family does it",
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one, one to a process"
+    ),
+]
+Quantize = Annotated[str | None, typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no")]
+
+
 @app.command()
 def probe(
-    picture: Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, ...", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")
-    ] = "miniature",
-    question: Annotated[str, typer.Option(help="What to ask about the picture.")] = "What is in the picture?",
+    picture: Picture,
+    model: Model = "miniature",
+    question: Question = "What is in the picture?",
     out: Annotated[
-        Optional[Path],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10, too
+        Path | None,
         typer.Option(help="Where to write the annotated picture.", show_default="<PICTURE>-probed.png here"),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Words per visual token in the printed grid.", min=1)] = 1,
@@ -54,40 +70,29 @@ def probe(
     lens: Annotated[str, typer.Option(help="'embed' (nearest input embeddings) or 'logit' (final norm and head).")] = (
         "embed"
     ),
-    preprocessing: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="'letterbox', 'centre-crop' or 'stretch': how LLaVA-1.5 makes a picture a square.",
-            show_default="letterbox; other families have their own way",
-        ),
-    ] = None,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one"),
-    ] = None,
-    quantize: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
-    ] = None,
+    preprocessing: Preprocessing = None,
+    device: Device = None,
+    quantize: Quantize = None,
 ) -> None:
     """Print the top words of each visual token of PICTURE and write them on it."""
+    from PIL import Image
+
     from embedlens.errors import writing
     from embedlens.loading import load
     from embedlens.pictures import open_picture
     from embedlens.probe import probe_picture
 
     out = out if out is not None else Path(f"{picture.stem}-probed.png")
-    _check_out(out, picture)
+    formats = Image.registered_extensions()
+    _check_out(out, {ending for ending, name in formats.items() if name in Image.SAVE}, "picture", picture)
     image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
     loaded = load(model, device=device, quantize=quantize, preprocessing=preprocessing)
     result = probe_picture(loaded, image, question, k=k, layer=layer, lens=lens)
     shapes = " + ".join(f"{view.rows}x{view.cols}" for view in result.grid.views)
     bars = int(result.grid.padded.sum())
     typer.echo(f"{picture}: {image.width}x{image.height} px, {shapes} patches, {bars} in bars (▒)")
-    typer.echo(f"{loaded!r}")
-    typer.echo(f"{lens} lens at layer {layer} of {loaded.n_layers}\n")
-    typer.echo(result.table())
-    typer.echo(f"\n{question}\n{result.answer}")
+    typer.echo(f"{loaded!r}\n{lens} lens at layer {layer} of {loaded.n_layers}\n")
+    typer.echo(f"{result.table()}\n\n{question}\n{result.answer}")
     with writing(out):
         result.annotated().save(out)
     typer.echo(f"\nwrote {out}")
@@ -96,39 +101,24 @@ def probe(
 
 @app.command()
 def explore(
-    picture: Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, ...", show_default=False)],
-    model: Annotated[
-        str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")
-    ] = "miniature",
-    question: Annotated[str, typer.Option(help="What to ask about the picture.")] = "What is in the picture?",
+    picture: Picture,
+    model: Model = "miniature",
+    question: Question = "What is in the picture?",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here"),
+        Path | None, typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here")
     ] = None,
-    preprocessing: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'letterbox', 'centre-crop' or 'stretch'.", show_default="as the model's family does it"),
-    ] = None,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one"),
-    ] = None,
-    quantize: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
-    ] = None,
+    preprocessing: Preprocessing = None,
+    device: Device = None,
+    quantize: Quantize = None,
 ) -> None:
     """Write a page to look inside PICTURE: each visual token's words, group and attention, layer by layer."""
-    from embedlens.errors import EmbedLensError
     from embedlens.explorer import explore as explored
     from embedlens.loading import load
     from embedlens.pictures import open_picture
 
     out = out if out is not None else Path(f"{picture.stem}-explored.html")
-    if out.suffix.lower() not in (".html", ".htm") or not out.resolve().parent.is_dir():
-        raise EmbedLensError(f"--out {out}: name an .html file in a folder that exists")
-    if picture.resolve() in (out.resolve(), out.with_suffix(".png").resolve()):
-        raise EmbedLensError(f"--out {out} would write {picture} over: name another --out")
+    _check_out(out, {".html", ".htm"}, "page", picture)
+    _check_out(out.with_suffix(".png"), {".png"}, "picture", picture)
     image = open_picture(picture)  # before the model loads: a wrong path should not take seconds to be refused
     loaded = load(model, device=device, quantize=quantize, preprocessing=preprocessing)
     page = explored(loaded, image, question, names=[picture.name])
@@ -138,13 +128,25 @@ def explore(
     _warn_of_the_miniature(model)
 
 
+def _check_out(out: Path, endings: set[str], kind: str, picture: Path) -> None:
+    from embedlens.errors import EmbedLensError
+
+    such_as = {"picture": ".png or .jpg", "page": ".html"}[kind]
+    if out.resolve() == picture.resolve():
+        raise EmbedLensError(f"{out} is the picture itself and would be written over: name another --out")
+    if out.is_dir():
+        raise EmbedLensError(f"--out {out} is a folder: name a file in it")
+    if not out.resolve().parent.is_dir():
+        raise EmbedLensError(f"--out {out} lies in a folder that does not exist: create {out.parent} first")
+    if out.suffix.lower() not in endings:
+        raise EmbedLensError(f"--out {out} has no {kind} ending: end it in {such_as}")
+
+
 def _warn_of_the_miniature(model: str) -> None:
     if model == "miniature":
-        typer.echo(
-            "note: the miniature knows only the drawn world that it was trained on; for a photograph name a real "
-            "model, such as --model llava-hf/llava-1.5-7b-hf",
-            err=True,
-        )
+        from embedlens.explorer import NOTE
+
+        typer.echo(f"note: {NOTE}", err=True)
 
 
 @app.command()
@@ -166,11 +168,32 @@ def models() -> None:
             typer.echo(f"  note: {limit}")
     typer.echo(
         f"Tested with transformers {', '.join(TESTED_WITH)}, on small random checkpoints of these classes; sizes are "
-        "estimates from configs."
+        f"estimates from configs.\n\n{_miniature_facts()}"
     )
-    typer.echo("")
-    for line in _miniature_facts():
-        typer.echo(line)
+
+
+def _miniature_facts() -> str:
+    """What its folder says; nothing is loaded into memory."""
+    from importlib.resources import files
+
+    from embedlens.memory import config_of, needed
+
+    folder = Path(str(files("embedlens").joinpath("miniature")))
+    config, size = config_of(folder), (folder / "model.safetensors").stat().st_size
+    text, vision = config.text_config, config.vision_config
+    side = vision.image_size // vision.patch_size
+    stages = json.loads((folder / "training.json").read_text(encoding="utf-8"))["stages"]
+    steps = ", ".join(f"{name} {stage['steps']} steps" for name, stage in stages.items())
+    return (
+        f"miniature: {config.architectures[0]}, {needed(config).parameters / 1e6:.1f} M parameters, "
+        f"{size / 1e6:.0f} MB, ships with this package\n"
+        f"  vision tower: {vision.num_hidden_layers} layers of width {vision.hidden_size}, "
+        f"{vision.image_size} px in patches of {vision.patch_size} px = {side}x{side} visual tokens\n"
+        f"  language model: {text.num_hidden_layers} layers of width {text.hidden_size}, "
+        f"{text.vocab_size} embedding rows, {'tied' if config.tie_word_embeddings else 'untied'}\n"
+        f"  trained from scratch by training/: {steps}; "
+        f"{sum(stage['seconds'] for stage in stages.values()) / 60:.0f} minutes"
+    )
 
 
 @app.command()
@@ -179,39 +202,26 @@ def run(
         str,
         typer.Argument(help="'other_models', 'sinks', 'dead', or your own as module:function.", show_default=False),
     ],
-    model: Annotated[
-        str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")
-    ] = "miniature",
+    model: Model = "miniature",
     dataset: Annotated[
         str, typer.Option(help="'miniworld', or a COCO folder such as coco:/data/coco/val2017.")
     ] = "miniworld",
     n: Annotated[int, typer.Option("-n", help="Pictures; for 'sinks' and 'dead', questions of each family.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the pictures and of all that is drawn at random.", min=0)] = 0,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one, one to a process"
-        ),
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="'float32', 'float16' or 'bfloat16'.", show_default="the checkpoint's own on a GPU"),
     ] = None,
-    quantize: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
-    ] = None,
-    preprocessing: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="'letterbox', 'centre-crop' or 'stretch'.", show_default="as the model's family does it"),
-    ] = None,
+    quantize: Quantize = None,
+    preprocessing: Preprocessing = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at a time; 'auto' finds what fits.")] = "auto",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
     ] = None,
     results: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Folder for the record of other_models.", show_default="the checkout's results; outside one, results"
         ),
@@ -228,31 +238,23 @@ def run(
 
     if batch_size != "auto" and not batch_size.isdecimal():
         raise EmbedLensError(f"--batch-size {batch_size}: pass a number or 'auto'")
-    run_named(
-        study,
-        model=model,
-        dataset=dataset,
-        n=n,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        quantize=quantize,
-        preprocessing=preprocessing,
-        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
-        out=out,
-        results=results,
-        say=lambda line: typer.echo(line, err=True),
-    )
+    size = batch_size if batch_size == "auto" else int(batch_size)
+    loaded_with = {"device": device, "dtype": dtype, "quantize": quantize, "preprocessing": preprocessing}
+    run_named(study, model, dataset, n, seed, **loaded_with, batch_size=size, out=out, results=results, say=_aside)
+
+
+def _aside(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 @app.command()
 def book(
     chapters: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(help="Chapters to run, by number or name, such as 02; none: all.", show_default=False),
     ] = None,
     parameter: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A notebook parameter; may be repeated."),
     ] = None,
     execute: Annotated[bool, typer.Option(help="Run the chapters, or render their committed outputs.")] = True,
@@ -262,17 +264,18 @@ def book(
         Path, typer.Option(help="Folder for the run and rendered book; a new one, or one that this command made.")
     ] = Path("_build"),
     jobs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Chapters at a time.", show_default="as cores and memory allow; one on a GPU", min=1),
     ] = None,
 ) -> None:
     """Run the chapters that changed, check them and render the book (in a checkout of the repository)."""
-    from embedlens import book as the_book
+    from embedlens.book import builder
     from embedlens.errors import EmbedLensError
 
     if (refresh or not render) and (parameter or not execute):
         raise EmbedLensError("--refresh and --no-render run the committed notebooks as they are: drop -p, --no-execute")
     try:
+        the_book = builder()
         root = the_book.find_root()
         pages = the_book.chapters(root, chapters) if parameter else []
         values = the_book.parse_parameters(parameter or [], [root / page for page in pages])
@@ -323,55 +326,6 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{said}: install it, or run this where it lies"
     return f"{said} is a fault of embedlens or of the study: {TRACEBACK}=1 before the command shows where it is raised"
-
-
-def _check_out(out: Path, picture: Path) -> None:
-    from PIL import Image
-
-    from embedlens.errors import EmbedLensError
-
-    if out.resolve() == picture.resolve():
-        raise EmbedLensError(f"--out {out} is the picture itself: name another file")
-    if out.is_dir():
-        raise EmbedLensError(f"--out {out} is a folder: name a file in it, for example {out / 'annotated.png'}")
-    if not out.resolve().parent.is_dir():
-        raise EmbedLensError(f"--out {out} lies in a folder that does not exist: create {out.parent} first")
-    writable = {ending for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
-    if out.suffix.lower() not in writable:
-        raise EmbedLensError(f"--out {out} has no picture ending: end it in .png or .jpg")
-
-
-def _miniature_facts() -> list[str]:
-    """What the folder itself says; nothing is loaded into memory."""
-    from importlib.resources import files
-
-    from safetensors import safe_open
-
-    folder = Path(str(files("embedlens").joinpath("miniature")))
-    weights = folder / "model.safetensors"
-    if not (folder / "config.json").is_file() or not weights.is_file():
-        return ["miniature: missing from this installation; reinstall, or make train"]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text, vision = config["text_config"], config["vision_config"]
-    side = vision["image_size"] // vision["patch_size"]
-    with safe_open(weights, "pt") as tensors:
-        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]
-    size = sum(prod(shape) for shape in shapes)
-    facts = [
-        f"miniature: {config['architectures'][0]}, {size / 1e6:.1f} M parameters, "
-        f"{weights.stat().st_size / 1e6:.0f} MB, ships with this package",
-        f"  vision tower: {vision['num_hidden_layers']} layers of width {vision['hidden_size']}, "
-        f"{vision['image_size']} px in patches of {vision['patch_size']} px = {side}x{side} visual tokens",
-        f"  language model: {text['num_hidden_layers']} layers of width {text['hidden_size']}, "
-        f"{text['vocab_size']} embedding rows, {'tied' if text.get('tie_word_embeddings') else 'untied'}",
-    ]
-    log = folder / "training.json"
-    if log.is_file():
-        stages = json.loads(log.read_text(encoding="utf-8")).get("stages", {})
-        steps = ", ".join(f"{name} {stage['steps']} steps" for name, stage in stages.items())
-        minutes = sum(stage["seconds"] for stage in stages.values()) / 60
-        facts.append(f"  trained from scratch by training/: {steps}; {minutes:.0f} minutes")
-    return facts
 
 
 if __name__ == "__main__":

@@ -23,13 +23,9 @@ UNMEASURED = "not measured yet"
 class Chapter:
     """What one run of a chapter finds: verdicts as they are judged, numbers, and at its end the record.
 
-        chapter = Chapter("05_alive_sparsity", vlm.name, n_images, seed, dataset=dataset)
-        chapter.judge("E40", "rise > 0 and doubled > 0", shown=rise, unit="+.1f points", rise=rise, doubled=doubled)
-        chapter.sign_off(out)
-
-    Attributes:
-        findings: claim id → what was found, in the order they were judged.
-        numbers: what the record keeps beside them.
+    chapter = Chapter("05_alive_sparsity", vlm.name, n_images, seed, dataset=dataset)
+    chapter.judge("E40", "rise > 0 and doubled > 0", shown=rise, unit="+.1f points", rise=rise, doubled=doubled)
+    chapter.sign_off(out)
     """
 
     def __init__(self, name: str, model: str, n_images: int, seed: int, **parameters: str | float) -> None:
@@ -60,9 +56,6 @@ class Chapter:
             partly: rules, each a part of the paper's sentence, that earn "partly" where the whole does not hold.
             needs: False where what the claim is about does not exist here.
             note: one sentence for the record; by default what the card says.
-
-        Raises:
-            EmbedLensError: an unknown claim, one that was judged before, or a rule that cannot be judged.
         """
         if claim not in claims() or claim in self.findings:
             what = "was judged before on this page" if claim in self.findings else "is not in claims.csv"
@@ -130,8 +123,9 @@ class Card:
         return f"{self.claim} · {self.sentence} · {self.verdict} · rule: {self.rule}"
 
     def _repr_markdown_(self) -> str:
-        quoted = claims()[self.claim].statement
-        return f"**{self.claim}** · “{quoted}” · {self.sentence} · **{self.verdict}**\n\n*Rule:* `{self.rule}`"
+        claim = claims()[self.claim]
+        says = f"“{claim.headline}”" if claim.headline else claim.sentence.removesuffix(".")
+        return f"**{self.claim}** · {says} · {self.sentence} · **{self.verdict}**\n\n*Rule:* `{self.rule}`"
 
 
 def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:
@@ -150,17 +144,11 @@ def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:
 
 
 def overview(folder: Path | str | None = None) -> pd.DataFrame:
-    """Every claim of both papers with what the records in a folder say about it.
+    """Every claim of both papers with what the records in a folder, by default the book's `results`, say about it.
 
-    Args:
-        folder: the book's `results`: one folder per model, one record per chapter; empty: where `results` finds it.
-
-    Returns:
-        one row for each model a claim was judged on, or one with the verdict "not measured yet": what `claims.csv` says
-        of it, then model, chapter, here, n, verdict, note, rule.
-
-    Raises:
-        EmbedLensError: a record that cannot be read, or two that judge one claim on one model.
+    One row for each model that a claim was judged on, or one with the verdict "not measured yet": what `claims.csv`
+    says of it, then model, chapter, here, n, verdict, note, rule. EmbedLensError: two records judge one claim on one
+    model.
     """
     rows, owner = [], dict[tuple[str, str], str]()
     for record in map(read, main_records(folder)):

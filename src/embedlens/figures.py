@@ -124,7 +124,7 @@ def stacked_bars(axes: Axes, parts: Mapping[str, Mapping[str, float]], looks: Ma
         for y, x, w in zip(rows, left, width, strict=True):
             if w > 0.07:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.75}
-                axes.text(x + w / 2, y, f"{w:.0%}", ha="center", va="center", fontsize=10, bbox=box)
+                axes.text(x + w / 2, y, f"{100 * w:.0f} %", ha="center", va="center", fontsize=10, bbox=box)
         left = left + width
     axes.set_yticks(rows, list(parts))
     axes.set_xlim(0, 1)
@@ -136,7 +136,7 @@ def percent_axis(axis: Axis) -> None:
     """Write the ticks of an axis of shares as whole per cent."""
     from matplotlib.ticker import PercentFormatter
 
-    axis.set_major_formatter(PercentFormatter(1, 0))
+    axis.set_major_formatter(PercentFormatter(1, 0, " %"))
 
 
 def paper_line(axes: Axes, value: float, text: str, at: float, **place: Any) -> None:
@@ -149,9 +149,7 @@ def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palet
     """Estimates as lines with their intervals as bands, told apart by colour, marker and dash.
 
     Args:
-        curve: from `embedlens.stats.curve`: value, low, high and what varies.
-        x: the column along the axis.
-        hue: the column that tells the lines apart.
+        curve: from `embedlens.stats.curve`: value, low, high, `x`, and `hue`, which tells the lines apart.
         palette: one colour a line, in order of appearance.
     """
     import seaborn as sns
@@ -172,11 +170,10 @@ def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palet
 def points(
     axes: Axes, found: pd.DataFrame, y: str, hue: str | None = None, palette: Sequence[str] = ORDER, apart: float = 0.3
 ) -> None:
-    """Estimates as markers with their intervals, one row to each, the first at the top.
+    """Estimates as markers with their intervals, one row to each value of the column `y`, the first at the top.
 
     Args:
         found: from `embedlens.stats.curve`: value, low, high and what varies.
-        y: the column that names the rows.
         hue: the column that tells several markers of a row apart; default: each row has its own colour.
         palette: one colour a row, or a value of `hue`, in order of appearance.
         apart: distance between the markers of a row.

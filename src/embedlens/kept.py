@@ -12,7 +12,7 @@ import json
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from joblib.hashing import NumpyHasher
 from torch import Tensor, nn
 
-from embedlens.errors import EmbedLensError, writing
+from embedlens.errors import writing
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
 
@@ -35,9 +35,7 @@ def digest(value: Any) -> str:
     """Of numbers, texts, arrays, models, functions and what is made of them, by value: the same in every process.
 
     A function counts with its source, what it encloses, and the functions and plain values beside it that it names.
-
-    Raises:
-        TypeError: something in it is not known by its value, such as a generator.
+    TypeError: something in it is not known by its value, such as a generator.
 
     >>> digest({"a": 1, "b": (2.0, "x")}) == digest({"b": (2.0, "x"), "a": 1}) != digest({"a": 1})
     True
@@ -63,6 +61,8 @@ class _Digest(NumpyHasher):
             value = _qualname(type(value)), _weights(value)
         elif isinstance(value, Tensor):
             value = str(value.dtype), tuple(value.shape), _checksum(value)
+        elif inspect.ismethod(value):
+            value = value.__func__, value.__self__
         elif inspect.isfunction(value):
             value = self._of_function(inspect.unwrap(value))
         super().save(value)
@@ -106,32 +106,10 @@ def sources() -> str:
     return total.hexdigest()[:20]
 
 
-def of_study(study: Callable[..., Any]) -> dict[str, str]:
-    """Name and code of a function, and a digest of each parameter that is bound to it.
-
-    Raises:
-        EmbedLensError: a parameter that is not known by its value.
-    """
-    bound: dict[str, Any] = {}
-    function = study
-    while isinstance(function, partial):
-        bound = {**{f"argument {i}": value for i, value in enumerate(function.args)}, **function.keywords, **bound}
-        function = function.func
-    if inspect.ismethod(function):
-        bound, function = {"self": function.__self__, **bound}, function.__func__
-    elif not inspect.isroutine(function):  # an object with __call__: its fields are its parameters
-        bound, function = {"self": function, **bound}, type(function)
-    found = {"study": _qualname(function)}
-    code = source_of(function) if inspect.isclass(function) else function
-    for name, value in {"code": code, **{f"parameter {name!r}": value for name, value in bound.items()}}.items():
-        try:
-            found[name] = digest(value)
-        except TypeError:
-            raise EmbedLensError(
-                f"the study's {name} is {kind(value)}, which cannot be told from another on resuming: bind numbers, "
-                "texts, arrays or frozen dataclasses of these, or leave out=None"
-            ) from None
-    return found
+def of_study(study: Callable[..., Any]) -> str:
+    """Digest of a study: its code, and what is bound to it. TypeError: something bound is not known by its value."""
+    code = "" if isinstance(study, partial) or inspect.isroutine(study) else source_of(type(study))
+    return digest((code, study))
 
 
 def of_model(model: VisionLanguageModel) -> dict[str, str]:
@@ -177,14 +155,6 @@ def _qualname(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
 
-def kind(value: Any) -> str:
-    """
-    >>> kind(1), kind(None)
-    ('a int', 'None')
-    """
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,21 +186,27 @@ def get(path: Path) -> Any:
     return json.loads(data.decode("utf-8", "surrogatepass"))
 
 
-def remembered(what: Mapping[str, Any], make: Callable[[], T]) -> T:
-    """What `make()` gives, from the folder of `EMBEDLENS_ROWS` where it was made before of the same `what`.
+def remembered(
+    what: Any, make: Callable[[], T], folder: Path | str | None = None, worth: Callable[[T], bool] = lambda made: True
+) -> T:
+    """What `make()` gives, from a file in `folder` where it was made before of the same `what`, which names the file.
 
-    It is made anew where that is not set, or `what` is not known by its value. It must be of numbers, texts, lists and
-    dicts with text keys.
+    Args:
+        what: all that it depends on beside this package; of what is not known by its value nothing is kept.
+        make: gives numbers, texts, lists and dicts with text keys.
+        folder: by default that of `EMBEDLENS_ROWS`; without it everything is made anew.
+        worth: whether what was made is to be kept.
     """
-    folder = os.environ.get(ROWS)
+    folder = folder or os.environ.get(ROWS)
     if not folder:
         return make()
     try:
-        path = Path(folder).expanduser() / f"{digest({**what, 'embedlens': sources()})}.json"
+        path = Path(folder).expanduser() / f"{digest((what, sources()))}.json"
     except TypeError:
         return make()
     found = get(path)
     if found is None:
         found = make()
-        put(path, found)
+        if worth(found):
+            put(path, found)
     return found

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from embedlens import lmms as plugin
 from embedlens.errors import EmbedLensError
 from embedlens.loading import load
-from embedlens.processes import meet, own_device
+from embedlens.processes import own_device, processes
 
 try:
     import lmms_eval.tasks
@@ -71,7 +71,8 @@ class EmbedLensModel(Base):
         together = plugin.batch_size_of(batch_size)
         arm = plugin.arm_of(intervention, seed, layer, factor)
         place = own_device() or device
-        self._rank, self._world_size = meet("cuda" if (place or "").startswith("cuda") else "cpu")
+        launched = processes("cuda" if (place or "").startswith("cuda") else "cpu")
+        self._rank, self._world_size = launched.rank, launched.count
         if self._world_size > 1:
             from accelerate import Accelerator
 

@@ -24,7 +24,8 @@ T = TypeVar("T")
 GIB = 2**30
 TEXT = 64  # positions of template and question, beside the visual ones
 RESERVE = GIB  # what driver, kernels and fragments take on a GPU; on a CPU, Python with its libraries
-TILES = {"llava_next": 5, "llava_onevision": 10, "internvl": 13}  # views of one picture: the largest grid and the whole
+#: Views of one picture: the largest grid and the whole.
+TILES = {"llava_next": 5, "llava_onevision": 10, "internvl": 13, "idefics3": 17}
 MEGAPIXEL, UNKNOWN = 10**6, 2048  # a picture of a family that keeps its size; visual tokens where nothing says how many
 #: Bytes per weight of a quantised matrix: four bits, and one float32 scale for 64 of them; eight bits.
 QUANTIZED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
@@ -118,9 +119,8 @@ def visual_tokens_of(config: Any) -> int:
         return round(MEGAPIXEL / (patch * merge) ** 2)
     if not image or not patch:
         return UNKNOWN
-    return round(
-        TILES.get(config.model_type, 1) * (image // patch) ** 2 * getattr(config, "downsample_ratio", 1.0) ** 2
-    )
+    ratio = getattr(config, "downsample_ratio", 1 / getattr(config, "scale_factor", 1))
+    return round(TILES.get(config.model_type, 1) * (image // patch) ** 2 * ratio**2)
 
 
 def halving(run: Callable[[int], T], batch_size: int) -> tuple[T, int]:

@@ -90,9 +90,6 @@ def compare(
         of: "accuracy" of all questions in the table, a family (the mean of its metrics), or "Avg" of the four.
         correct: the column that says what is right; "correct_original" reads boxes in the original picture's frame.
 
-    Raises:
-        EmbedLensError: an arm or family that is not there, or arms that answered other questions.
-
     Source: Tango, Statistics in Medicine 17 (1998).
     """
     base, repeats = _of_arm(table, baseline), _of_arm(table, arm)

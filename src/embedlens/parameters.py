@@ -10,13 +10,13 @@ embedlens.errors.EmbedLensError: n_images is 0: pass a whole number of at least 
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embedlens import loading, tasks
-from embedlens.book import assigned
 from embedlens.errors import EmbedLensError
 from embedlens.pictures import open_picture
 from embedlens.samples import coco
@@ -56,6 +56,25 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
         faults["quantize"] = _said(lambda how: loading._quantization(how, device), namespace["quantize"])
     if any(faults.values()):
         raise EmbedLensError("; ".join(filter(None, faults.values())))
+
+
+def assigned(source: str) -> dict[str, str]:
+    """Name → annotation, or nothing, of what a cell assigns.
+
+    >>> assigned("n_images: int = 4  # pictures")
+    {'n_images': 'int'}
+    """
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    found: dict[str, str] = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id: "" for target in node.targets if isinstance(target, ast.Name)}
+    return found
 
 
 def _is_a(value: Any, kind: type) -> bool:

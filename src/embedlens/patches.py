@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float
@@ -117,9 +118,9 @@ class PatchGrid:
     rows: int
     cols: int
     frame: Frame
-    #: Share of the canvas that the grid covers, across and down. 1 unless the patch size does not divide the canvas:
-    #: then the vision tower's convolution drops the remainder at the right and at the bottom.
-    covered: tuple[Fraction, Fraction] = (Fraction(1), Fraction(1))
+    #: Columns left to right and rows top to bottom, where they do not divide the frame's window evenly: tiles put side
+    #: by side leave gaps where they meet.
+    given: tuple[tuple[Span, ...], tuple[Span, ...]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
@@ -129,13 +130,27 @@ class PatchGrid:
     def of_canvas(cls, frame: Frame, canvas: tuple[int, int], patch: int) -> PatchGrid:
         """The grid that patches of `patch` px make on a canvas of (width, height) px.
 
+        Where they do not divide it, the vision tower's convolution drops the remainder at the right and at the bottom.
+
         >>> grid = PatchGrid.of_canvas(Frame.stretch(380, 384), canvas=(380, 384), patch=14)
         >>> grid.rows, grid.cols, grid.box(26)
         (27, 27, (364.0, 0.0, 378.0, 14.0))
         """
+        x0, y0, x1, y1 = frame.window
         width, height = canvas
-        cols, rows = width // patch, height // patch
-        return cls(rows, cols, frame, (Fraction(cols * patch, width), Fraction(rows * patch, height)))
+        step_x, step_y = (x1 - x0) * patch / width, (y1 - y0) * patch / height
+        return cls.of_spans(frame, _even(x0, step_x, width // patch), _even(y0, step_y, height // patch))
+
+    @classmethod
+    def of_spans(cls, frame: Frame, columns: Sequence[Span], lines: Sequence[Span]) -> PatchGrid:
+        """The grid of these columns (left to right) and rows (top to bottom).
+
+        >>> columns = [(Fraction(a), Fraction(b)) for a, b in ((0, 4), (5, 9))]
+        >>> grid = PatchGrid.of_spans(Frame.stretch(10, 4), columns, columns[:1])
+        >>> grid.box(1), grid.patch_at(5.5, 0)
+        ((5.0, 0.0, 9.0, 4.0), 1)
+        """
+        return cls(len(lines), len(columns), frame, given=(tuple(columns), tuple(lines)))
 
     def __len__(self) -> int:
         return self.rows * self.cols
@@ -153,12 +168,11 @@ class PatchGrid:
     @cached_property
     def spans(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
         """Columns left to right and rows top to bottom."""
+        if self.given is not None:
+            return self.given
         x0, y0, x1, y1 = self.frame.window
-        step_x = (x1 - x0) * self.covered[0] / self.cols
-        step_y = (y1 - y0) * self.covered[1] / self.rows
-        xs = [x0 + step_x * c for c in range(self.cols + 1)]
-        ys = [y0 + step_y * r for r in range(self.rows + 1)]
-        return tuple(pairwise(xs)), tuple(pairwise(ys))
+        columns, lines = _even(x0, (x1 - x0) / self.cols, self.cols), _even(y0, (y1 - y0) / self.rows, self.rows)
+        return columns, lines
 
     def _row_col(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -248,27 +262,8 @@ class PatchGrid:
         return [r * self.cols + c for r, c in around if 0 <= r < self.rows and 0 <= c < self.cols]
 
 
-@dataclass(frozen=True)
-class UnevenGrid(PatchGrid):
-    """A grid whose columns and rows are given one by one: tiles put side by side leave gaps where they meet.
-
-    >>> columns = tuple((Fraction(a), Fraction(b)) for a, b in ((0, 4), (5, 9)))
-    >>> grid = UnevenGrid.of_spans(Frame.stretch(10, 4), columns, columns[:1])
-    >>> grid.box(1), grid.patch_at(5.5, 0)
-    ((5.0, 0.0, 9.0, 4.0), 1)
-    """
-
-    given: tuple[tuple[Span, ...], tuple[Span, ...]] = field(default=((), ()), repr=False)
-
-    @classmethod
-    def of_spans(cls, frame: Frame, columns: Sequence[Span], lines: Sequence[Span]) -> UnevenGrid:
-        """The grid of these columns (left to right) and rows (top to bottom)."""
-        return cls(len(lines), len(columns), frame, given=(tuple(columns), tuple(lines)))
-
-    @cached_property
-    def spans(self) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
-        """Columns left to right and rows top to bottom."""
-        return self.given
+def _even(start: Fraction, step: Fraction, count: int) -> tuple[Span, ...]:
+    return tuple((start + step * i, start + step * (i + 1)) for i in range(count))
 
 
 def within(grid: PatchGrid, frame: Frame, canvas: tuple[int, int]) -> PatchGrid:
@@ -285,7 +280,7 @@ def within(grid: PatchGrid, frame: Frame, canvas: tuple[int, int]) -> PatchGrid:
         [(start + a * (stop - start) / edge, start + b * (stop - start) / edge) for a, b in spans]
         for spans, start, stop, edge in zip(grid.spans, (x0, y0), (x1, y1), canvas, strict=True)
     )
-    return UnevenGrid.of_spans(frame, columns, lines)
+    return PatchGrid.of_spans(frame, columns, lines)
 
 
 @dataclass(frozen=True)
@@ -313,65 +308,50 @@ class ManyViews(PatchGrid):
 
     @property
     def views(self) -> tuple[PatchGrid, ...]:
-        """The grids that this one consists of, in the order of their tokens."""
         return self.parts
 
     @property
     def overview(self) -> tuple[int, PatchGrid]:
-        """(index of its first token, grid) of the finest view that shows the picture as a whole."""
-        found, start = [], 0
-        for view in self.parts:
-            area = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in map(view.box, range(len(view))))
-            found.append((area >= 0.9 * self.frame.width * self.frame.height, len(view), -start, view))
-            start += len(view)
-        _, _, before, view = max(found, key=lambda one: one[:3])
-        return -before, view
+        starts = accumulate(map(len, self.parts), initial=0)
+        seen = [sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in map(v.box, range(len(v)))) for v in self.parts]
+        whole = [area >= 0.9 * self.frame.width * self.frame.height for area in seen]
+        finest = max(zip(whole, map(len, self.parts), starts, self.parts, strict=False), key=lambda one: one[:2])
+        return finest[2:]
 
     def view_of(self, index: int) -> tuple[int, int]:
         """(number of the view, index in it) of a token."""
         self._row_col(index)  # refuses what is not there
-        for number, view in enumerate(self.parts):
-            if index < len(view):
-                return number, int(index)
-            index -= len(view)
-        raise AssertionError("rows and cols count the tokens of all views")
+        starts = list(accumulate(map(len, self.parts), initial=0))
+        number = bisect_right(starts, index) - 1
+        return number, int(index) - starts[number]
 
     def cell(self, index: int) -> Box:
-        """The whole cell of a patch: x0, y0, x1, y1."""
         number, inner = self.view_of(index)
         return self.parts[number].cell(inner)
 
     @cached_property
     def centres(self) -> Float[Tensor, "n 2"]:
-        """Centre (x, y) of every cell."""
         return torch.cat([view.centres for view in self.parts])
 
     @cached_property
     def padded(self) -> Bool[Tensor, " n"]:
-        """Which patches show no pixel of the picture."""
         return torch.cat([view.padded for view in self.parts])
 
     def patch_at(self, x: float, y: float) -> int:
-        """Index of the smallest patch that shows the point (x, y).
-
-        Raises:
-            EmbedLensError: no view shows the point.
-        """
-        start, found, refused = 0, [], None
+        """Index of the smallest patch that shows the point (x, y)."""
+        start, found, refused = 0, [], ""
         for view in self.parts:
             try:
                 inner = view.patch_at(x, y)
-            except EmbedLensError as error:
-                refused = error
-            else:
                 x0, y0, x1, y1 = view.cell(inner)
                 found.append(((x1 - x0) * (y1 - y0), start + inner))
+            except EmbedLensError as error:
+                refused = str(error)
             start += len(view)
         if not found:
-            raise EmbedLensError(str(refused))
+            raise EmbedLensError(refused)
         return min(found)[1]
 
     def neighbours(self, index: int) -> list[int]:
-        """Patches of the same view that share a side with one."""
         number, inner = self.view_of(index)
         return [index - inner + other for other in self.parts[number].neighbours(inner)]

@@ -20,11 +20,8 @@ LARGEST = 4096
 """Longer side, px, up to which a picture reaches the model's own preprocessing with all its pixels. Larger ones are
 shrunk to what that can use before anything as large as they are is drawn."""
 
-STRIP = 2**20
-"""Pixels that are converted at a time."""
-
-GAP = 2.0
-"""Large pictures are averaged over whole pixels down to this many times what is wanted, then interpolated."""
+STRIP = 2**20  # pixels that are converted at a time
+GAP = 2.0  # large pictures are averaged over whole pixels down to this many times what is wanted, then interpolated
 
 
 def open_picture(picture: Picture) -> Image:
@@ -36,10 +33,6 @@ def open_picture(picture: Picture) -> Image:
 
     Args:
         picture: path, PIL image of any mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
-
-    Raises:
-        EmbedLensError: the file is missing, empty, truncated or no picture, it does not fit into memory, or the array
-            is not uint8 of such a shape.
 
     >>> from PIL import Image
     >>> open_picture(Image.new("L", (3, 2), 255)).getpixel((0, 0))
@@ -62,11 +55,7 @@ def open_picture(picture: Picture) -> Image:
 
 @contextmanager
 def in_memory(picture: Picture) -> Iterator[None]:
-    """Where memory may end over a picture, which is then named.
-
-    Raises:
-        EmbedLensError: a MemoryError in the block.
-    """
+    """Where memory may end over a picture, which is then named."""
     try:
         yield
     except MemoryError:
@@ -127,22 +116,21 @@ def _upright_rgb(image: Image, name: str) -> Image:
         ) from None
 
 
-def _strips(image: Image) -> Iterator[tuple[tuple[int, int, int, int], Image]]:
-    """The picture from top to bottom, `STRIP` px at a time: (box, what is in it)."""
-    rows = max(1, STRIP // image.width)
-    for top in range(0, image.height, rows):
-        box = (0, top, image.width, min(top + rows, image.height))
-        yield box, image.crop(box)
-
-
 def _in_strips(image: Image, convert: Callable[[Image], Image]) -> Image:
     """`convert(image)` of a conversion pixel by pixel to RGB, without copies as large as the picture."""
     from PIL import Image
 
     canvas = Image.new("RGB", image.size)
-    for box, strip in _strips(image):
-        canvas.paste(convert(strip), box)
+    for box in _strips(image):
+        canvas.paste(convert(image.crop(box)), box)
     return canvas
+
+
+def _strips(image: Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of `STRIP` px from top to bottom."""
+    rows = max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield 0, top, image.width, min(top + rows, image.height)
 
 
 def _on_white(image: Image) -> Image:
@@ -156,7 +144,7 @@ def _eight_bits(image: Image, name: str) -> Callable[[Image], Image]:
     """What scales greys of more than 8 bits by the range their mode means (PIL's own convert would clip them)."""
     from PIL import Image as images
 
-    ends = [[values.min(), values.max()] for values in (np.asarray(strip) for _, strip in _strips(image))]
+    ends = [[values.min(), values.max()] for values in (np.asarray(image.crop(box)) for box in _strips(image))]
     low, high = float(np.min(ends)), float(np.max(ends))  # NaN stays NaN
     if not np.isfinite([low, high]).all() or low < 0:
         raise EmbedLensError(f"{name} has negative or non-finite pixels (mode {image.mode}): scale it to 0..255 first")

@@ -15,7 +15,7 @@ ALONE = "run `unset WORLD_SIZE` to work in one process, or start several with ac
 
 @dataclass(frozen=True)
 class Processes:
-    """How many run this together, and which of them this is."""
+    """Those that run this together, and which of them this is."""
 
     rank: int = 0
     count: int = 1
@@ -30,28 +30,10 @@ class Processes:
 
 
 def own_device() -> str | None:
-    """Where this process loads its model: its own GPU where a launcher started several processes; None: `load` chooses.
-
-    Without a GPU all processes share the CPU.
-
-    >>> own_device() is None
-    True
-    """
+    """Where a process of several loads its model: its own GPU, or the CPU that all share; None: `load` chooses."""
     if _launched() == 1:
         return None
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def meet(device: str) -> tuple[int, int]:
-    """(rank, number) of the processes that a launcher started; to be called before a model is loaded.
-
-    Loading may make accelerate look at the machine by itself, and without a GPU it then takes each for a single one.
-
-    Args:
-        device: kind of device that their models go to, "cpu" or "cuda".
-    """
-    together = processes(device)
-    return together.rank, together.count
 
 
 def _met() -> bool:
@@ -72,7 +54,11 @@ def _launched() -> int:
 
 
 def processes(device: str) -> Processes:
-    """This process alone, unless a launcher started several, for models on this kind of device."""
+    """This process alone, unless a launcher started several, for models on this kind of device, "cpu" or "cuda".
+
+    To be called before a model is loaded: loading may make accelerate look at the machine by itself, and without a GPU
+    it then takes each process for a single one.
+    """
     launched = _launched()
     if launched == 1 and not _met():
         return Processes()

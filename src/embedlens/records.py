@@ -12,7 +12,7 @@ import platform
 import re
 from collections.abc import Mapping
 from csv import DictReader
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -24,7 +24,6 @@ from embedlens.errors import EmbedLensError, writing
 from embedlens.rules import UNTESTABLE, VERDICTS
 
 DECIMALS = 4
-FIELDS = ("model", "chapter", "n_images", "seed", "parameters", "machine", "versions", "claims", "numbers")
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,11 @@ class Claim:
     section: str
     statement: str
     quantity: str
-    claimed: str
-    """What the paper found."""
+    claimed: str  #: What the paper found
     needs: str
-    sentence: str
-    """What the paper says, for a reader who does not know its symbols."""
-    headline: str
-    """The abstract's own words; empty for what only the text says."""
-    by_construction: str
-    """Why no run could refute it; empty where one could. Such a claim is shown, and not counted."""
+    sentence: str  #: What the paper says, for a reader who does not know its symbols
+    headline: str  #: The abstract's own words; empty for what only the text says
+    by_construction: str  #: Why no run could refute it, so that it is shown and not counted; empty where one could
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,8 @@ class Finding:
     n: int
     verdict: str
     note: str
-    rule: str = ""
-    """What the verdict was judged by, as `embedlens.rules` reads it."""
-    text: str = ""
-    """Number and interval as a reader sees them, with their unit."""
+    rule: str = ""  #: What the verdict was judged by, as `embedlens.rules` reads it
+    text: str = ""  #: Number and interval as a reader sees them, with their unit
 
     @property
     def here(self) -> str:
@@ -161,12 +154,8 @@ def write(
     Args:
         folder: the book's `results`; empty: where `results` finds it.
         model: the name of what `embedlens.load` gave; a quantised model has a folder of its own.
-        chapter: the notebook's name.
         numbers: anything else that other pages or tests read, by name.
         parameters: what else the chapter was asked for and its numbers depend on, such as `dataset`.
-
-    Raises:
-        EmbedLensError: unknown claim, a number that is not finite, or a disk that refuses.
     """
     content = {
         "model": model,
@@ -209,11 +198,7 @@ def _without_replacing(main: Path, record: Record) -> Path:
 
 
 def read(file: Path | str) -> Record:
-    """The record in a file.
-
-    Raises:
-        EmbedLensError: no such file, no JSON, or not the fields, claims and verdicts that a record has.
-    """
+    """The record in a file; EmbedLensError where it has not the fields, claims and verdicts of one."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -224,8 +209,9 @@ def read(file: Path | str) -> Record:
 
 
 def _checked(content: Any, name: str) -> Record:
-    if not isinstance(content, dict) or {*content, "parameters"} != set(FIELDS):
-        raise EmbedLensError(f"{name} does not have the fields {', '.join(FIELDS)}: run the chapter again")
+    names = [field.name for field in fields(Record)]
+    if not isinstance(content, dict) or {*content, "parameters"} != set(names):
+        raise EmbedLensError(f"{name} does not have the fields {', '.join(names)}: run the chapter again")
     unknown = sorted(set(content["claims"]) - set(claims()))
     if unknown:
         raise EmbedLensError(f"{name} judges {', '.join(unknown)}, which claims.csv does not list: correct the id")

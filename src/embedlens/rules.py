@@ -14,6 +14,7 @@ Each of the five words has one meaning:
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,94 +79,65 @@ def decide(rule: str, parts: Mapping[str, Any]) -> bool | None:
     >>> decide("a < 0.2 and b > 0", {"a": clear, "b": open_}), decide("all(s > 0)", {"s": [clear, open_]})
     (False, None)
     """
-    known: dict[str, Any] = {name: _Unknown() if part is None else part for name, part in parts.items()}
-    known |= {name: _Several(part) for name, part in parts.items() if isinstance(part, (list, tuple))}
-    calls = {"__builtins__": {}, "abs": abs, "all": _every, "any": _some, "_not": _opposite}
     try:
-        tree = ast.fix_missing_locations(_ThreeValued().visit(ast.parse(rule, mode="eval")))
-        return _truth(eval(compile(tree, "<rule>", "eval"), calls, known))
-    except (SyntaxError, NameError, TypeError, AttributeError) as error:
+        return _truth(_value(ast.parse(rule, mode="eval").body, parts))
+    except (SyntaxError, KeyError, TypeError, AttributeError) as error:
         raise EmbedLensError(f"the rule {rule!r} cannot be judged ({error}): it may name {', '.join(parts)}") from None
 
 
-class _ThreeValued(ast.NodeTransformer):
-    """Python's `and`, `or`, `not` and a < b < c want two values; these calls take three."""
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
-        self.generic_visit(node)
-        return _call("all" if isinstance(node.op, ast.And) else "any", ast.List(node.values, ast.Load()))
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
-        self.generic_visit(node)
-        return _call("_not", node.operand) if isinstance(node.op, ast.Not) else node
-
-    def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        self.generic_visit(node)
-        sides = [node.left, *node.comparators]
-        pairs = zip(sides, node.ops, sides[1:], strict=False)
-        found: list[ast.expr] = [ast.Compare(left, [operation], [right]) for left, operation, right in pairs]
-        return found[0] if len(found) == 1 else _call("all", ast.List(found, ast.Load()))
+OPERATIONS: Mapping[type, Callable[[Any, Any], Any]] = {
+    **{ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le, ast.Eq: operator.eq},
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+}
 
 
-def _call(name: str, argument: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(name, ast.Load()), [argument], [])
+def _value(node: ast.expr, parts: Mapping[str, Any]) -> Any:
+    """A part of a rule's syntax tree; None is what is not known."""
+    match node:
+        case ast.Constant(value):
+            return value
+        case ast.Name(name):
+            return parts[name]
+        case ast.Attribute(whole, name):
+            return _known(lambda value: getattr(value, name), _value(whole, parts))
+        case ast.UnaryOp(ast.Not(), operand):
+            return _known(operator.not_, _truth(_value(operand, parts)))
+        case ast.UnaryOp(ast.USub(), operand):
+            return _known(operator.neg, _value(operand, parts))
+        case ast.BinOp(left, operation, right):
+            return _known(OPERATIONS[type(operation)], _value(left, parts), _value(right, parts))
+        case ast.BoolOp(operation, values):
+            return _joined(isinstance(operation, ast.And), [_value(value, parts) for value in values])
+        case ast.Compare(left, operations, others):
+            sides = [_value(side, parts) for side in (left, *others)]
+            pairs = zip(sides, operations, sides[1:], strict=False)
+            found = [_compared(OPERATIONS[type(operation)], one, other) for one, operation, other in pairs]
+            return found[0] if len(found) == 1 else _joined(True, found)
+        case ast.Call(ast.Name("abs"), [argument]):
+            return _known(abs, _value(argument, parts))
+        case ast.Call(ast.Name("all" | "any" as how), [argument]):
+            return _joined(how == "all", _value(argument, parts))
+    raise TypeError(f"{ast.unparse(node)} is no part of a rule")
 
 
-def _every(values: Iterable[Any]) -> bool | None:
+def _known(operation: Callable[..., Any], *values: Any) -> Any:
+    return None if any(value is None for value in values) else operation(*values)
+
+
+def _compared(operation: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+    """Several estimates are compared one by one."""
+    if isinstance(one, (list, tuple)):
+        return [_known(operation, part, other) for part in one]
+    return _known(operation, one, other)
+
+
+def _joined(every: bool, values: Iterable[Any]) -> bool | None:
+    """Kleene's and, or his or."""
     found = [_truth(value) for value in values]
-    return False if False in found else None if None in found else True
-
-
-def _some(values: Iterable[Any]) -> bool | None:
-    found = [_truth(value) for value in values]
-    return True if True in found else None if None in found else False
-
-
-def _opposite(value: Any) -> bool | None:
-    truth = _truth(value)
-    return None if truth is None else not truth
+    return not every if (not every) in found else None if None in found else every
 
 
 def _truth(value: Any) -> bool | None:
-    if value is None or isinstance(value, _Unknown):
-        return None
-    if not isinstance(value, (bool, np.bool_)):
+    if value is not None and not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{value!r} is neither true nor false: compare it with a bar")
-    return bool(value)
-
-
-class _Unknown:
-    """What was not measured: no comparison with it is decided."""
-
-    def _undecided(self, bar: object) -> None:
-        return None
-
-    __gt__ = __lt__ = __ge__ = __le__ = _undecided
-
-    def __abs__(self) -> _Unknown:
-        return self
-
-    def __getattr__(self, name: str) -> _Unknown:
-        return self
-
-
-class _Several:
-    """Several estimates, compared one by one."""
-
-    def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = [_Unknown() if part is None else part for part in parts]
-
-    def _compared(self, how: Callable[[Any], Any]) -> list[bool | None]:
-        return [how(part) for part in self.parts]
-
-    def __gt__(self, bar: float) -> list[bool | None]:
-        return self._compared(lambda part: part > bar)
-
-    def __lt__(self, bar: float) -> list[bool | None]:
-        return self._compared(lambda part: part < bar)
-
-    def __ge__(self, bar: float) -> list[bool | None]:
-        return self._compared(lambda part: part >= bar)
-
-    def __le__(self, bar: float) -> list[bool | None]:
-        return self._compared(lambda part: part <= bar)
+    return None if value is None else bool(value)

@@ -85,7 +85,7 @@ class Estimate:
     def __le__(self, bar: Any) -> bool | None:
         return self._sure(self.high <= _bar(bar), self.low > bar)
 
-    def _sure(self, met: bool, missed: bool) -> bool | None:
+    def _sure(self, met: Any, missed: Any) -> bool | None:  # NumPy's booleans come too
         return None if not self.testable else True if met else False if missed else None
 
     def __abs__(self) -> Estimate:
@@ -143,9 +143,6 @@ def drawn(
     Returns:
         frame [1 + resamples, cells], or with no `by` one column named `value`; `attrs` says how many pictures it is of.
 
-    Raises:
-        EmbedLensError: no rows, unknown columns, or a cell in which nothing was asked.
-
     >>> rows = pd.DataFrame({"id": [0, 0, 1, 1], "layer": [0, 1, 0, 1], "hits": [1, 2, 3, 4], "asked": [2, 4, 4, 4]})
     >>> drawn(rows, "hits", over="asked", by="layer", resamples=9).loc[0].round(3).to_dict()
     {0: 0.667, 1: 0.75}
@@ -157,9 +154,9 @@ def drawn(
         raise EmbedLensError(f"the table has {what}: its columns are {', '.join(map(str, table.columns))}")
     places, ids = pd.factorize(table[picture])
     if keys:
-        cells = pd.MultiIndex.from_frame(table[keys]) if len(keys) > 1 else pd.Index(table[keys[0]], name=keys[0])
+        cells = pd.MultiIndex.from_frame(table[keys]) if len(keys) > 1 else pd.Index(table[keys[0]])
         columns, names = pd.factorize(cells)
-        names = names.set_names(keys) if len(keys) > 1 else pd.Index(names, name=keys[0])
+        names = names.set_names(keys)
     else:
         columns, names = np.zeros(len(table), dtype=int), pd.Index([value])
     hits = table[value].to_numpy(dtype=np.float64)

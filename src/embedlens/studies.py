@@ -35,12 +35,11 @@ Prepared = tuple[Callable[..., Any], "list[Sample]"]
 class Named:
     """A study with its pictures, and what is written of its table."""
 
-    about: str
-    """What it is and whether a record comes of it; `embedlens run --help` says the same."""
+    about: str  #: What it is and whether a record comes of it; `embedlens run --help` says the same
+    #: (model, dataset, n, seed) → the study, taking a batch, and the samples to run it on
     prepare: Callable[[VisionLanguageModel, str, int, int], Prepared]
-    """(model, dataset, n, seed) → the study, taking a batch, and the samples to run it on."""
+    #: (results, model, dataset, table, seed) → the record that a chapter reads; None: the table is all
     record: Callable[[Path, str, str, pd.DataFrame, int], Path] | None = None
-    """(results, model, dataset, table, seed) → the record that a chapter reads; None: the table is all."""
 
 
 def _anatomy(model: VisionLanguageModel, dataset: str, n: int, seed: int) -> Prepared:
@@ -83,9 +82,6 @@ STUDIES: Mapping[str, Named] = {
 def own_study(name: str) -> Callable[..., Any]:
     """A study of the reader's own, `module:function`, found from the working folder on.
 
-    Raises:
-        EmbedLensError: no such study, module or function.
-
     >>> own_study("json:dumps").__name__
     'dumps'
     """
@@ -123,9 +119,6 @@ def run_named(
     Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
     go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record goes to
     `results`, by default the checkout's own, as `records.results` finds it.
-
-    Raises:
-        EmbedLensError: as `load`, `samples.load` and `embedlens.run`; `device="auto"` with several processes.
     """
     named = STUDIES.get(name)
     function = None if named else own_study(name)
@@ -141,15 +134,15 @@ def run_named(
         device = place
     if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
         say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {processes.ALONE}")
-    rank, together = processes.meet("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
-    aloud: Callable[[str], object] = say if rank == 0 else (lambda line: None)
-    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together} process{'es' * (together > 1)}")
+    together = processes.processes("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
+    aloud: Callable[[str], object] = say if together.rank == 0 else (lambda line: None)
+    several = "es" * (together.count > 1)
+    aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together.count} process{several}")
     need = memory.needed(memory.config_of(model), dtype or _dtype_on(device, model), quantize)
     size = batch_size if isinstance(batch_size, int) else 1
     free = memory.available(device or "cuda")
     aloud(f"memory: {need.told(size)} on each device" + (f"; {free / memory.GIB:.1f} GiB are free" if free else ""))
-    chosen = {} if preprocessing is None else {"preprocessing": preprocessing}
-    loaded = load(model, device=device, dtype=dtype, quantize=quantize, **chosen)
+    loaded = load(model, device=device, dtype=dtype, quantize=quantize, preprocessing=preprocessing)
     if named is not None:
         function, measured = named.prepare(loaded, dataset, n, seed)
     else:
@@ -159,14 +152,14 @@ def run_named(
     if len(measured) >= LONG:
         trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
         seconds = study.rehearse(function, loaded, measured, trial)
-        whole = seconds * len(measured) / together
+        whole = seconds * len(measured) / together.count
         aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
     # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
     measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)
     own_folder = Path("runs") / measured_as.strip("/").replace("/", "--") / name.replace(":", ".")
     out = own_folder if out is None else Path(out)
     table = study.run(function, loaded, measured, out, batch_size, progress=None)
-    if rank == 0:
+    if together.rank == 0:
         with writing(out / "table.csv"):
             table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")

@@ -1,18 +1,18 @@
 """One study over many pictures: `run(study, model, samples)` → a table, resumable, in one process or several.
 
 A study is a function (model, sample) → one flat record, or several: one per token, layer or question. Samples are
-measured in chunks. Where rows are kept, a finished chunk is a file, named by a digest of its samples, in a folder whose
-`run.json` says what was run: a run that was killed loses the chunk in flight and goes on from the others.
+measured in chunks. Where rows are kept, a finished chunk is a file, named by a digest of the study, the model and the
+samples: a run that was killed loses the chunk in flight and goes on from the others, and no other's rows are taken.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,9 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from embedlens import kept, memory
-from embedlens.errors import EmbedLensError
-from embedlens.kept import kind
-from embedlens.processes import Processes, processes
+from embedlens.errors import EmbedLensError, writing
+from embedlens.processes import processes
 from embedlens.samples import Sample
 from embedlens.vlm import VisionLanguageModel
 
@@ -69,18 +68,18 @@ def run(
             `functools.partial` and is part of what identifies the run; of globals, functions and plain values are.
         model: from `embedlens.load`.
         samples: any iterable; read once, a batch at a time. Pictures that the study opens are let go.
-        out: a folder for this study; a call that finds its chunks there goes on from them.
+        out: a folder for rows; a call that finds its own chunks there goes on from them.
         batch_size: samples at a time; batches are the same whatever the number of processes. "auto": as many as fit,
-            found by halving from 64 on a GPU, 8 on a CPU; a resumed run keeps what it began with. A batch that does
-            not fit after all is measured in halves.
+            found by halving from 64 on a GPU, 8 on a CPU; a resumed run keeps what was found. A batch that does not
+            fit after all is measured in halves.
         progress: show a bar on stderr; None: if that is a terminal.
 
     Returns:
         The rows in the order of the samples. Column `id`, the sample's, comes first unless the study writes its own.
 
     Raises:
-        EmbedLensError: no samples, all failed, no rows at all, a record that is not flat, a disk that refuses, or
-            `out` holds rows of another study, model or batch size, or of other sources of this package.
+        EmbedLensError: no samples, all failed, no rows at all, a record that is not flat, a disk that refuses, or an
+            `out` for a study that is not known by its value.
 
     >>> import functools
     >>> import embedlens as el
@@ -96,22 +95,40 @@ def run(
     if isinstance(batch_size, int) and batch_size < 1:
         raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1, or None for one sample at a time")
     together = processes(model.device.type)
-    folder, header = _place(study, model, out, batch_size)
-    begun = kept.get(folder / "run.json") if folder else None
+    folder, key = _place(study, model, out)
+    size = batch_size if isinstance(batch_size, int) else None
     if isinstance(batch_size, str):
         stream = iter(samples)
         first = list(islice(stream, LARGEST))
         samples = samples if isinstance(samples, Sized) else chain(first, stream)
-        fitting = begun["batch_size"] if begun else fitting_batch_size(study, model, first)
-        batch_size = int(min(together.gathered(fitting)))
-    header["batch_size"] = batch_size
-    if folder and begun:
-        _check(begun, header, folder)
-    together.gathered(None)  # nobody writes before everybody has read
-    if folder and not begun and together.rank == 0:
-        kept.put(folder / "run.json", header)
-    chunks = _Chunks(study, model, batch_size, folder, kept.digest(header))
-    parts = together.gathered(chunks.shared(samples, together, progress))
+        fitting = partial(fitting_batch_size, study, model, first)
+        size = min(together.gathered(kept.remembered((key, AUTO), fitting, folder) if folder else fitting()))
+
+    def measured(chunk: list[Sample]) -> list[Answer]:
+        # a list of samples must not fill up with decoded pictures
+        chunk = [sample if "image" in vars(sample) else replace(sample) for sample in chunk]
+        batches = [chunk] if size else [[sample] for sample in chunk]
+        return [answer for batch in batches for answer in _answers(study, model, batch, size)]
+
+    def known(chunk: list[Sample]) -> list[Answer]:
+        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
+        if folder is None:
+            return measured(chunk)
+        what = key, size, list(map(kept.of_sample, chunk))
+        return kept.remembered(what, partial(measured, chunk), folder, worth=_whole)
+
+    stream, count, found = iter(samples), 0, dict[int, "list[Answer]"]()
+    total = len(samples) if isinstance(samples, Sized) else None
+    hidden = True if together.rank != 0 else (None if progress is None else not progress)
+    with tqdm(total=total, disable=hidden, unit="sample", leave=False) as bar:
+        for number, chunk in enumerate(iter(lambda: list(islice(stream, size or SINGLE)), [])):
+            if number % together.count == together.rank:
+                found[number] = known(chunk)
+            count += len(chunk)
+            bar.update(len(chunk))
+    if count == 0:
+        raise EmbedLensError("no samples: pass at least one")
+    parts = together.gathered((count, found))
     counts = {count for count, _ in parts}
     if len(counts) > 1:
         raise EmbedLensError(f"the processes were given {sorted(counts)} samples: give every process the same")
@@ -120,7 +137,7 @@ def run(
     if table.attrs["failed"] and together.rank == 0:
         failed = table.attrs["failed"]
         warnings.warn(
-            f"{len(failed)} of {counts.pop()} samples could not be measured and are not in the table; "
+            f"{len(failed)} of {count} samples could not be measured and are not in the table; "
             f"the first is sample {failed[0]['id']}: {failed[0]['error']}",
             stacklevel=2,
         )
@@ -145,7 +162,7 @@ def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, sa
             pass  # a damaged picture, which the run records
 
     try:
-        return memory.halving(tried, 2 ** int(math.log2(min(LARGEST, len(samples)))))[1]
+        return memory.halving(tried, 2 ** (min(LARGEST, len(samples)).bit_length() - 1))[1]
     except (RuntimeError, MemoryError) as error:
         if memory.out_of_memory(error):
             raise EmbedLensError(_too_little(model)) from None
@@ -162,130 +179,66 @@ def rehearse(
     began = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        _Chunks(study, model, batch_size).answers([replace(sample) for sample in batch])
+        _answers(study, model, [replace(sample) for sample in batch], batch_size)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
     return (time.perf_counter() - began) / len(batch)
 
 
-# --- where chunks are kept -------------------------------------------------------------------------------------------
-
-
-def _place(
-    study: Callable[..., Any], model: VisionLanguageModel, out: str | Path | None, batch_size: int | str | None
-) -> tuple[Path | None, dict[str, Any]]:
-    """The folder of a run, if it has one, and what `run.json` says there."""
-    rows = os.environ.get(kept.ROWS)
-    if out is None and not rows:
-        return None, {}
+def _place(study: Callable[..., Any], model: VisionLanguageModel, out: str | Path | None) -> tuple[Path | None, str]:
+    """The folder of rows, if they are kept, and a digest of what gives them."""
+    rows = out if out is not None else os.environ.get(kept.ROWS) or None
+    if rows is None:
+        return None, ""
     try:
-        header = kept.of_study(study) | kept.of_model(model) | {"embedlens": kept.sources()}
-    except EmbedLensError:
+        key = kept.digest((kept.of_study(study), kept.of_model(model)))
+    except TypeError as error:
         if out is None:
-            return None, {}  # nobody asked for this one
-        raise
-    if out is not None:
-        folder = Path(out).expanduser()
-    else:
-        named = header["study"].rpartition(".")[2]
-        folder = Path(str(rows)).expanduser() / f"{named}-{kept.digest((header, batch_size))[:12]}"
-    try:
+            return None, ""  # nobody asked for these
+        raise EmbedLensError(
+            f"the study cannot be told from another on resuming: {error}; bind numbers, texts, arrays or frozen "
+            "dataclasses of these, or leave out=None"
+        ) from None
+    folder = Path(rows).expanduser()
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        name = f"out={str(out)!r}" if out is not None else f"{kept.ROWS}={rows}"
-        raise EmbedLensError(f"{name} cannot be a folder ({error}): pass another path") from None
-    return folder, header
+    return folder, key
 
 
-def _check(begun: Mapping[str, Any], header: Mapping[str, Any], folder: Path) -> None:
-    name = next((name for name in {**header, **begun} if begun.get(name) != header.get(name)), None)
-    if name is None:
-        return
-    what = {
-        "code": "study (its code has changed)",
-        "weights": "model (its weights differ)",
-        "embedlens": "embedlens (its sources, torch or transformers have changed)",
-    }.get(name, name if name.startswith("parameter") else f"{name} ({begun.get(name)} there, {header.get(name)} here)")
-    raise EmbedLensError(
-        f"{folder} holds rows of another {what}: pass another out, delete that folder, or run what it was made with"
-    )
+def _whole(answers: Sequence[Answer]) -> bool:
+    """Whether every sample of a chunk could be measured: what failed is tried again."""
+    return not any("error" in answer for answer in answers)
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Chunks:
-    """Chunks of samples, measured, or read from the files in which an earlier run left them."""
-
-    study: Callable[..., Any]
-    model: VisionLanguageModel
-    batch_size: int | None
-    folder: Path | None = None
-    key: str = ""
-    """Digest of what `run.json` says."""
-
-    def shared(
-        self, samples: Iterable[Sample], together: Processes, progress: bool | None
-    ) -> tuple[int, dict[int, list[Answer]]]:
-        """How many samples there are, and the answers of this process's chunks by their number."""
-        total = len(samples) if isinstance(samples, Sized) else None
-        hidden = True if together.rank != 0 else (None if progress is None else not progress)
-        stream, count, own = iter(samples), 0, {}
-        with tqdm(total=total, disable=hidden, unit="sample", leave=False) as bar:
-            for number, chunk in enumerate(iter(lambda: list(islice(stream, self.batch_size or SINGLE)), [])):
-                if number % together.count == together.rank:
-                    own[number] = self.of(number, chunk)
-                count += len(chunk)
-                bar.update(len(chunk))
-        if count == 0:
-            raise EmbedLensError("no samples: pass at least one")
-        return count, own
-
-    def of(self, number: int, chunk: list[Sample]) -> list[Answer]:
-        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
-        path = None
-        if self.folder is not None:
-            named = kept.digest((self.key, [kept.of_sample(sample) for sample in chunk]))
-            path = self.folder / f"{number:06d}-{named[:12]}.json"
-            found = kept.get(path)
-            if found is not None:
-                return found
-        # a list of samples must not fill up with decoded pictures
-        chunk = [sample if "image" in vars(sample) else replace(sample) for sample in chunk]
-        batches = [chunk] if self.batch_size is not None else [[sample] for sample in chunk]
-        found = [answer for batch in batches for answer in self.answers(batch)]
-        if path is not None and not any("error" in answer for answer in found):  # what failed is tried again
-            kept.put(path, found)
-        return found
-
-    def answers(self, batch: list[Sample]) -> list[Answer]:
-        """Of a batch; in halves where it does not fit on the device, one by one where a sample cannot be measured."""
-        try:
-            given = self.study(self.model, batch[0] if self.batch_size is None else batch)
-            if self.batch_size is None:
-                given = [_listed(given)]
-            elif isinstance(given, Iterable) and not isinstance(given, (str, Mapping)):
-                given = [_listed(rows) for rows in given]
-        except (EmbedLensError, OSError) as error:
-            if len(batch) == 1:
-                return [{"id": batch[0].id, "error": _sentence(error)}]
-            parts = [[sample] for sample in batch]
-        except (RuntimeError, MemoryError) as error:
-            if not memory.out_of_memory(error):
-                raise
-            parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        else:
-            return _checked(given, batch)
-        memory.release()  # out of the clause, whose traceback holds what filled the memory
+def _answers(
+    study: Callable[..., Any], model: VisionLanguageModel, batch: list[Sample], batch_size: int | None
+) -> list[Answer]:
+    """Of a batch; in halves where it does not fit on the device, one by one where a sample cannot be measured."""
+    try:
+        given = study(model, batch[0] if batch_size is None else batch)
+        if batch_size is None:
+            given = [_listed(given)]
+        elif isinstance(given, Iterable) and not isinstance(given, (str, Mapping)):
+            given = [_listed(rows) for rows in given]
+    except (EmbedLensError, OSError) as error:
         if len(batch) == 1:
-            return [{"id": batch[0].id, "error": _too_little(self.model)}]
-        return [answer for part in parts for answer in self.answers(part)]
+            return [{"id": batch[0].id, "error": _sentence(error)}]
+        parts = [[sample] for sample in batch]
+    except (RuntimeError, MemoryError) as error:
+        if not memory.out_of_memory(error):
+            raise
+        parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    else:
+        return _checked(given, batch)
+    memory.release()  # out of the clause, whose traceback holds what filled the memory
+    if len(batch) == 1:
+        return [{"id": batch[0].id, "error": _too_little(model)}]
+    return [answer for part in parts for answer in _answers(study, model, part, batch_size)]
 
 
 def _checked(given: Any, batch: Sequence[Sample]) -> list[Answer]:
     if not isinstance(given, list) or len(given) != len(batch):
-        what = f"{len(given)} results" if isinstance(given, list) else kind(given)
+        what = f"{len(given)} results" if isinstance(given, list) else _kind(given)
         raise EmbedLensError(
             f"the study gave {what} for a batch of {len(batch)} samples: with batch_size it returns a list with one "
             "record, or one list of records, per sample"
@@ -304,7 +257,7 @@ def _rows(given: Any, sample: Sample) -> list[dict[str, Any]]:
     wrong = [entry for entry in given if not isinstance(entry, Mapping)] if isinstance(given, list) else [given]
     if wrong:
         raise EmbedLensError(
-            f"the study gave {kind(wrong[0])} for sample {sample.id}: return one record (a dict) or a list of records"
+            f"the study gave {_kind(wrong[0])} for sample {sample.id}: return one record (a dict) or a list of records"
         )
     rows = [{str(name): _plain(value, str(name)) for name, value in row.items()} for row in given]
     return [row if "id" in row else {"id": sample.id, **row} for row in rows]
@@ -320,9 +273,13 @@ def _plain(value: Any, name: str) -> str | int | float | bool | None:
     if value is None:
         return None
     raise EmbedLensError(
-        f"the study's value {name!r} is {kind(value)}: a record is flat, so return one record per entry, or join the "
+        f"the study's value {name!r} is {_kind(value)}: a record is flat, so return one record per entry, or join the "
         "entries to one text"
     )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _sentence(error: Exception) -> str:

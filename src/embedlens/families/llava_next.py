@@ -23,7 +23,7 @@ from embedlens.families.plain import Features, Inputs
 from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.patches import Frame, ManyViews, PatchGrid, Span, UnevenGrid
+from embedlens.patches import Frame, ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-NeXT"
 CLASSES = ("LlavaNextForConditionalGeneration",)
@@ -94,13 +94,13 @@ def unpadded(shape: tuple[int, int], picture_size: tuple[int, int]) -> tuple[sli
     return slice(top, top + kept.shape[0]), slice(left, left + kept.shape[1])
 
 
-def tiles_grid(hf: Any, picture_size: tuple[int, int]) -> UnevenGrid:
+def tiles_grid(hf: Any, picture_size: tuple[int, int]) -> PatchGrid:
     """The grid of all tiles together, without the rows and columns that the model takes off."""
     side, patch = hf.config.vision_config.image_size, hf.config.vision_config.patch_size
     canvas, shown = tile_plan(hf.config.image_grid_pinpoints, picture_size)
     columns, lines = (tiled_spans(canvas[axis], shown[axis], picture_size[axis], side, patch) for axis in range(2))
     rows_kept, cols_kept = unpadded((len(lines), len(columns)), picture_size)
-    return UnevenGrid.of_spans(Frame.stretch(*picture_size), columns[cols_kept], lines[rows_kept])
+    return PatchGrid.of_spans(Frame.stretch(*picture_size), columns[cols_kept], lines[rows_kept])
 
 
 def whole_view(hf: Any, picture_size: tuple[int, int]) -> PatchGrid:

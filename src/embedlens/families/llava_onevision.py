@@ -29,7 +29,7 @@ from embedlens.families.plain import Inputs
 from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.patches import ManyViews, Span, UnevenGrid
+from embedlens.patches import ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-OneVision"
 CLASSES = ("LlavaOnevisionForConditionalGeneration",)
@@ -69,7 +69,7 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
     if ratio > 1.1:
         columns, lines = tiles.spans
         fewer = (thinned(columns, int(tiles.cols // ratio)), thinned(lines, int(tiles.rows // ratio)))
-        tiles = UnevenGrid.of_spans(tiles.frame, *fewer)
+        tiles = PatchGrid.of_spans(tiles.frame, *fewer)
     return ManyViews.of([whole, tiles])
 
 
@@ -122,8 +122,4 @@ def check_config(hf: Any, processor: Any, name: str) -> None:
             f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its vision tower makes "
             f"{patches}: set num_image_tokens in processor_config.json to {patches}"
         )
-    if config.vision_feature_select_strategy != "full":
-        raise EmbedLensError(
-            f"the vision tower of {name} has no CLS token, yet vision_feature_select_strategy "
-            f"{config.vision_feature_select_strategy!r} drops the first row, which is a patch: set it to 'full'"
-        )
+    plain.check_patches(hf, name)

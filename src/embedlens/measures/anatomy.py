@@ -9,9 +9,8 @@ A row needs no other picture but a few fixed ones, so that pictures can be share
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -23,8 +22,9 @@ from embedlens import samples, stats
 from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, matched_null
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, discover, reference_of, token_groups_of
+from embedlens.prompts import prompts_of
 from embedlens.samples import Sample
-from embedlens.vlm import QUESTION, VisionLanguageModel
+from embedlens.vlm import VisionLanguageModel
 
 CHAPTER = "09_other_models"
 THRESHOLD = 0.9
@@ -53,15 +53,9 @@ def name_of(model: str) -> str:
     return next((name for part, name in PAPER.items() if part.lower() == last.lower()), last)
 
 
-@dataclass(frozen=True, eq=False)
-class Clustered:
-    """A picture: its largest clusters, and random token sets of the same sizes."""
-
-    shares: Float[np.ndarray, " ranks"]
-    """Of the picture's tokens; 0 where it has no such cluster."""
-    clusters: Float[Tensor, "k d"]
-    """Centroids."""
-    null: Float[Tensor, "repeats k d"]
+Clustered: TypeAlias = tuple[Float[np.ndarray, " ranks"], Float[Tensor, "_ d"], Float[Tensor, "repeats _ d"]]
+"""Of a picture: its largest clusters' shares of the tokens (0: no such cluster), their centroids, and those of random
+token sets of the same sizes."""
 
 
 def pictures(dataset: str, n: int, seed: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
@@ -83,7 +77,7 @@ def study_of(
     reference = discover(model, calibration) if calibration else reference_of(model)
     partners = []
     for picture in samples.readable(compared):
-        prompt = model.prompt(picture.image, QUESTION)
+        (prompt,) = prompts_of(model, [picture])
         partners.append(_clustered(prompt.embeds[prompt.visual], picture.id, seed))
     return partial(anatomy, reference=reference, partners=tuple(partners), seed=seed)
 
@@ -101,18 +95,17 @@ def anatomy(
     mean over partners of `cross_image_similarity`, and random_i, the same of random token sets of the same sizes (nan:
     no such cluster); alive, dead, ViT sink and LLM sink, shares of the tokens.
     """
-    prompts = model.prompts([picture.image for picture in batch], [QUESTION] * len(batch))
-    rows = []
+    prompts, rows = prompts_of(model, batch), []
     for picture, prompt, groups in zip(batch, prompts, token_groups_of(model, prompts, reference), strict=True):
-        own = _clustered(prompt.embeds[prompt.visual], picture.id, seed)
-        alike = [cross_image_similarity(own.clusters, other.clusters) for other in partners]
-        pairs = [pair for other in partners for pair in zip(own.null, other.null, strict=True)]
-        found = {"similarity": torch.stack(alike).mean(0)}
-        found["random"] = torch.stack([cross_image_similarity(*pair) for pair in pairs]).mean(0)
+        shares, clusters, null = _clustered(prompt.embeds[prompt.visual], picture.id, seed)
+        found = {"similarity": torch.stack([cross_image_similarity(clusters, other) for _, other, _ in partners])}
+        pairs = [pair for _, _, others in partners for pair in zip(null, others, strict=True)]
+        found["random"] = torch.stack([cross_image_similarity(*pair) for pair in pairs])
         row: dict[str, Any] = {"id": picture.id, "tokens": int(prompt.visual.sum())}
-        row |= {f"share_{rank}": share for rank, share in enumerate(own.shares.tolist())}
+        row |= {f"share_{rank}": share for rank, share in enumerate(shares.tolist())}
         for name, values in found.items():
-            row |= {f"{name}_{rank}": values[rank].item() if rank < len(values) else np.nan for rank in range(RANKS)}
+            means = values.mean(0).tolist() + [np.nan] * (RANKS - values.shape[1])
+            row |= {f"{name}_{rank}": mean for rank, mean in enumerate(means)}
         rows.append(row | {name: float(groups.named[name].float().mean()) for name in GROUPS})
     return rows
 
@@ -123,15 +116,13 @@ def _clustered(tokens: Float[Tensor, "n d"], picture: int, seed: int) -> Cluster
     sets = [matched_null(labels, (seed, picture, repeat)) for repeat in range(NULLS)]
     shares = np.bincount(labels.numpy(), minlength=RANKS)[:RANKS] / len(tokens)
     null = torch.stack([centroids(tokens, one, RANKS) for one in sets])
-    return Clustered(shares, centroids(tokens, labels, RANKS), null)
+    return shares, centroids(tokens, labels, RANKS), null
 
 
 def numbers(table: pd.DataFrame, photographs: bool, seed: int = 0) -> dict[str, float]:
-    """What the record of one model holds: means over pictures, each with `_low` and `_high`, by name.
+    """What the record of one model holds: means over the rows of `anatomy`, each with `_low` and `_high`, by name.
 
-    Args:
-        table: of `anatomy`, one row per picture.
-        photographs: whether the pictures were; models are compared on pictures of one kind.
+    `photographs` says whether the pictures were; models are compared on pictures of one kind.
     """
     lead = table.similarity_0 - table.random_0
     columns = table.assign(similarity=table.similarity_0, random=table.random_0, lead=lead)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from embedlens.clusters import MOST, anchor_clusters, cluster_means, matched_null, text_centroid
 from embedlens.groups import Reference, token_groups_of
 from embedlens.lenses import EmbedLens, unit_vectors
+from embedlens.measures.labels import objects
 from embedlens.prompts import looked_at, prompts_of
 from embedlens.samples import Sample
 from embedlens.sweep import generator
@@ -28,8 +31,6 @@ from embedlens.vlm import VisionLanguageModel
 class ClusterStudy:
     """The clusters of many pictures at one threshold. Per picture two centroids of each rank are kept, no tokens."""
 
-    threshold: float
-    order: str
     ids: tuple[int, ...]  #: Of the pictures
     sizes: Int[np.ndarray, "pictures k"]  #: Tokens in the cluster of each rank; 0 where a picture has no such cluster
     tokens: Int[np.ndarray, " pictures"]  #: Visual tokens of each picture
@@ -41,8 +42,6 @@ class ClusterStudy:
     center: Float[Tensor, " d"] = field(repr=False)  #: Mean of all normalised visual tokens of all pictures
     nearest: Int[np.ndarray, "pictures k"]
     """The vocabulary entry nearest to each centroid; -1 where there is no cluster."""
-    to_text: Float[np.ndarray, "pictures k"]
-    """Cosine of each centroid to the centroid of the vocabulary; nan where there is no cluster."""
     in_bars: Float[np.ndarray, "pictures k"]
     """Share of each cluster's tokens that show no pixel of the picture; nan where there is no cluster."""
     bars: Float[np.ndarray, " pictures"]  #: Share of all the picture's tokens that show no pixel of it
@@ -64,7 +63,6 @@ class ClusterStudy:
         """Share of the largest cluster in three totals: all tokens; ranks 0 to 4; all clusters of two or more.
 
         "Larger than the remaining clusters combined" is a share above one half; which clusters are meant is open.
-        Where all clusters are single tokens the last is 0: the largest is no cluster of two or more.
         """
         first = self.sizes[:, 0].astype(np.float64)
         several = self.tokens - self.singletons
@@ -76,9 +74,7 @@ class ClusterStudy:
     ) -> Float[np.ndarray, "pairs k"]:
         """`cross_image_similarity` by rank for each pair of pictures; nan where the first has no such cluster.
 
-        Args:
-            mean_removed: take `center` from all centroids first.
-            null: of the matched random token sets instead, averaged over repeats.
+        `mean_removed` takes `center` from all centroids first, `null` compares the random sets, mean over repeats.
         """
         means = self.null_means if null else self.means[:, None]  # [pictures, repeats, k, d]
         units = unit_vectors(means - self.center if mean_removed else means)
@@ -109,80 +105,45 @@ def cluster_study(
     truth value a token.
 
     Args:
-        model: from `embedlens.load`.
-        samples: pictures; read one batch at a time.
         thresholds, orders: as for `anchor_clusters`; every combination is studied on the same tokens.
-        repeats: random token sets of each picture for the matched null.
-        seed: of these, together with the id of the picture.
+        repeats: random token sets of each picture for the matched null; drawn by its id and the seed.
         most: ranks kept.
 
     Returns:
         (threshold, order) → its clusters.
-
-    Raises:
-        EmbedLensError: no samples, or as `anchor_clusters`.
     """
-    lens = EmbedLens.from_model(model)
-    text = text_centroid(model)
-    parts: dict[tuple[float, str], list[dict[str, object]]] = {}
-    total = torch.zeros(model.width, dtype=torch.float64)
-    seen = 0
+    lens, center = EmbedLens.from_model(model), torch.zeros(model.width, dtype=torch.float64)
+    parts: dict[tuple[float, str], list[dict[str, Any]]] = {key: [] for key in product(thresholds, orders)}
     for batch, prompts in looked_at(model, samples, batch_size):
         for sample, prompt in zip(batch, prompts, strict=True):
-            tokens = prompt.embeds[prompt.visual].float()
-            total += unit_vectors(tokens).mean(0).double().cpu()
-            padded = prompt.grid.padded.numpy()
-            for threshold in thresholds:
-                for order in orders:
-                    labels = anchor_clusters(tokens, threshold, order)
-                    sets = [matched_null(labels, generator(sample.id, f"random {r}", seed)) for r in range(repeats)]
-                    part = {"ids": sample.id, **_kept(tokens, labels, padded, lens, text, sets, most)}
-                    parts.setdefault((threshold, order), []).append(part)
-            seen += 1
-    center = (total / seen).float()
-    return {(t, order): _study(t, order, found, center) for (t, order), found in parts.items()}
-
-
-def _kept(
-    tokens: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    padded: Bool[np.ndarray, " n"],
-    lens: EmbedLens,
-    text: Float[Tensor, " d"],
-    sets: Sequence[Int[Tensor, " n"]],
-    most: int,
-) -> dict[str, object]:
-    """What is kept of one picture."""
-    means = cluster_means(tokens, labels, most)
-    units, missing = unit_vectors(means), most - len(means)
-    of = labels.cpu().numpy()
-    counts = np.bincount(of)
-    bars = np.bincount(of, weights=padded) / counts
-    null = torch.stack([cluster_means(tokens, own, most) for own in sets])
-
-    def filled(values: np.ndarray, value: float) -> np.ndarray:
-        return np.concatenate([values[:most], np.full(missing, value, dtype=values.dtype)])
-
-    return {
-        "sizes": filled(counts, 0),
-        "tokens": len(of),
-        "singletons": int((counts == 1).sum()),
-        "means": torch.nn.functional.pad(means, (0, 0, 0, missing)).cpu(),
-        "null_means": torch.nn.functional.pad(null, (0, 0, 0, missing)).cpu(),
-        "nearest": filled(lens.topk(units, 1)[1][:, 0].cpu().numpy(), -1),
-        "to_text": filled((units @ text).double().cpu().numpy(), np.nan),
-        "in_bars": filled(bars, np.nan),
-        "bars": float(padded.mean()),
-        "largest": of == 0,
-    }
-
-
-def _study(threshold: float, order: str, parts: list[dict], center: Float[Tensor, " d"]) -> ClusterStudy:
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
-    largest, ids = tuple(columns.pop("largest")), tuple(columns.pop("ids"))
-    means, null = torch.stack(columns.pop("means")), torch.stack(columns.pop("null_means"))
-    stacked = {name: np.array(column) for name, column in columns.items()}
-    return ClusterStudy(threshold, order, ids, means=means, null_means=null, center=center, largest=largest, **stacked)
+            tokens, padded = prompt.embeds[prompt.visual].float(), prompt.grid.padded.double()
+            center += unit_vectors(tokens).mean(0).double().cpu()
+            for key, found in parts.items():
+                labels = anchor_clusters(tokens, *key)
+                sets = [matched_null(labels, generator(sample.id, f"random {r}", seed)) for r in range(repeats)]
+                means, of = cluster_means(tokens, labels, most), labels.cpu()
+                none, sizes = (0, 0, 0, most - len(means)), of.bincount(minlength=most)
+                words = lens.topk(unit_vectors(means), 1)[1][:, 0].cpu()
+                part = {
+                    "ids": sample.id,
+                    "sizes": sizes[:most].numpy(),
+                    "tokens": len(of),
+                    "singletons": int((sizes == 1).sum()),
+                    "means": pad(means, none).cpu(),
+                    "null_means": torch.stack([pad(cluster_means(tokens, own, most), none).cpu() for own in sets]),
+                    "nearest": pad(words, none[2:], value=-1).numpy(),
+                    "in_bars": (of.bincount(padded, most) / sizes)[:most].numpy(),  # 0 of 0 is nan
+                    "bars": float(padded.mean()),
+                    "largest": (of == 0).numpy(),
+                }
+                found.append(part)
+    studies = {}
+    for key, found in parts.items():
+        columns: dict[str, Any] = {name: tuple(part[name] for part in found) for name in found[0]}
+        for name in columns.keys() - {"ids", "largest"}:
+            columns[name] = torch.stack(columns[name]) if name.endswith("means") else np.array(columns[name])
+        studies[key] = ClusterStudy(**columns, center=(center / len(found)).float())
+    return studies
 
 
 def by_group(
@@ -202,9 +163,8 @@ def by_group(
         tokens = prompt.embeds[prompt.visual].float()
         closeness = (unit_vectors(tokens) @ text).double().cpu()
         first = (anchor_clusters(tokens, threshold) == 0).cpu()
-        inside = torch.zeros(len(tokens), dtype=torch.bool)
-        for x, y, w, h in (entry["bbox"] for entry in sample.annotations if not entry.get("iscrowd")):
-            inside |= prompt.grid.inside((x, y, x + w, y + h))
+        nowhere = torch.zeros(len(tokens), dtype=torch.bool)
+        inside = torch.stack([nowhere, *(part for _, _, part in objects(sample, prompt.grid))]).any(0)
         own = []
         for name, mask in (groups.named | {"sink": groups.sink, "C0": first, "not C0": ~first}).items():
             row: dict[str, Any] = {"group": name, "share": float(mask.double().mean())}
@@ -213,20 +173,3 @@ def by_group(
             own.append(row)
         rows.append(own)
     return rows
-
-
-def joint_map(
-    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, most: int = 600, seed: int = 0
-) -> pd.DataFrame:
-    """t-SNE by cosine distance of visual tokens and words, at most so many of each: x, y, of (the group, or "text")."""
-    from sklearn.manifold import TSNE
-
-    rng = np.random.default_rng(seed)
-    prompts = prompts_of(model, samples)
-    kinds = np.concatenate([groups.names for groups in token_groups_of(model, prompts, reference)])
-    tokens = torch.cat([prompt.embeds[prompt.visual].float().cpu() for prompt in prompts])
-    kept, words = (np.sort(rng.choice(n, min(most, n), False)) for n in (len(tokens), len(model.tokens)))
-    points = np.concatenate([tokens[kept], model.input_embeddings[words].float().cpu()])
-    settings: dict[str, Any] = {"metric": "cosine", "init": "pca", "perplexity": 30, "max_iter": 500, "n_jobs": 1}
-    places = TSNE(random_state=seed, **settings).fit_transform(points)
-    return pd.DataFrame(places, columns=["x", "y"]).assign(of=[*kinds[kept], *["text"] * len(words)])

@@ -9,17 +9,18 @@ other pictures than those they are held against.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.distributions import Categorical
 from torch.nn.functional import normalize
 
 from embedlens.errors import EmbedLensError
-from embedlens.groups import RARE, Reference, TokenGroups, near_word, token_groups_of
+from embedlens.groups import RARE, Reference, near_word, token_groups_of
 from embedlens.lenses import EmbedLens, LogitLens
 from embedlens.prompts import looked_at, prompts_of
 from embedlens.samples import Sample
@@ -30,6 +31,8 @@ from embedlens.vlm import Prompt, VisionLanguageModel
 DIRECTIONS = 100  # random ones a picture, whose nearest entries no_words is held against
 #: Beside the four groups: all that are not dead; and as many tokens as are dead, drawn at random.
 GROUPS = ("alive", "dead", "ViT sink", "LLM sink", "remaining", "random")
+Common = Mapping[str, Mapping[str, Float[Tensor, "_ _"]]]
+""""stream" (layer 0 enters the language model) or "tower" → group, or "all" → mean of its unit tokens by layer."""
 
 
 def is_word(entry: str) -> bool:
@@ -59,15 +62,7 @@ def pairwise_cosine(
 ) -> Float[Tensor, "*layers groups"]:
     """Mean cosine of all pairs of different tokens of each group, without holding the pairs.
 
-    Args:
-        tokens: any length; a zero vector has cosine 0 to everything.
-        masks: the tokens of each group.
-
-    Returns:
-        nan for a group of fewer than two tokens.
-
-    >>> pairwise_cosine(torch.tensor([[1.0, 0], [2, 0], [0, 1]]), torch.ones(1, 3, dtype=torch.bool)).tolist()
-    [0.3333333432674408]
+    A zero vector has cosine 0 to everything; a group of fewer than two tokens is nan.
     """
     units = normalize(tokens.float(), dim=-1)
     members = masks.to(units.device).float()
@@ -78,71 +73,35 @@ def pairwise_cosine(
     return (sums - own) / pairs
 
 
-def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
-    """Shannon entropy of the softmax, in nats; log(V) if all entries are equally likely.
-
-    >>> round(float(entropy(torch.zeros(4))), 4), round(float(entropy(torch.tensor([100.0, 0, 0, 0]))), 4)
-    (1.3863, 0.0)
-    """
-    logs = logits.float().log_softmax(-1)
-    return -(logs.exp() * logs.clamp_min(torch.finfo(torch.float32).min)).sum(-1)
-
-
 def group_means(values: Float[Tensor, "*layers n"], masks: Bool[Tensor, "groups n"]) -> Float[Tensor, "*layers groups"]:
-    """Mean of a value over the tokens of each group; nan for a group without tokens.
-
-    >>> group_means(torch.tensor([1.0, 3.0]), torch.tensor([[True, True], [False, False]])).tolist()
-    [2.0, nan]
-    """
+    """Mean of a value over the tokens of each group; nan for a group without tokens."""
     members = masks.to(values.device).float()
     return (values.float() @ members.T) / members.sum(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class Common:
-    """What the visual tokens of some pictures share at every layer, to hold other pictures against.
-
-    Keys say where: "stream" is the language model, layer 0 what enters it; "tower" the vision tower.
-    """
-
-    n_pictures: int
-    center: Mapping[str, Float[Tensor, "layers d"]]  #: Where → mean of all normalised visual tokens
-    direction: Mapping[str, Mapping[str, Float[Tensor, "layers d"]]] = field(repr=False)
-    """Where → group → mean of its normalised tokens. A group without a token is left out."""
 
 
 def common(
     model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, seed: int = 0, batch_size: int = 8
 ) -> Common:
-    """Means of all visual tokens and of each group, layer by layer; memory does not grow with the pictures.
+    """Means of the normalised visual tokens, of all and of each group that has any; memory stays as the pictures grow.
 
     Args:
         samples: other pictures than those that will be held against it.
-
-    Raises:
-        EmbedLensError: no samples.
     """
-    sums: dict[str, dict[str, Tensor]] = {"stream": {}, "tower": {}}
-    counts: dict[str, int] = {}
-    pictures = 0
+    names, sums = (*GROUPS, "all"), {"stream": torch.zeros(()), "tower": torch.zeros(())}
+    counts = torch.zeros(len(names), dtype=torch.float64)
     for batch, prompts in looked_at(model, samples, batch_size):
-        named = _named(model, batch, prompts, reference, seed)
+        named = masks_of(model, batch, prompts, reference, seed)
         towers, streams = model.tower_states_of(prompts), model.hidden_states_of(prompts, len(prompts))
         for prompt, groups, tower, states in zip(prompts, named, towers, streams, strict=True):
-            masks = groups | {"all": torch.ones_like(groups["dead"])}
+            members = torch.stack([*(groups[name] for name in GROUPS), torch.ones_like(groups["dead"])]).float()
+            counts += members.sum(-1)
             for where, tokens in (("stream", states[:, prompt.visual]), ("tower", tower)):
-                members = torch.stack(list(masks.values())).to(tokens.device).float()
-                added = (members @ normalize(tokens.float(), dim=-1)).double()  # [layers, groups, d]
-                for column, name in enumerate(masks):
-                    sums[where][name] = sums[where].get(name, 0) + added[:, column]
-            for name, mask in masks.items():
-                counts[name] = counts.get(name, 0) + int(mask.sum())
-        pictures += len(prompts)
-    means = {
-        where: {name: (total / counts[name]).float() for name, total in of.items() if counts[name]}
-        for where, of in sums.items()
+                units = normalize(tokens.float(), dim=-1)
+                sums[where] = sums[where] + (members.to(units.device) @ units).double().cpu()  # [layers, groups, d]
+    return {
+        where: {name: (total[:, at] / counts[at]).float() for at, name in enumerate(names) if counts[at]}
+        for where, total in sums.items()
     }
-    return Common(pictures, {where: of.pop("all") for where, of in means.items()}, means)
 
 
 def by_group(
@@ -152,25 +111,21 @@ def by_group(
 
     Args:
         shared: from `common`, on other pictures.
-        seed: of the random tokens, together with the picture's id.
 
     Returns:
         per sample, rows of part, group and layer, means over the group's tokens. Of part "picture", layer 0: tokens,
         share (of the visual tokens), in_bars, no_words (nearest entry at layer 0 is no word by `is_word`) and entropy
         (nats, of the LogitLens distribution at the last layer); beside them no_words of the group "random directions".
-        Of part "stream": inside (cosine of pairs, of at least
-        two tokens), aligned (cosine to the group's direction in other pictures), both also `_removed`, with the mean
-        of other pictures' visual tokens taken out; and, of the block after the layer, kept (cosine of a token to
-        itself behind the block) and the attention of the text after the picture: attention (share of all keys),
-        of_visual (share of visual keys) and per_token. Of part "tower": norm, norm_l1, aligned, aligned_removed.
-
-    Raises:
-        EmbedLensError: a model that puts no text after the picture.
+        Of part "stream": inside (cosine of pairs, of at least two tokens), aligned (cosine to the group's direction in
+        other pictures), both also `_removed`, with the mean of other pictures' visual tokens taken out; and, of the
+        block after the layer, kept (cosine of a token to itself behind the block) and the attention of the text after
+        the picture: attention (share of all keys), of_visual (share of visual keys) and per_token.
+        Of part "tower": norm, norm_l1, aligned, aligned_removed.
     """
     lens, reader = EmbedLens.from_model(model), LogitLens.from_model(model)
     words = torch.tensor([is_word(entry) for entry in model.tokens])
     prompts = prompts_of(model, samples)
-    named = _named(model, samples, prompts, reference, seed)
+    named = masks_of(model, samples, prompts, reference, seed)
     masks = [
         {name: prompt.spread(mask) for name, mask in groups.items()} | {"all": prompt.visual}
         for prompt, groups in zip(prompts, named, strict=True)
@@ -194,10 +149,10 @@ def by_group(
             "share": sizes / members.shape[1],
             "in_bars": group_means(prompt.grid.padded.float(), members),
             "no_words": group_means((~words[nearest]).float(), members),
-            "entropy": group_means(entropy(reader.scores(states[-1])), members),
+            "entropy": group_means(Categorical(logits=reader.scores(states[-1]).float()).entropy(), members),
         }
         stream = {
-            **_likeness("stream", states, members, shared, pairs=True),
+            **_likeness(states, members, shared["stream"], pairs=True),
             "kept": group_means((units[:-1] * units[1:]).sum(-1), members).T,
             "attention": attention,
             "of_visual": attention / mass["all"],
@@ -206,7 +161,7 @@ def by_group(
         of_tower = {
             "norm": group_means(tower.float().norm(dim=-1), members).T,
             "norm_l1": group_means(tower.float().abs().sum(-1), members).T,
-            **_likeness("tower", tower.float(), members, shared),
+            **_likeness(tower.float(), members, shared["tower"]),
         }
         anywhere = generator(sample.id, "random directions", seed).standard_normal((DIRECTIONS, model.width))
         entries = lens.topk(torch.from_numpy(anywhere).float().to(states.device), 1)[1].cpu()
@@ -220,42 +175,37 @@ def by_group(
     return rows
 
 
-def _named(
+def masks_of(
     model: VisionLanguageModel, samples: Sequence[Sample], prompts: Sequence[Prompt], reference: Reference, seed: int
 ) -> list[dict[str, Bool[Tensor, " n"]]]:
-    """The masks of GROUPS for each picture."""
-    found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
-    return [masks(groups, sample.id, seed) for groups, sample in zip(found, samples, strict=True)]
-
-
-def masks(groups: TokenGroups, picture: int, seed: int = 0) -> dict[str, Bool[Tensor, " n"]]:
-    """The masks of GROUPS for one picture; its id and the seed decide which tokens are the random ones."""
-    rng = generator(picture, "random", seed)
-    drawn = random_tokens(torch.ones_like(groups.dead), int(groups.dead.sum()), rng)
-    return {**groups.named, "remaining": ~groups.dead, "random": drawn}
+    """The masks of GROUPS for each picture; its id and the seed decide which tokens are the random ones."""
+    found = []
+    for sample, groups in zip(
+        samples, token_groups_of(model, prompts, reference, batch_size=len(prompts)), strict=True
+    ):
+        rng = generator(sample.id, "random", seed)
+        drawn = random_tokens(torch.ones_like(groups.dead), int(groups.dead.sum()), rng)
+        found.append({**groups.named, "remaining": ~groups.dead, "random": drawn})
+    return found
 
 
 def _likeness(
-    where: str,
     states: Float[Tensor, "layers n d"],
     members: Bool[Tensor, "groups n"],
-    shared: Common,
+    shared: Mapping[str, Float[Tensor, "layers d"]],
     pairs: bool = False,
 ) -> dict[str, Float[Tensor, "groups layers"]]:
     """Cosine to the group's direction elsewhere and, on wish, of pairs; raw and with the common mean removed."""
-    found = {}
-    units = normalize(states, dim=-1)
-    center = shared.center[where].to(units.device)
-    for removed, tokens in (("", units), ("_removed", normalize(units - center[:, None], dim=-1))):
+    found, units = {}, normalize(states, dim=-1)
+    center, size = shared["all"].to(units.device), members.sum(-1)[:, None]
+    nowhere = torch.full_like(center, torch.nan)
+    directions = torch.stack([shared.get(name, nowhere).to(units.device) for name in GROUPS])
+    for removed, mean in (("", torch.zeros_like(center)), ("_removed", center)):
+        tokens = normalize(units - mean[:, None], dim=-1)
         if pairs:
             found[f"inside{removed}"] = pairwise_cosine(tokens, members).T
-        aligned = torch.full((len(GROUPS), len(states)), torch.nan)
-        for row, name in enumerate(GROUPS):
-            if name in shared.direction[where]:
-                direction = shared.direction[where][name].to(units.device) - (center if removed else 0)
-                cosines = (tokens @ normalize(direction, dim=-1)[..., None])[..., 0]
-                aligned[row] = group_means(cosines, members[row][None])[:, 0].cpu()
-        found[f"aligned{removed}"] = aligned
+        cosines = torch.einsum("lnd,gld->gln", tokens, normalize(directions - mean, dim=-1)).cpu()
+        found[f"aligned{removed}"] = (cosines * members[:, None]).sum(-1) / size
     return found
 
 
@@ -273,20 +223,6 @@ def _rows(
     ]
 
 
-def halves(d: int, splits: int = 3, seed: int = 0) -> list[tuple[Int[Tensor, " a"], Int[Tensor, " b"]]]:
-    """Random halves of the coordinates, each once as the half to select on and once as the other.
-
-    >>> [(a.tolist(), b.tolist()) for a, b in halves(2, splits=1)]
-    [([0], [1]), ([1], [0])]
-    """
-    found = []
-    for split in range(splits):
-        order = torch.from_numpy(np.random.default_rng((seed, split)).permutation(d))
-        one, other = order[: d // 2].sort().values, order[d // 2 :].sort().values
-        found += [(one, other), (other, one)]
-    return sorted(found, key=lambda pair: pair[0].tolist())
-
-
 def chosen_by_half(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
@@ -298,16 +234,18 @@ def chosen_by_half(
     """Is a dead token's likeness to the others a result of how it was chosen? Choose on half, measure on the rest.
 
     Dead tokens are chosen at layer 0 by their direction, so that they are alike there by construction. Here they are
-    chosen by a random half of the coordinates, and their pairwise cosine is taken on the *other* half.
+    chosen by a random half of the coordinates, each half once, and their cosine is taken on the *other* half.
 
     Returns:
         per sample, a row of means over splits, or none where no split chooses two tokens: selected_on, other_half and,
         of any two tokens of the picture, any_tokens, the last two also `_mean_removed`.
     """
     embedding = model.input_embeddings
-    columns = [(a.to(embedding.device), b.to(embedding.device)) for a, b in halves(model.width, splits, seed)]
+    orders = [np.random.default_rng((seed, split)).permutation(model.width) for split in range(splits)]
+    halves = [torch.from_numpy(order).to(embedding.device).tensor_split(2) for order in orders]
+    columns = [pair for one, other in halves for pair in ((one, other), (other, one))]
     lenses = [EmbedLens(embedding[:, chosen], model.tokens) for chosen, _ in columns]
-    center = shared.center["stream"][0].to(embedding.device)
+    center = shared["stream"]["all"][0].to(embedding.device)
     names = ("selected_on", "other_half", "other_half_mean_removed", "any_tokens", "any_tokens_mean_removed")
     found: list[list[dict[str, Any]]] = []
     for tokens in map(torch.Tensor.float, model.visual_features_of([s.image for s in samples], len(samples))):

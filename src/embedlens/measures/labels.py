@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,38 +23,27 @@ from torch import Tensor
 from embedlens import stats
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens, Lens, LogitLens
-from embedlens.patches import PatchGrid
+from embedlens.patches import Box, PatchGrid
 from embedlens.prompts import looked_at
 from embedlens.samples import Sample
 from embedlens.samples.miniworld.language import IRREGULAR, plural
-from embedlens.vlm import Prompt
-
-if TYPE_CHECKING:
-    from embedlens.vlm import VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 #: strict: the label or its plural as one token; head-word: or the last word of a label of several words ("phone" of
 #: "cell phone"); first-piece: or the first piece of a label that is several tokens (which gives false hits).
 RULES = ("strict", "head-word", "first-piece")
-LENSES: tuple[type[EmbedLens] | type[LogitLens], ...] = (EmbedLens, LogitLens)
 #: Labels whose last word is the label of something else.
 FALSE_HEADS = ("hot dog",)
 PLURALS = {"mouse": "mice", "skis": "skis"}
 #: Any other way to get k words from every visual token of a prompt: (model, prompt, k) → ids.
-Reading = Callable[["VisionLanguageModel", Prompt, int], Int[Tensor, "layers tokens k"]]
+Reading = Callable[[VisionLanguageModel, Prompt, int], Int[Tensor, "layers tokens k"]]
 
 
 def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int, ...]:
     """The vocabulary entries that count as a label, ascending; empty if none does.
 
     A word counts with or without a leading space, in lower case, Capitalised or in CAPITALS, in singular and plural.
-
-    Args:
-        tokenizer: byte-level BPE or SentencePiece, as Hugging Face loads it.
-        label: a category name such as "cell phone".
-        rule: one of RULES; each includes the one before.
-
-    Raises:
-        EmbedLensError: unknown rule, or an empty label.
+    The tokenizer is byte-level BPE or SentencePiece; of RULES each includes the one before.
     """
     if rule not in RULES:
         raise EmbedLensError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
@@ -79,11 +68,7 @@ def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int,
 
 
 def _plural(name: str) -> str:
-    """As the captions of the miniature world have it, and -es where English wants it.
-
-    >>> [_plural(name) for name in ("dog", "knife", "bench", "cell phone")]
-    ['dogs', 'knives', 'benches', 'cell phones']
-    """
+    """As the captions of the miniature world have it, and -es where English wants it."""
     return f"{name}es" if name not in IRREGULAR and name.endswith(("s", "x", "ch", "sh")) else plural(name)
 
 
@@ -140,6 +125,17 @@ class LabelHits:
         return (self.retrieving @ share) / max(1, self.object_tokens.sum())
 
 
+def objects(sample: Sample, grid: PatchGrid) -> list[tuple[str, Box, Bool[Tensor, " n"]]]:
+    """Of each object of a picture: label, box (x0, y0, x1, y1), patches whose centre lies in it; a crowd is none."""
+    found = []
+    for entry in sample.annotations:
+        x, y, w, h = entry["bbox"]
+        box = (x, y, x + w, y + h)
+        if not entry.get("iscrowd"):
+            found.append((sample.category_names[entry["category_id"]], box, grid.inside(box)))
+    return found
+
+
 def label_hits(
     model: VisionLanguageModel,
     samples: Iterable[Sample],
@@ -153,14 +149,11 @@ def label_hits(
     One forward pass a picture, whatever the number of lenses, ks and rules; hidden states are dropped batch by batch.
 
     Args:
-        model: from `embedlens.load`.
-        samples: pictures with COCO-style annotations, all of one data set; crowds are left out, and so are, with a
-            warning, pictures that cannot be read, see `embedlens.samples.readable`.
+        samples: pictures with COCO-style annotations, all of one data set; those that cannot be read are left out.
         ks: how many words of a token count as retrieved.
         rules: which tokens count as a label, see RULES.
         lenses: name → lens, read at every layer, or `Reading` (such as `embedlens.redundancy.words_alone`); default:
             EmbedLens and LogitLens of the model, under these names.
-        batch_size: pictures at a time.
 
     Returns:
         (name of the lens, k, rule) → what it found; layer l is `model.hidden_states(prompt)[l]`.
@@ -170,30 +163,28 @@ def label_hits(
     """
     if not ks or not rules:
         raise EmbedLensError("no k or no rule: pass at least one of each")
-    readers = {lens.__name__: lens.from_model(model) for lens in LENSES} if lenses is None else dict(lenses)
+    if lenses is None:
+        lenses = {"EmbedLens": EmbedLens.from_model(model), "LogitLens": LogitLens.from_model(model)}
     tables: dict[str, tuple[tuple[str, ...], Bool[Tensor, "V labels"]]] = {}
     parts: dict[tuple[str, int, str], list[dict[str, np.ndarray]]] = {}
     for batch, prompts in looked_at(model, samples, batch_size):
-        if not tables:
-            tables = {rule: _table(model, batch[0].category_names, rule) for rule in rules}
+        tables = tables or {rule: _table(model, batch[0].category_names, rule) for rule in rules}
         for sample, prompt, states in zip(batch, prompts, model.hidden_states_of(prompts, batch_size), strict=True):
-            entries = [entry for entry in sample.annotations if not entry["iscrowd"]]
-            objects = [(sample.category_names[entry["category_id"]], entry["bbox"]) for entry in entries]
-            inside = [(name, prompt.grid.inside((x, y, x + w, y + h))) for name, (x, y, w, h) in objects]
-            for reader, lens in readers.items():
+            shown = objects(sample, prompt.grid)
+            for reader, lens in lenses.items():
                 if isinstance(lens, Lens):
                     ids = lens.topk(states[:, prompt.visual], max(ks))[1].cpu()
                 else:
                     ids = lens(model, prompt, max(ks)).cpu()
                 for rule, (labels, table) in tables.items():
-                    on = torch.zeros(int(prompt.visual.sum()), len(labels), dtype=torch.bool)
-                    for name, covered in inside:
+                    on = torch.zeros(len(prompt.grid), len(labels), dtype=torch.bool)
+                    for name, _, inside in shown:
                         if name in labels:
-                            on[:, labels.index(name)] |= covered
-                    named = {name for name, _ in objects}
+                            on[:, labels.index(name)] |= inside
+                    present = np.isin(labels, [name for name, _, _ in shown])
                     for k in ks:
                         found = table[ids[..., :k]].any(-2)  # [layers, tokens, labels]
-                        parts.setdefault((reader, k, rule), []).append(_part(found, on, labels, named))
+                        parts.setdefault((reader, k, rule), []).append(_part(found, on) | {"present": present})
     return {key: _together(tables[key[2]][0], found) for key, found in parts.items()}
 
 
@@ -202,18 +193,13 @@ def named_patches(
 ) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
     """Of one picture's patches: which retrieve the label of an object they lie in, and which lie in an object.
 
-    Args:
-        grid: `prompt.grid` of the picture.
-        ids: retrieved vocabulary entries of each patch, as `lens.topk` gives them.
+    `ids` are the retrieved vocabulary entries of each patch, as `lens.topk` gives them.
     """
-    named = torch.zeros(len(grid), dtype=torch.bool)
-    covered = torch.zeros(len(grid), dtype=torch.bool)
-    for entry in (entry for entry in sample.annotations if not entry["iscrowd"]):
-        x, y, w, h = entry["bbox"]
-        inside = grid.inside((x, y, x + w, y + h))
-        counted = label_ids(model.tokenizer, sample.category_names[entry["category_id"]], rule)
+    named, covered = torch.zeros(2, len(grid), dtype=torch.bool)
+    for name, _, inside in objects(sample, grid):
+        counted = torch.tensor(label_ids(model.tokenizer, name, rule), dtype=torch.long)
         covered |= inside
-        named |= inside & torch.isin(ids.cpu(), torch.tensor(counted, dtype=torch.long)).any(-1)
+        named |= inside & torch.isin(ids.cpu(), counted).any(-1)
     return named, covered
 
 
@@ -223,19 +209,12 @@ def largest_object(
     """Label and middle patch of the picture's largest object whose label has a token: one token to look at.
 
     Picked by what the picture holds, never by how it comes out. Crowds are left out; of equal boxes the first counts.
-
-    Raises:
-        EmbedLensError: no object of the picture has a label with a token.
     """
-    found = [
-        (entry["bbox"], sample.category_names[entry["category_id"]])
-        for entry in sample.annotations
-        if not entry["iscrowd"] and label_ids(model.tokenizer, sample.category_names[entry["category_id"]], rule)
-    ]
+    found = [(name, box) for name, box, _ in objects(sample, grid) if label_ids(model.tokenizer, name, rule)]
     if not found:
         raise EmbedLensError(f"no object of picture {sample.id} has a label with a token: take another picture")
-    (x, y, w, h), name = max(found, key=lambda entry: entry[0][2] * entry[0][3])
-    return name, grid.patch_at(x + w / 2, y + h / 2)
+    name, (x0, y0, x1, y1) = max(found, key=lambda one: (one[1][2] - one[1][0]) * (one[1][3] - one[1][1]))
+    return name, grid.patch_at((x0 + x1) / 2, (y0 + y1) / 2)
 
 
 def _table(
@@ -250,16 +229,10 @@ def _table(
     return labels, table
 
 
-def _part(
-    found: Bool[Tensor, "layers tokens labels"],
-    on: Bool[Tensor, "tokens labels"],
-    labels: tuple[str, ...],
-    named: set[str],
-) -> dict[str, np.ndarray]:
+def _part(found: Bool[Tensor, "layers tokens labels"], on: Bool[Tensor, "tokens labels"]) -> dict[str, np.ndarray]:
     """What is kept of one picture."""
     of_object = on.any(-1)
     return {
-        "present": np.array([name in named for name in labels]),
         "retrieved": found.any(1).numpy(),
         "tokens": np.array(len(on)),
         "object_tokens": of_object.sum().numpy(),

@@ -9,7 +9,7 @@ for all pictures; what lies along it cannot hold anything of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedlens.clusters import anchor_clusters, centroids, picture_pairs
+from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, picture_pairs
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
-from embedlens.groups import Reference, TokenGroups, fence, phi, ratios, reference_of, token_groups_of
+from embedlens.groups import Reference, TokenGroups, fence, phi, ratio_fence, ratios, token_groups_of
 from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at, prompts_of
@@ -59,24 +59,16 @@ class Spread:
 
     norms: Float[np.ndarray, "tower_layers patches"] = field(repr=False)
     """L2 norm of every patch of every picture, index 0 = the tower's embedding."""
+    norm_fences: Float[np.ndarray, " tower_layers"]  #: `groups.fence` of each layer's
     largest: Float[np.ndarray, "states tokens"] = field(repr=False)
     """Largest |x|/RMS of every token but the first, index 0 = what enters the first block."""
+    ratio_fences: Float[np.ndarray, " states"]  #: `groups.ratio_fence` of each layer's
     first: Float[np.ndarray, "states d"] = field(repr=False)  #: |x|/RMS of the first token
-
-    @property
-    def norm_fences(self) -> Float[np.ndarray, " tower_layers"]:
-        """`groups.fence` of all patches at every layer of the tower."""
-        return np.array([fence(layer) for layer in self.norms])
 
     @property
     def beyond(self) -> Float[np.ndarray, " tower_layers"]:
         """Share of the patches beyond it."""
         return (self.norms > self.norm_fences[:, None]).mean(1)
-
-    @property
-    def ratio_fences(self) -> Float[np.ndarray, " states"]:
-        """`groups.fence` of the largest |x|/RMS of all tokens but the first."""
-        return np.array([fence(layer) for layer in self.largest])
 
     @property
     def excitement(self) -> pd.DataFrame:
@@ -96,11 +88,14 @@ def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: in
             ratio = ratios(states).cpu()
             first = first if len(first) else ratio[:, 0].numpy()  # one for all pictures: nothing stands before it
             largest.append(ratio[:, 1:].amax(-1).numpy())
-    return Spread(np.concatenate(norms, axis=1), np.concatenate(largest, axis=1), first)
+    of_tower, of_model = np.concatenate(norms, axis=1), np.concatenate(largest, axis=1)
+    norm_fences = np.array([fence(layer) for layer in of_tower])
+    ratio_fences = np.array([ratio_fence(layer, first.shape[1]) for layer in of_model])
+    return Spread(of_tower, norm_fences, of_model, ratio_fences, first)
 
 
 def by_sublayer(
-    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference | None = None
+    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference
 ) -> list[list[dict[str, Any]]]:
     """What becomes of each group of tokens on its way: cosine to BOS, phi, the attention it gets.
 
@@ -112,7 +107,6 @@ def by_sublayer(
         Two more, "like first" and "like other": the FEW visual tokens most like BOS, and most like another text token,
         after MLP-2; kept, the share of them among the first FEW at each sublayer.
     """
-    reference = reference_of(model) if reference is None else reference
     prompts = prompts_of(model, samples)
     groups = token_groups_of(model, prompts, reference, batch_size=len(prompts))
     masks = [_masks(prompt, found) for prompt, found in zip(prompts, groups, strict=True)]
@@ -143,7 +137,7 @@ def by_sublayer(
 def by_arm(
     model: VisionLanguageModel,
     samples: Sequence[Sample],
-    reference: Reference | None = None,
+    reference: Reference,
     kind: str = "LLM sink",
     seed: int = 0,
 ) -> list[list[dict[str, Any]]]:
@@ -157,7 +151,6 @@ def by_arm(
         each of REGIONS ("own" are the sinks, "others" those drawn), and, where they are not pruned, cosine of the sinks
         to BOS. None for a picture that has no such token, or more of them than others.
     """
-    reference = reference_of(model) if reference is None else reference
     prompts = prompts_of(model, samples)
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
     own = [groups.named[kind].cpu() for groups in found]
@@ -191,69 +184,25 @@ def by_arm(
     return rows
 
 
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """One kind of sink where it enters layer 0, in the pictures that have any. Set 0 is theirs, the others random."""
-
-    ids: tuple[int, ...]
-    means: Float[np.ndarray, "pictures sets d"] = field(repr=False)  #: Mean of the normalised tokens of each set
-    center: Float[np.ndarray, " d"] = field(repr=False)  #: Mean of all normalised visual tokens
-    words: Int[np.ndarray, "pictures sets"] = field(repr=False)  #: Entry nearest to each mean
-    masks: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
-    clusters: tuple[Int[np.ndarray, " _"], ...] = field(repr=False)  #: `anchor_clusters` of the visual tokens
-    cluster_means: tuple[Float[Tensor, "_ d"], ...] = field(repr=False)
-
-    def alike(self, seed: int = 0) -> dict[str, Estimate | float]:
-        """Cosine between the centroids of two pictures (E15, E23), bootstrapped over pictures.
-
-        cosine; random (of as many random tokens); beyond (their paired difference); centred (cosine without the mean
-        of all visual tokens); variance of the cosine over pairs.
-        """
-        if len(self.ids) < 2:
-            raise EmbedLensError(f"{len(self.ids)} picture has such sinks: two are needed to compare them")
-        pairs = picture_pairs(len(self.ids), seed=seed)
-        cosines, moved = (pair_cosines(means, pairs) for means in (self.means, self.means - self.center))
-        own, random = cosines[:, 0], cosines[:, 1:].mean(1)
-        parts = {"cosine": own, "random": random, "beyond": own - random, "centred": moved[:, 0]}
-        found = {
-            str(name): part for name, part in estimates(drawn_pairs(pd.DataFrame(parts), pairs, seed=seed)).items()
-        }
-        return {"variance": float(np.var(own)), **found}
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """Per picture: word and random_word, whether the own centroid, and what share of the random ones, is nearest
-        to the entry that is commonest among them (E17, E18); inside and all_inside, the share of the kind and of all
-        tokens that lie in the cluster most alike across pictures (E16)."""
-        own, random = self.words[:, 0], self.words[:, 1:]
-        pairs = picture_pairs(len(self.ids), seed=0)
-        chosen = most_alike_cluster(self.cluster_means, pairs) if len(self.ids) > 1 else [0]
-        inside = [labels == at for labels, at in zip(self.clusters, chosen, strict=True)]
-        columns = {
-            "id": self.ids,
-            "word": (own == _commonest(own)).astype(float),
-            "random_word": (random == _commonest(random.ravel())).mean(1),
-            "inside": [part[mask].mean() for part, mask in zip(inside, self.masks, strict=True)],
-            "all_inside": [part.mean() for part in inside],
-        }
-        return pd.DataFrame(columns)
-
-
 def entries(
     model: VisionLanguageModel,
     samples: Iterable[Sample],
     kind: str,
-    reference: Reference | None = None,
+    reference: Reference,
     repeats: int = 5,
     seed: int = 0,
     batch_size: int = 8,
-) -> Entries:
+) -> tuple[pd.DataFrame, dict[str, Estimate | float]]:
     """One kind of sink where it enters layer 0, beside random sets of as many visual tokens of the same pictures.
 
-    Raises:
-        EmbedLensError: no picture has such a token.
+    Returns:
+        per picture that has any: word and random_word, whether the own centroid, and what share of the random ones, is
+        nearest to the entry that is commonest among them (E17, E18); inside and all_inside, the share of the kind and
+        of all tokens that lie in the cluster most alike across pictures (E16).
+        And, of two pictures or more, the cosine between the centroids of two (E15, E23), bootstrapped over pictures:
+        cosine; random (of as many random tokens); beyond (their paired difference); centred (cosine without the mean
+        of all visual tokens); and its variance over pairs.
     """
-    reference = reference_of(model) if reference is None else reference
     lens, parts = EmbedLens.from_model(model), []
     for batch, prompts in looked_at(model, samples, batch_size):
         found = token_groups_of(model, prompts, reference, batch_size=batch_size)
@@ -267,44 +216,58 @@ def entries(
             sets = [mask, *(random_tokens(everywhere, size, rng) for _ in range(repeats))]
             means = torch.stack([units[part].mean(0) for part in sets])
             words = lens.topk(means.to(tokens.device), 1)[1][:, 0].cpu().numpy()
-            clusters = labels.numpy(), centroids(tokens.cpu(), labels, CLUSTERS)
-            parts.append((sample.id, means.numpy(), units.mean(0).numpy(), words, mask.numpy(), *clusters))
+            parts.append(
+                (sample.id, means, units.mean(0), words, mask, labels, centroids(tokens.cpu(), labels, CLUSTERS))
+            )
     if not parts:
         raise EmbedLensError(f"no picture has an {kind}: ask `has(reference)` first, or take more pictures")
-    ids, means, center, words, masks, labels, cluster_means = zip(*parts, strict=True)
-    return Entries(ids, np.stack(means), np.stack(center).mean(0), np.stack(words), masks, labels, cluster_means)
+    ids, own_means, centers, own_words, masks, clusters, middles = zip(*parts, strict=True)
+    means, words = torch.stack(own_means), np.stack(own_words)
+    pairs = picture_pairs(len(ids), seed=seed) if len(ids) > 1 else np.zeros((0, 2), dtype=int)
+    likeness = [torch.zeros(len(part)) for part in middles]  # of each cluster, summed over the partners
+    for one, other in pairs:
+        likeness[one] += cross_image_similarity(middles[one], middles[other])
+    inside = [labels == total.argmax() for labels, total in zip(clusters, likeness, strict=True)]
+    own, random = words[:, 0], words[:, 1:]
+    table = pd.DataFrame(
+        {
+            "id": ids,
+            "word": (own == np.bincount(own).argmax()).astype(float),
+            "random_word": (random == np.bincount(random.ravel()).argmax()).mean(1),
+            "inside": [float(part[mask].double().mean()) for part, mask in zip(inside, masks, strict=True)],
+            "all_inside": [float(part.double().mean()) for part in inside],
+        }
+    )
+    if len(ids) < 2:
+        return table, {}
+    one, other = torch.from_numpy(pairs).unbind(1)
+    raw, centred = (normalize(part, dim=-1) for part in (means, means - torch.stack(centers).mean(0)))
+    raw, centred = ((part[one] * part[other]).sum(-1).numpy() for part in (raw, centred))
+    cosines = pd.DataFrame({"cosine": raw[:, 0], "random": raw[:, 1:].mean(1), "centred": centred[:, 0]})
+    cosines["beyond"] = cosines["cosine"] - cosines["random"]
+    alike = estimates(drawn_pairs(cosines, pairs, seed=seed))
+    return table, {"variance": float(np.var(raw[:, 0])), **{str(name): part for name, part in alike.items()}}
 
 
 # --- on numbers ------------------------------------------------------------------------------------------------------
 
 
 def cosine_to(states: Float[Tensor, "sublayers s d"], position: int) -> Float[Tensor, "sublayers s"]:
-    """Cosine of every position to one of them, sublayer by sublayer.
-
-    >>> cosine_to(torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]]), 0).tolist()
-    [[1.0, 0.0, 1.0]]
-    """
+    """Cosine of every position to one of them, sublayer by sublayer."""
     units = normalize(states.float(), dim=-1)
     return torch.einsum("lsd,ld->ls", units, units[:, position])
-
-
-def places(values: Shaped[Tensor, "*batch n"]) -> Int[Tensor, "*batch n"]:
-    """The place of each entry in descending order along the last side; 1 is the largest, ties by lowest index.
-
-    >>> places(torch.tensor([0.1, 0.9, 0.1])).tolist()
-    [2, 1, 3]
-    """
-    return values.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1, stable=True) + 1
 
 
 def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int[Tensor, "k sublayers"]:
     """The places, at every sublayer, of the k tokens that come first at one sublayer (Figure 4, right).
 
+    The largest value has place 1; ties by lowest index.
+
     >>> followed(torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 4.0]]), at=0, k=2).tolist()
     [[1, 2], [2, 3]]
     """
-    place = places(values)
-    return place[:, place[at].argsort(stable=True)[:k]].T
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    return (order.argsort(dim=-1) + 1)[:, order[at, :k]].T
 
 
 def attention_per_token(
@@ -317,36 +280,9 @@ def attention_per_token(
     Args:
         mass: share of each position's attention that falls on the set, from `Trace.attention`.
         size: number of positions in the set, all of them seen by all queries.
-
-    >>> attention_per_token(torch.full((1, 4), 0.5), 2, torch.tensor([False, False, False, True])).tolist()
-    [1.0]
     """
     at = queries.nonzero()[:, 0].to(mass.device)
     return (mass[:, at] * (at + 1) / max(size, 1)).mean(-1)
-
-
-def pair_cosines(
-    means: Float[np.ndarray, "pictures *sets d"],  # noqa: UP037 - a shape, no annotation to unquote
-    pairs: Int[np.ndarray, "pairs 2"],
-) -> Float[np.ndarray, "pairs *sets"]:  # noqa: UP037
-    """Cosine between what the two pictures of each pair have."""
-    units = means / np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-12)
-    return (units[pairs[:, 0]] * units[pairs[:, 1]]).sum(-1)
-
-
-def most_alike_cluster(
-    means: Sequence[Float[Tensor, "_ d"]], pairs: Int[np.ndarray, "pairs 2"]
-) -> Int[np.ndarray, " pictures"]:
-    """Which cluster of each picture is most alike across pictures: highest mean of its best cosines in the partners.
-
-    Args:
-        means: unit centroids of each picture's clusters, largest first, at least one.
-        pairs: from `clusters.picture_pairs`; every picture comes first in some.
-    """
-    sums = [torch.zeros(len(part)) for part in means]
-    for one, other in pairs:
-        sums[one] += (means[one] @ means[other].T).amax(1)
-    return np.array([int(total.argmax()) for total in sums])
 
 
 def queries_of(prompt: Prompt) -> Bool[Tensor, " s"]:
@@ -359,16 +295,15 @@ def _masks(prompt: Prompt, groups: TokenGroups) -> dict[str, Bool[Tensor, " s"]]
     """Disjoint sets that cover all positions."""
     first = torch.zeros_like(prompt.visual)
     first[0] = True
-    masks = {name: prompt.spread(mask.to(prompt.visual.device)) for name, mask in groups.named.items()}
+    masks = {name: prompt.spread(mask) for name, mask in groups.named.items()}
     return {"first": first, "text": prompt.text & ~first, **masks}
 
 
-def _regions(prompt: Prompt, own: Bool[Tensor, " n"], others: Bool[Tensor, " n"]) -> Mapping[str, Bool[Tensor, " s"]]:
+def _regions(prompt: Prompt, own: Bool[Tensor, " n"], others: Bool[Tensor, " n"]) -> dict[str, Bool[Tensor, " s"]]:
     """REGIONS over all positions, disjoint."""
-    at = torch.arange(len(prompt), device=prompt.visual.device)
+    at, text = torch.arange(len(prompt), device=prompt.visual.device), prompt.text
     later = at > int(prompt.visual.nonzero()[0, 0])
-    parts = [prompt.spread(mask.to(at.device)) for mask in (own, others, ~(own | others))]
-    text = prompt.text
+    parts = [prompt.spread(mask) for mask in (own, others, ~(own | others))]
     return dict(zip(REGIONS, (text & (at == 0), text & (at > 0) & ~later, *parts, text & later), strict=True))
 
 
@@ -377,8 +312,3 @@ def _another_text(prompt: Prompt) -> int:
     texts = prompt.text.nonzero()[1:, 0]
     before = texts[texts < int(prompt.visual.nonzero()[0, 0])]
     return int(before[-1] if len(before) else texts[-1])
-
-
-def _commonest(words: Int[np.ndarray, " _"]) -> int:
-    """The most frequent entry, ties by lowest id."""
-    return int(np.bincount(words).argmax())

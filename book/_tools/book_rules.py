@@ -1,4 +1,4 @@
-"""The rules of the book, on notebooks as files and on rendered pages, and what a notebook is cleaned of.
+"""The rules of this book, on notebooks as files and on rendered pages.
 
 Papermill and Sphinx both end well in cases a reader would call broken: a number that is blank in its sentence, a figure
 that a screen reader calls `_images/3f2a.png`, a page that is empty without the network. Each rule closes one of these
@@ -9,69 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-from embedlens.errors import EmbedLensError
-
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-NOTEBOOK_METADATA = {"kernelspec", "language_info", "mystnb"}
-CELL_METADATA = {"tags", "mystnb", "editable", "slideshow"}
-
-Notebook = dict[str, Any]  # what nbformat reads: a dict with attribute access
-
-
-class BookError(EmbedLensError):
-    """The book breaks one of its rules; the message lists every finding, one to a line."""
-
-
-def read(path: Path) -> Notebook:
-    """The notebook at `path`, in format 4."""
-    import nbformat
-
-    return nbformat.read(path, as_version=4)
-
-
-def write(notebook: Notebook, path: Path) -> None:
-    """Write the notebook, ending in one newline."""
-    import nbformat
-
-    nbformat.write(notebook, path)
-
-
-def cleaned(notebook: Notebook) -> Notebook:
-    """The notebook without what belongs to one run on one machine (times, durations, versions, kernel names), and
-    with its figures in a third of the bytes: every run that is committed stays in the repository's history."""
-    notebook["metadata"] = {
-        **{key: value for key, value in notebook["metadata"].items() if key in NOTEBOOK_METADATA},
-        "kernelspec": dict(KERNEL),
-        "language_info": {"name": "python"},
-    }
-    for cell in notebook["cells"]:
-        cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key in CELL_METADATA}
-        tags = cell["metadata"].get("tags", [])
-        if "injected-parameters" in tags and "hide-input" not in tags:
-            tags.append("hide-input")
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            data |= {mime: lighter(content) for mime, content in data.items() if mime.endswith("image/png")}
-    return notebook
-
-
-def lighter(png: str) -> str:
-    """The picture, base64 as notebooks hold it, in 256 colours; one with see-through parts is left as it is."""
-    import numpy as np
-    from PIL import Image
-
-    picture = Image.open(BytesIO(b64decode(png)))
-    if picture.mode == "P" or np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
-        return png
-    written = BytesIO()
-    picture.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
-    return b64encode(written.getvalue()).decode("ascii")
+from notebook_files import CELL_METADATA, KERNEL, NOTEBOOK_METADATA, Notebook, read
 
 
 def run_faults(notebook: Notebook, name: str) -> list[str]:
@@ -271,13 +212,3 @@ def html_faults(folder: Path) -> list[str]:
             for url in REMOTE_CSS.findall(sheet.read_text(encoding="utf-8"))
         ]
     return faults
-
-
-def demand(faults: Sequence[str]) -> None:
-    """Raise every finding at once.
-
-    Raises:
-        BookError: if there is any.
-    """
-    if faults:
-        raise BookError("\n".join(faults))

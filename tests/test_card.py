@@ -10,7 +10,7 @@ import pytest
 
 import embedlens as el
 from embedlens import tasks
-from embedlens.measures import card
+from training import card
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
-"""What the pages around the chapters are made from while the book is built: docstrings, figures, one citation.
+"""The book's own Sphinx extension: what pages are made of beside their sources, and the rules that they keep.
 
-The sources in `book/` hold marks where these go, so that nothing of it is copied by hand and goes stale:
+Jupyter Book loads it by `sphinx: local_extensions` in `_config.yml`. The sources in `book/` hold marks, so that nothing
+is copied by hand and goes stale:
 
     <!-- api: load EmbedLens -->                       public names, each with its signature and its docstring
     <!-- figure: 04_dead_tokens | as many as dead -->  the chapter's figure whose description has these words
+
+What breaks a rule of `book_rules` is a warning of Sphinx, which `embedlens book` takes for an error.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import shutil
 from base64 import b64decode
-from collections.abc import Iterable
 from functools import partial
 from html import unescape
 from importlib import import_module
@@ -19,8 +23,13 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import book_rules
+import yaml
+from book_build import chapters, pages
+from notebook_files import BookError, Notebook, read
+from sphinx.util import logging
+
 from embedlens import __version__
-from embedlens.book_rules import BookError, Notebook, read
 
 NO_ADDRESS = "the address of the copy you read"
 API = re.compile(r"<!-- api: ([\w. ]+?) -->")
@@ -28,37 +37,112 @@ EXPLORER = re.compile(r'<iframe srcdoc="([^"]+)"')
 FIGURE = re.compile(r"<!-- figure: (\w+) \| (.+?) -->")
 
 
-def completed(source: Path, pages: Iterable[Path]) -> None:
-    """Fill the marks in staged pages, given relative to `source`.
+def setup(app: Any) -> dict[str, bool]:
+    """What Sphinx calls first."""
+    app.connect("config-inited", _cite)
+    app.connect("source-read", _fill)
+    app.connect("html-page-context", _anchor)
+    app.connect("build-finished", _finish, priority=900)  # after the table of contents has written index.html
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _cite(app: Any, config: Any) -> None:
+    settings = yaml.safe_load((Path(app.srcdir) / "_config.yml").read_text(encoding="utf-8"))
+    config.myst_substitutions = citation(settings, (settings.get("repository") or {}).get("url") or "")
+
+
+def _fill(app: Any, name: str, text: list[str]) -> None:
+    source = Path(app.srcdir)
+    if Path(app.env.doc2path(name)).suffix == ".ipynb":
+        text[0] = json.dumps(folded(json.loads(text[0])))
+    else:
+        text[0] = filled(text[0], source, source / f"{name}.md")
+
+
+def _anchor(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    if name.startswith("notebooks/"):
+        context["body"] = anchored(context["body"])
+    if "body" in context:
+        context["body"] = typeset(context["body"])
+
+
+def _finish(app: Any, error: Exception | None) -> None:
+    if error or app.builder.format != "html":
+        return
+    source, html = Path(app.srcdir), Path(app.outdir)
+    faults = book_rules.glue_faults(source, pages(source))
+    for page in chapters(source):
+        notebook = read(source / page)
+        faults += book_rules.run_faults(notebook, str(page))
+        if page_to_explore := explored(notebook):
+            (html / "_static/explorer.html").write_text(page_to_explore, encoding="utf-8")
+    if (source / "results").is_dir():
+        shutil.copytree(source / "results", html / "results", dirs_exist_ok=True)  # the verdict page links to records
+    for fault in faults + book_rules.html_faults(html):
+        logging.getLogger(__name__).warning(fault)
+    forwarded(html)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pages
+
+
+def filled(text: str, source: Path, page: Path) -> str:
+    """A page's text with its marks replaced; its figures are written beside it.
 
     Raises:
         BookError: a mark that names nothing that is there.
     """
-    for page in (source / page for page in pages if page.suffix == ".md"):
-        text = page.read_text(encoding="utf-8")
-        filled = API.sub(lambda mark: "\n\n".join(map(entry, mark[1].split())), text)
-        filled = FIGURE.sub(partial(_figure, source, page), filled)
-        if filled != text:
-            page.write_text(filled, encoding="utf-8")
+    text = API.sub(lambda mark: "\n\n".join(map(entry, mark[1].split())), text)
+    return FIGURE.sub(partial(_figure, source, page), text)
+
+
+def anchored(text: str) -> str:
+    """A page with the claim as each card's anchor, `#e40`, where the verdict page leads; without a card, its row."""
+    for claim in sorted(set(re.findall(r"<(?:strong|th)>([ER]\d\d)</", text))):
+        card, row = f"<p><strong>{claim}</strong> · ", f"<th>{claim}</th>"
+        place, look = (card, ' class="claim"') if card in text else (row, "")
+        text = text.replace(place, place.replace(">", f'{look} id="{claim.lower()}">', 1), 1)
+    return text
+
+
+AS_WRITTEN = re.compile(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]*>)", re.S)
+
+
+def typeset(text: str) -> str:
+    """A page with one space, which does not break, before each per cent sign, whether a run or an author wrote it."""
+    parts, at = list[str](), 0
+    for kept in (*AS_WRITTEN.finditer(text), None):  # code and tags stay as they are
+        parts.append(re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None]))
+        parts.append(kept[0] if kept else "")
+        at = kept.end() if kept else at
+    return "".join(parts)
 
 
 FOLDED = {"hide-output", "hide-cell", "remove-cell", "remove-input", "remove-output"}
 
 
 def folded(notebook: Notebook) -> Notebook:
-    """The notebook with parameters, the code of verdicts and the table of them behind buttons.
+    """The notebook with parameters, the code of verdicts and the table of them behind buttons that say what they open.
 
     A verdict's card prints its rule as it was judged, and the table at the end repeats the cards.
     """
     for cell in notebook["cells"]:
-        tags, code = cell["metadata"].get("tags", []), cell["source"] if cell.get("cell_type") == "code" else ""
+        tags = cell["metadata"].get("tags", [])
+        code = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
         if FOLDED & set(tags):
             continue
+        judges, draws = "chapter.judge(" in code, any("image/png" in o.get("data", ()) for o in cell.get("outputs", []))
         if "chapter.sign_off(" in code:
             cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-cell"]
-            cell["metadata"].setdefault("mystnb", {})["code_prompt_show"] = "All verdicts of this page, and its record"
-        elif "hide-input" not in tags and ("parameters" in tags or "chapter.judge(" in code):
-            cell["metadata"]["tags"] = [*tags, "hide-input"]
+            opens = "All verdicts of this page, and its record"
+        elif "hide-input" in tags or "parameters" in tags or judges:
+            cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-input"]
+            parameters = "Parameters" if "parameters" in tags else "Code"
+            opens = "Code of this verdict" if judges else "Code of this figure" if draws else parameters
+        else:
+            continue
+        cell["metadata"].setdefault("mystnb", {}).setdefault("code_prompt_show", opens)
     return notebook
 
 
@@ -228,16 +312,6 @@ def _figure(source: Path, page: Path, mark: re.Match[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who wrote it, which version, where it is
-
-
-def settled(config: str) -> str:
-    """The text of `_config.yml` with what `{{ author }}`, `{{ version }}`, `{{ bibtex }}` and the like stand for."""
-    import yaml
-
-    content = yaml.safe_load(config)
-    parse = content.setdefault("parse", {})
-    parse["myst_substitutions"] = citation(content, (content.get("repository") or {}).get("url") or "")
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def citation(config: dict[str, Any], address: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The cells that every notebook begins with: install what is missing (as on Colab), check the parameters.
 
-`python -m embedlens.launch` writes both into the notebooks of a checkout, with the address that `repository: url:` in
+`python book/_tools/launch.py` writes both into the notebooks of a checkout, with the address that `repository: url:` in
 `_config.yml` says; the theme's launch buttons go by the same setting.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from embedlens import book
+import book_build as book
 
 INSTALL, CHECK = "install", "check-parameters"  # ids of the cells
 CHECKING = """\

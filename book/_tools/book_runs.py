@@ -24,21 +24,28 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from embedlens.book_rules import KERNEL, BookError, Notebook, cleaned, demand, read, run_faults, write
+from notebook_files import KERNEL, BookError, Notebook, cleaned, read, tagged, write
+
+import embedlens
 from embedlens.model_names import MINIATURE
 
+PACKAGE = Path(embedlens.__file__).resolve().parent
 MARK, MARKED = ".embedlens-book", "Made by `embedlens book`, which may replace and delete what lies in this folder.\n"
 NOT_OURS = ("src", "training", "tests", "LICENSES", ".ci", ".git", ".venv")  # beside the sources of the book
 CELL_TIMEOUT = 3600  # seconds for one cell
 CHAPTER_MEMORY = 2 << 30  # bytes that a chapter on the miniature needs at most
-KEPT = 3  # runs of each chapter, of other parameters or sources
 ROWS = "EMBEDLENS_ROWS"  # names the folder in which `embedlens.run` keeps what it measured, see there
+KEPT = 3  # runs of each chapter, of other parameters or sources
 
 
 class ChapterFailed(BookError):
     """A cell of a chapter raises, or its kernel ends; the message names it."""
 
     exit_code = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of the command
 
 
 @contextmanager
@@ -49,8 +56,10 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
         BookError: if it holds files of another hand, overlaps the checkout's own, is in use, or the disk refuses; and
             in place of Ctrl-C.
     """
+    from filelock import FileLock, Timeout  # comes with torch
+
     folder = (root / Path(out).expanduser()).resolve()
-    own = [*(root / name for name in (*sources, *NOT_OURS)), Path(__file__).resolve().parent]
+    own = [*(root / name for name in (*sources, *NOT_OURS)), PACKAGE]
     overlap = next((path for path in own if folder in (path, *path.parents) or path in folder.parents), None)
     if overlap:
         raise BookError(f"--out {out} would overlap {overlap}: name a folder for the book alone, such as _build")
@@ -62,9 +71,10 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
                 "or if it is an old build, remove it yourself (make clean)"
             )
         (folder / MARK).write_text(MARKED)
-        with open(folder / "lock", "a+") as lock:
-            _lock(lock, folder)
+        with FileLock(folder / "lock", blocking=False):
             yield folder
+    except Timeout:
+        raise BookError(f"another process builds in {folder}: wait for its end, or name another --out") from None
     except KeyboardInterrupt:
         raise BookError("stopped: chapters that had ended are kept; the same command goes on from there") from None
     except OSError as error:
@@ -72,23 +82,6 @@ def owned(root: Path, out: Path | str, sources: Iterable[str]) -> Iterator[Path]
             f"{error.filename or folder} ({error.strerror or error}): free space there, or name a --out that can be "
             "written; chapters that had ended are kept"
         ) from error
-
-
-def _lock(lock: Any, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise BookError(
-            f"process {lock.read().strip()} builds in {folder}: wait for its end, or name another --out"
-        ) from None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
 
 
 def environment(home: Path, threads: int | None = None) -> dict[str, str]:
@@ -115,7 +108,7 @@ def digest(paths: Iterable[Path], *more: Any) -> str:
 def installed() -> str:
     """Digest of the package, its weights, and the version of everything installed."""
     versions = sorted({(str(found.metadata["Name"]), found.version) for found in distributions()})
-    return digest(Path(__file__).parent.rglob("*"), sys.version, versions)
+    return digest(PACKAGE.rglob("*"), sys.version, versions)
 
 
 def inputs(source: Path, page: Path, values: Mapping[str, Any], package: str) -> str:
@@ -134,11 +127,7 @@ def inputs(source: Path, page: Path, values: Mapping[str, Any], package: str) ->
 
 def reads_all_records(source: Path, page: Path) -> bool:
     """Whether a chapter has a parameter `results`, the folder of all records, and so has to wait for the others."""
-    cells = read(source / page)["cells"]
-    return any(
-        "parameters" in cell["metadata"].get("tags", []) and re.search(r"^results\b", cell["source"], re.M)
-        for cell in cells
-    )
+    return any(re.search(r"^results\b", cell["source"], re.M) for cell in tagged(read(source / page), "parameters"))
 
 
 def records(source: Path, page: Path, everyones: bool = False) -> list[Path]:
@@ -208,10 +197,14 @@ def _restored(source: Path, page: Path, place: Path, everyones: bool) -> bool:
     others = [path for path in records(source, page, everyones) if str(path.relative_to(source)) not in told["writes"]]
     if told["reads"] != digest(others):
         return False
-    for name in told["writes"]:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(place / name, source / name)
+    _copy(told["writes"], place, source)
     return True
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source / name, target / name)
 
 
 def _side_by_side(
@@ -339,9 +332,7 @@ def _run(
     except (RuntimeError, TimeoutError) as error:
         said = f"its kernel does not answer ({str(error)[:200]}): repeat the command with --jobs 1"
     else:
-        notebook = cleaned(read(half_run))
-        demand(run_faults(notebook, str(page)))
-        return notebook
+        return cleaned(read(half_run))
     finally:
         del flight.kernels[page]
         flight.at.pop(page, None)
@@ -361,9 +352,7 @@ def _keep(notebook: Notebook, source: Path, place: Path, wrote: Sequence[Path], 
     new.mkdir()
     write(notebook, new / "notebook.ipynb")
     names = [str(path.relative_to(source)) for path in wrote]
-    for name in names:
-        (new / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source / name, new / name)
+    _copy(names, source, new)
     (new / "run.json").write_text(json.dumps({**told, "writes": names}), encoding="utf-8")
     shutil.rmtree(place, ignore_errors=True)
     new.rename(place)
@@ -385,23 +374,7 @@ def shares(chosen: Sequence[Mapping[str, Any]], asked: int | None = None) -> tup
     return min(jobs, len(chosen)), max(1, cores // min(jobs, len(chosen)))
 
 
-def merged(present: Notebook, run: Notebook) -> Notebook:
-    """The prose as it is now with the outputs of a run, and the cell of parameters that the run was given, if any."""
-    ran = [cell for cell in run["cells"] if cell["cell_type"] == "code"]
-    cells = []
-    for cell in present["cells"]:
-        if cell["cell_type"] == "code":
-            one = ran.pop(0)
-            cell["outputs"], cell["execution_count"] = one["outputs"], one["execution_count"]
-        cells.append(cell)
-        while ran and "injected-parameters" in ran[0]["metadata"].get("tags", []):
-            cells.append(ran.pop(0))
-    present["cells"] = cells
-    return present
-
-
 def _free_memory() -> int:
-    try:
-        return int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) << 10  # type: ignore[index]
-    except (OSError, TypeError):  # another system: what it has
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else CHAPTER_MEMORY
+    from psutil import virtual_memory  # comes with accelerate
+
+    return virtual_memory().available
