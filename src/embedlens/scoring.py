@@ -170,11 +170,11 @@ def _named(text: str, options: Sequence[str]) -> set[str]:
 def written_in(text: str) -> str | None:
     """What an answer says is written: the one thing in quotation marks, else the one word in capitals or digits.
 
-    >>> [written_in(text) for text in ("The word is STOP.", "It says 'go'.", "A B is written", "AB and CD", "a dog")]
+    >>> [written_in(text) for text in ("The word is STOP.", "It says 'go'.", "A sign that says B", "A B", "a dog")]
     ['STOP', 'go', 'B', None, None]
     """
     quoted = re.findall(r"(?<!\w)[\"'“‘]([^\"'“”‘’]+)[\"'”’](?!\w)", text)
-    capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"^(?:A|I) (?=\w)", "", text))
+    capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"^A (?=[a-z])", "", text))
     found = {part.strip(" .") for part in quoted or capitals}
     return found.pop() if len(found) == 1 else None
 
