@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import clustering, prefill, redundancy, retrieval, sweep, trace
+from benchmarks import clustering, looking, prefill, redundancy, retrieval, sweep, trace
 from benchmarks.measure import circumstances
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -24,7 +24,13 @@ def main() -> None:
 
     content = circumstances(threads)
     table: list[tuple[str, str, str]] = []
-    content["retrieval"] = [retrieval.retrieval(threads, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    content["retrieval"] = [
+        retrieval.retrieval(threads, vocabulary=vocabulary, width=width, dtype=dtype, repeats=repeats)
+        for vocabulary, width, repeats in ((32_000, 4096, 9), (152_000, 3584, 5))
+        for dtype in ("float32", "bfloat16")
+    ]
+    content["attention"], content["context"] = looking.attention(threads), looking.context(threads)
+    content["explorer"] = looking.explorer(threads)
     content["trace"] = [trace.trace(threads, prompts=prompts) for prompts in (1, 8)]
     content["clustering"] = clustering.clustering(threads)
     content["sweep"] = [sweep.sweep(threads, 1, questions=24), sweep.sweep(threads, 6)]
@@ -32,6 +38,7 @@ def main() -> None:
     content["redundancy"] = redundancy.scoring(threads)
     for found in content["retrieval"]:
         table += retrieval.lines(found)
+    table += looking.lines(content["attention"], content["context"], content["explorer"])
     for found in content["trace"]:
         table += trace.lines(found)
     table += clustering.lines(content["clustering"])

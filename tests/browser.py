@@ -91,6 +91,15 @@ class Tab:
         if settle:
             self.evaluate(SETTLED)
 
+    def press(self, key: str, times: int = 1) -> None:
+        """A key down and up, as a reader's own; a letter writes itself."""
+        names = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        text = "\r" if key == "Enter" else key if len(key) == 1 else ""
+        same = {"key": key, "windowsVirtualKeyCode": names.get(key) or ord(key.upper())}
+        for _ in range(times):
+            self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **same)
+            self.call("Input.dispatchKeyEvent", type="keyUp", **same)
+
     def picture(self, path: Path, height: int | None = None) -> None:
         """A PNG of the page from its top, `height` pixels of it or all."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clustering, measure, prefill, retrieval, sweep, trace
+from benchmarks import clustering, looking, measure, prefill, retrieval, sweep, trace
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 def in_this_process(monkeypatch):
     """A fresh process for each measurement takes seconds to start; one test below starts one."""
     here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
-    for module in (retrieval, trace, clustering, sweep, prefill):
+    for module in (retrieval, trace, clustering, sweep, prefill, looking):
         monkeypatch.setattr(module, "in_fresh_process", here)
 
 
@@ -41,6 +41,16 @@ def test_the_ways_of_retrieval_find_the_same_words():
     ways = retrieval._ways(tokens=6, vocabulary=60, width=16, dtype="float32", k=3)
     ours, released = ways["EmbedLens.topk"](6)[1], ways["as released"](6)
     assert torch.equal(ours, released)
+
+
+def test_looking_is_measured(tiny_folder):
+    maps = looking.attention(1, repeats=2, side=112, width=64, model=str(tiny_folder))
+    bank = looking.context(1, tokens=4, rows=50, width=8, repeats=2)
+    page = looking.explorer(1, repeats=1)
+    for found in (*maps, bank):
+        complete(found["ways"])
+    assert 0 < page["seconds"]["low"] and 10_000 < page["bytes"] < 3e6
+    assert len(looking.lines(maps, bank, page)) == 2 * 3 + 2 + 1
 
 
 def test_tracing_is_measured():
@@ -125,4 +135,6 @@ def test_the_committed_results_are_what_the_book_reads():
     lines = [line for found in content["retrieval"] for line in retrieval.lines(found)]
     lines += [line for found in content["trace"] for line in trace.lines(found)]
     lines += [line for found in content["sweep"] for line in sweep.lines(found)] + prefill.lines(content["prefill"])
-    assert len(lines + clustering.lines(content["clustering"])) == 19
+    if "attention" in content:  # recorded since
+        lines += looking.lines(content["attention"], content["context"], content["explorer"])
+    assert len(lines + clustering.lines(content["clustering"])) in (19, 19 + 6 + 9)

@@ -11,7 +11,6 @@ from embedlens.clusters import (
     anchor_clusters,
     centroids,
     cross_image_similarity,
-    jaccard,
     matched_null,
     picture_pairs,
 )
@@ -77,20 +76,6 @@ def test_planted_bundles_are_the_clusters_largest_first(order):
     assert torch.equal(anchor_clusters(1000 * tokens, 0.9, order), labels)  # only directions count
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_where_tokens_stand_does_not_matter_but_for_ties(seed):
-    generator = torch.Generator().manual_seed(seed)
-    tokens, _ = planted([20, 9, 4, 2], seed=seed)
-    order = torch.randperm(len(tokens), generator=generator)
-    assert torch.equal(anchor_clusters(tokens[order]), anchor_clusters(tokens)[order])
-    rough = scattered(seed)  # with ties: other members perhaps, but never another size of the largest
-    sizes = [
-        len(members(anchor_clusters(part, 0.9))[0])
-        for part in (rough, rough[torch.randperm(len(rough), generator=generator)])
-    ]
-    assert sizes[0] == sizes[1]
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_equal_directions_are_one_cluster_at_every_threshold_and_zero_vectors_are_alone(seed):
     row = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
@@ -129,21 +114,11 @@ def test_a_centroid_is_the_mean_direction_of_its_members(seed):
     tokens = scattered(seed, d=5)
     labels = anchor_clusters(tokens, 0.8)
     found = centroids(tokens, labels)
-    center = torch.randn(5, generator=torch.Generator().manual_seed(seed))
-    removed = centroids(tokens, labels, most=2, center=center)
-    assert len(found) == labels.max() + 1 and len(removed) == min(2, len(found))
+    assert len(found) == labels.max() + 1 and torch.equal(centroids(tokens, labels, most=2), found[:2])
     for rank, group in enumerate(members(labels)):
         rows = np.array([np.array(tokens[i]) / np.linalg.norm(np.array(tokens[i])) for i in group])
         mean = rows.mean(0)
         assert found[rank].numpy() == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
-        if rank < 2:
-            mean = mean - center.numpy()
-            assert removed[rank].numpy() == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
-
-
-def test_one_long_member_does_not_pull_its_centroid():
-    tokens = torch.tensor([[1000.0, 10.0], [1.0, -0.01]])
-    assert centroids(tokens, torch.tensor([0, 0]))[0].tolist() == pytest.approx([1.0, 0.0], abs=1e-4)
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 2, 2], [-1, 0, 1]])
@@ -171,12 +146,7 @@ def test_the_null_has_the_same_sizes_and_nothing_else():
     null = matched_null(labels, (0, 1))
     assert torch.equal(null.bincount(), labels.bincount())
     assert torch.equal(null, matched_null(labels, (0, 1))) and not torch.equal(null, matched_null(labels, (0, 2)))
-    assert jaccard((null == 0).numpy(), (labels == 0).numpy()) < 0.6  # 1/3 expected
-
-
-def test_overlap_of_sets():
-    one = np.array([True, False])
-    assert jaccard(one, one) == 1 and jaccard(one, ~one) == 0 and math.isnan(jaccard(one & ~one, one & ~one))
+    assert ((null == 0) & (labels == 0)).sum() < 0.75 * (labels == 0).sum()  # half expected
 
 
 def test_pairs_are_of_different_pictures_and_every_picture_comes_first_equally_often():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from coco_folder import write_coco
 from PIL import Image
 
 from embedlens import EmbedLensError, run, samples
+from embedlens.samples import coco
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,16 @@ def test_groups_are_found_in_other_photographs_of_the_folder(written, tiny):
     found = reference_of(tiny, dataset, 1)
     assert found == discover(tiny, every) and found.n_pictures == 6
     assert reference_of(tiny, dataset, 1) is found and reference_of(tiny).n_pictures == 64
+
+
+def test_pictures_to_compare_models_on_have_only_labels_that_every_vocabulary_has(written):
+    pictures, _ = written
+    names = dict(enumerate(["dog", "bicycle", "hot dog", "gadget"]))
+    entries = tuple({"category_id": id, "bbox": [0, 0, 9, 9], "iscrowd": 0} for id in names)
+    (found,) = coco.comparable([replace(pictures[0], category_names=names, annotations=entries)])
+    assert found.labels == ("dog", "gadget") and [entry["category_id"] for entry in found.annotations] == [0, 3]
+    assert list(found.category_names.values()) == ["dog", "gadget"]
+    assert {"bicycle", "hot dog", "fire hydrant"} <= coco.UNCOMMON and len(coco.UNCOMMON) == 80 - 38
 
 
 def test_every_way_to_name_a_folder_finds_it(written, folder, monkeypatch):

@@ -132,9 +132,9 @@ def test_what_is_written_is_read_with_its_origin(tmp_path):
 
 def test_a_foreign_codebook_is_refused(tmp_path):
     small(model="other").write(tmp_path / "book.safetensors")
-    with pytest.raises(EmbedLensError, match="is of other, not of made up: build one"):
+    with pytest.raises(EmbedLensError, match=r"is of other \(width 16\), not of made up \(width 16\): build one"):
         Codebook.read(tmp_path / "book.safetensors", MODEL)
-    with pytest.raises(EmbedLensError, match="width 16, made up 8"):
+    with pytest.raises(EmbedLensError, match=r"of made up \(width 16\), not of made up \(width 8\): build"):
         small().check(SimpleNamespace(name="made up", width=8))
     with pytest.raises(EmbedLensError, match="tokens of width 8, a codebook of width 16"):
         small().redundancy(torch.zeros(3, 8))

@@ -576,7 +576,32 @@ BREAKS = {
         ("processor_config.json", {"image_seq_length": 64}, "writes 64 tokens a tile, .* makes 16 .*: set image_seq"),
         ("config.json", {"vision_feature_select_strategy": "full"}, "keeps the CLS token .* set it to 'default'"),
     ],
+    "idefics3": [
+        ("preprocessor_config.json", {"max_image_size": {"longest_edge": 32}}, "tiles of 32 px of .* reads 64: in"),
+        (
+            "preprocessor_config.json",
+            {"size": {"longest_edge": 100}},
+            "pictures of 100, .* and size to a multiple of it",
+        ),
+        ("processor_config.json", {"image_seq_len": 64}, "writes 64 tokens a tile, its model makes 16: set image_seq"),
+    ],
 }
+
+
+def test_smolvlm_with_tiles_that_blocks_do_not_divide_or_without_any(monkeypatch, tmp_path):
+    """As the 2.2 billion: 384 px of 27 patches of 14, six over. Loading compares pixels with the grid."""
+    name = "HuggingFaceTB/SmolVLM-256M-Instruct"
+    twin = TWINS[name]
+    odd = twin.config | {"vision_config": twin.config["vision_config"] | {"patch_size": 5}}
+    said = twin.said | {"image_seq_len": 9}
+    monkeypatch.setitem(TWINS, name, replace(twin, config=odd, said=said))
+    prompt = el.load(save_twin(tmp_path / "odd", name), device="cpu").prompt(picture((100, 90)), QUESTION)
+    assert [(view.rows, view.cols) for view in prompt.grid.views] == [(3, 3)] * 5
+    assert prompt.grid.views[-1].box(8)[2:] == (100 * 60 / 64, 90 * 60 / 64)
+    whole = replace(twin, pixels=twin.pixels | {"do_image_splitting": False})
+    monkeypatch.setitem(TWINS, name, whole)
+    prompt = el.load(save_twin(tmp_path / "whole", name), device="cpu").prompt(picture((100, 90)), QUESTION)
+    assert [len(view) for view in prompt.grid.views] == [16]
 
 
 def test_a_folder_whose_parts_disagree_gets_its_sentence(case, tmp_path):

@@ -26,7 +26,8 @@ def test_every_example_of_a_family_is_a_model_of_its_class_and_of_the_size_that_
         (family,) = [family for family in FAMILIES if name in family.EXAMPLES]
         with torch.device("meta"):
             assert type(AutoModelForImageTextToText.from_config(config)).__name__ in family.CLASSES
-        said = float((re.search(r"([\d.]+)b\b", name.lower()) or [0, 0])[1])
+        found = re.search(r"([\d.]+)([bm])\b", name.lower())
+        said = float(found[1]) / {"b": 1, "m": 1000}[found[2]] if found else 0
         assert said * 0.9 < needed(config).parameters / 1e9 < said * 1.2 + 0.4, name
 
 

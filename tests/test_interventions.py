@@ -12,6 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import embedlens as el
+from benchmarks.sweep import eager
 from embedlens import (
     EmbedLensError,
     EnterAt,
@@ -22,7 +23,6 @@ from embedlens import (
     Silence,
     SkipSublayers,
     intervene,
-    prefix,
 )
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}  # same sums in another order, or by another kernel
@@ -254,13 +254,10 @@ def test_eager_attention_gives_what_sdpa_gives(tiny, arm):
     prompts = prompts_of(tiny, 3)
     with intervene(tiny, *ARMS[arm](per_prompt(prompts))):
         streams, texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
-        tiny.hf.set_attn_implementation("eager")
-        try:
-            eager, eager_texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
-        finally:
-            tiny.hf.set_attn_implementation("sdpa")
-    assert texts == eager_texts
-    for one, other in zip(eager, streams, strict=True):
+        with eager(tiny):
+            others, other_texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
+    assert texts == other_texts
+    for one, other in zip(others, streams, strict=True):
         assert_close(one, other, **CLOSE)
 
 
@@ -433,12 +430,9 @@ def test_rescaling_is_running_the_rescaled_prompt(tiny, prompt):
 
 def test_the_released_layer_0_moves_attention_as_the_released_code_does(tiny, prompt):
     """The full weights of layer 0, rewritten as facts about the release say, times the values."""
-    tiny.hf.set_attn_implementation("eager")
-    try:
+    with eager(tiny):
         with torch.no_grad():
             stock = tiny.decoder(inputs_embeds=prompt.embeds[None], output_attentions=True, use_cache=False)
-    finally:
-        tiny.hf.set_attn_implementation("sdpa")
     weights = stock.attentions[0][0].clone()  # [heads, queries, keys]
     places = prompt.visual.nonzero()[:, 0]
     first, after = int(places[0]), int(places[-1]) + 1
@@ -473,21 +467,14 @@ def ones(n: int = 16) -> torch.Tensor:
     ("build", "message"),
     [
         (lambda: Prune(torch.ones(16)), "the mask of Prune is torch.float32: pass a torch.bool tensor"),
-        (
-            lambda: SkipSublayers([torch.ones(16).int()], [1]),
-            "the mask of SkipSublayers is torch.int32: pass a torch.bo",
-        ),
         (lambda: Prune(torch.eye(2).bool()), "shape \\(2, 2\\): pass one True or False per visual token, and a list"),
         (lambda: Prune(~ones()), "the mask of Prune is empty: mark at least one visual token, or run without"),
         (lambda: Prune([]), "the mask of Prune is empty"),
-        (lambda: SkipSublayers([~ones(), ~ones()], at=[1]), "the mask of SkipSublayers is empty"),
         (lambda: Prune(ones()), "removes all 16 visual tokens of a picture; keep at least one"),
         (lambda: Prune(torch.arange(16) > 3, positions="shift"), "pass 'keep' or 'renumber'"),
         (lambda: SkipSublayers(ones(), at=[]), "skips nothing: name sublayers, for example at="),
         (lambda: SkipSublayers(ones(), at=[1.25]), "no sublayer 1.25: pass n for the attention of layer n, n \\+ 0.5"),
-        (lambda: SkipSublayers(ones(), at=[-1]), "no sublayer -1"),
         (lambda: LeaveAt(ones(), -1), "no layer -1: pass the first block without the tokens, 0-based"),
-        (lambda: LeaveAt(~ones(), 1), "the mask of LeaveAt is empty"),
         (lambda: LeaveAt(ones(), 1, positions="shift"), "pass 'keep' or 'renumber'"),
         (lambda: Silence("ffn"), "no sublayer 'ffn': pass 'attention' or 'mlp'"),
         (lambda: Silence("mlp", layers=[]), "silences nothing: name layers, or leave layers out"),
@@ -504,16 +491,12 @@ def test_a_broken_value_is_refused_with_the_fix(build, message):
     [
         ([], "pass at least one"),
         ([EnterAt(3)], "no layer 3 in .*: pass 0 to 2"),
-        ([EnterAt(-1)], "no layer -1 in .*: pass 0 to 2"),
         ([LeaveAt(ones(), 3)], "no layer 3 in .*: pass 0 to 2"),
-        ([LeaveAt(ones(17), 1)], "shape \\(17,\\), the picture 16 visual tokens"),
         ([Silence("mlp", layers=[0, 3])], "no layer 3 in .*: pass 0 to 2"),
-        ([Silence("mlp", layers=[-1])], "no layer -1 in"),
         ([SkipSublayers(ones(), at=[3.5])], "no layer 3 in .*: pass 0 to 2"),
         ([Prune(torch.arange(16) > 3)] * 2, "several Prune: pass one"),
         ([EnterAt(1), EnterAt(2)], "several EnterAt: pass one"),
         ([Prune(torch.arange(15) > 3)], "shape \\(15,\\), the picture 16 visual tokens: pass one True or False"),
-        ([SkipSublayers(ones(17), at=[1])], "shape \\(17,\\), the picture 16 visual tokens"),
         ([Prune([torch.arange(16) > 3] * 2)], "Prune has 2 masks for 1 prompts: pass a list with one mask per prompt"),
         ([Prune(torch.arange(16) > 3), SkipSublayers(torch.arange(16) > 3, at=[1])], "SkipSublayers never acted"),
     ],
@@ -576,15 +559,3 @@ def test_silenced_text_but_its_last_position_gets_no_update_and_everything_else_
     before, after = (seen.resid_pre, seen.resid_mid) if sublayer == "attention" else (seen.resid_mid, seen.resid_post)
     assert torch.equal(before[:, still], after[:, still])
     assert (before != after).any(-1)[:, ~still].all()
-
-
-def test_silenced_text_answers_in_a_sweep_as_alone(tiny):
-    long = "What is in the picture, and where in the picture is it, and what is beside it?"
-    prompts = [tiny.prompt(picture(), "What?"), tiny.prompt(picture(), long)]
-    plan = (Silence("mlp", rows="text"),)
-    cases = [prefix.Case(prompt, own, "any") for own in ((), plan) for prompt in prompts]
-    found = prefix.answers(tiny, cases, 4)
-    with intervene(tiny, *plan):
-        alone = [tiny.answer(prompt, 4) for prompt in prompts]
-    assert found == [*(tiny.answer(prompt, 4) for prompt in prompts), *alone]
-    assert found[:2] != alone

@@ -57,27 +57,68 @@ def test_ties_go_to_the_lowest_id(many):
     assert ids.tolist() == brute_force(h, embeddings, 6)
 
 
-def test_equal_rows_score_equal_even_where_a_matrix_product_would_round_them_apart(many):
-    embeddings, h = many
-    embeddings[[7, 150]] = embeddings[3].clone()
-    lens = EmbedLens(embeddings, named(300))
-    assert (lens._repeats.tolist(), lens._originals.tolist()) == ([7, 150], [3, 3])
-    lens._unit[7] *= 1 + 1e-6  # stands for the rounding of another kernel
-    scores = lens.scores(h)
-    assert torch.equal(scores[:, 7], scores[:, 3]) and torch.equal(scores[:, 150], scores[:, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("like", ["noise", "words", "alike"])
+def test_a_search_in_the_tables_format_gives_the_ranking_of_exact_cosines(dtype, like):
+    """Thousands of near ties: what a bound misses, or a matrix product rounds apart, would be in another place."""
+    generator = torch.Generator().manual_seed(1)
+    table, h = (torch.randn(n, 48, generator=generator) for n in (3001, 90))
+    if like == "words":  # visual tokens near some words, in a table of unequal lengths
+        table *= torch.rand(3001, 1, generator=generator) * 9 + 0.1
+        h = table[:90] + 0.3 * h
+    if like == "alike":  # a cone, as of hidden states: cosines of 0.99, and rows that are the same
+        table = 10 + 0.3 * table
+        table[1000:1040] = table[7]
+        h = 10 + 0.3 * h
+    h[3], table[5] = 0, 0
+    table, h = table.to(dtype), h.to(dtype) * 1000
+    unit = torch.nn.functional.normalize
+    exact = (unit(h.double(), dim=-1) @ unit(table.double(), dim=-1).T).float()
+    exact[:, 11] = -torch.inf
+    for vectors in (h, h.float() if dtype == torch.bfloat16 else h.double()):
+        values, ids = EmbedLens(table, named(3001), exclude=[11]).topk(vectors, 7)
+        expected = exact.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(ids, expected.indices[:, :7])
+        torch.testing.assert_close(values, expected.values[:, :7], atol=1e-7, rtol=0)
 
 
-def test_the_full_score_matrix_is_never_held(many, monkeypatch):
+def test_a_vector_between_the_steps_of_bfloat16_is_still_ranked_exactly():
+    """Rounded as the table is, it would be nearest to the other row."""
+    table = torch.zeros(400, 64, dtype=torch.bfloat16)
+    table[:, 0] = 1
+    table[:, 1] = torch.linspace(-1, 1, 400).bfloat16()
+    h = torch.zeros(1, 64)
+    h[0, :2] = torch.tensor([1.0, 0.5019])
+    cosines = torch.nn.functional.cosine_similarity(h.double(), table.double(), dim=-1)
+    assert float(h[0, 1].bfloat16()) != float(h[0, 1])
+    assert EmbedLens(table, named(400)).topk(h, 3)[1][0].tolist() == cosines.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("which", ["embed", "logit"])
+def test_the_full_score_matrix_is_never_held(many, tiny, monkeypatch, which):
     embeddings, h = many
-    whole = EmbedLens(embeddings, named(300)).topk(h, 5)
-    monkeypatch.setattr(lenses, "SLICE_BYTES", 300 * 4 * 7)
-    lens, held = EmbedLens(embeddings, named(300)), []
-    scores = lens.scores
-    monkeypatch.setattr(lens, "scores", lambda rows: held.append(rows.shape[0]) or scores(rows))
-    sliced = lens.topk(h.repeat(10, 1), 5)
-    assert max(held) <= 7 and sum(held) == 400  # seven rows at a time; 400 is no multiple
-    assert torch.equal(sliced[1][:40], whole[1])
-    torch.testing.assert_close(sliced[0][:40], whole[0], atol=1e-6, rtol=0)
+    if which == "embed":
+        lens, h = EmbedLens(embeddings, named(300)), h.repeat(10, 1)
+    else:
+        lens = LogitLens.from_model(tiny)
+        h = torch.randn(400, lens.width, generator=torch.Generator().manual_seed(0))
+    whole = lens.topk(h, 5)
+    monkeypatch.setattr(lenses, "SLICE_BYTES", 1)
+    monkeypatch.setattr(lenses, "SLICE_ROWS", 7)
+    held, contenders = [], lenses._contenders
+    monkeypatch.setattr(
+        lenses, "_contenders", lambda scores, *more: held.append(len(scores)) or contenders(scores, *more)
+    )
+    sliced = lens.topk(h, 5)
+    assert max(held) <= 7 and sum(held) == 400
+    assert torch.equal(sliced[1], whole[1])
+    torch.testing.assert_close(sliced[0], whole[0], atol=1e-6, rtol=1e-6)
+
+
+def test_a_table_is_copied_only_where_its_format_is_slow():
+    table = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    assert EmbedLens(table, named(300))._rows.data_ptr() == table.data_ptr()
+    assert EmbedLens(table.half(), named(300))._rows.dtype == torch.float32
 
 
 def test_any_leading_shape_like_torch_topk(many):

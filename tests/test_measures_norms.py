@@ -30,16 +30,15 @@ def cosine(a, b):
 
 
 def looped(states, positions):
-    """One position at a time: norms and cosine to the input by layer, turn and centred turn by block."""
+    """One position at a time: norms by layer, turn and centred turn by block."""
     pick = states[:, positions]
     norms = [np.mean([float(h.pow(2).sum()) ** 0.5 for h in layer]) for layer in pick]
-    back = [np.mean([cosine(a, b) for a, b in zip(pick[0], layer, strict=True)]) for layer in pick]
     turns, centred = [], []
     for here, there in zip(pick[:-1], pick[1:], strict=True):
         turns.append(np.mean([cosine(a, b) for a, b in zip(here, there, strict=True)]))
         means = here.mean(0), there.mean(0)
         centred.append(np.mean([cosine(a - means[0], b - means[1]) for a, b in zip(here, there, strict=True)]))
-    return {"norm": norms, "from_input": back, "turn": turns, "centred": centred}
+    return {"norm": norms, "turn": turns, "centred": centred}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])

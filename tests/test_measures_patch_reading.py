@@ -9,6 +9,7 @@ import torch
 
 from embedlens import EmbedLens, EmbedLensError
 from embedlens.measures import patch_reading as tr
+from embedlens.measures.labels import label_ids
 from embedlens.samples import patchbench
 from embedlens.samples.miniworld.sprites import COLOURS
 from embedlens.samples.patchbench import AXES, GROUND, INK, OBJECT, SURROUND
@@ -103,46 +104,24 @@ def test_both_halves_of_the_strings_are_asked_about_the_same_pictures(miniature)
     assert set(rows.half) == {"one piece", "several pieces"} and rows[["own", "other"]].isin([0, 1]).all(None)
 
 
-def test_the_top_of_the_ladder_is_the_pictures_as_they_are(tiny, drawn):
-    objects = [picture for picture in drawn if picture.group == OBJECT][:3]
-    rungs = tr.ladder(tiny, objects)
-    assert list(rungs)[-1] == "tinted, one to four" and {len(rung) for rung in rungs.values()} == {3}
-    assert rungs["tinted, one to four"].tolist() == tr.ask(tiny, objects, AXES[:1]).correct.tolist()
-
-
-def test_colour_rows_are_those_of_each_part_and_layer(miniature):
+def test_a_colour_is_held_among_the_best_words_and_the_nearest_is_the_best_of_all_colours(miniature):
     side, patch = tr.canvas_of(miniature)
     drawn = [p for p in patchbench.pictures(12, side=side, patch=patch) if p.group != OBJECT]
-    lens = EmbedLens.from_model(miniature)
-    rows = tr.colour_rows(miniature, drawn, {"EmbedLens": lens}, k=200)
-    states = tr.content_states(miniature, drawn)
-    held = tr.colours_held(lens, miniature.tokenizer, states, k=200)
-    nearest = tr.nearest_colour(lens, miniature.tokenizer, states)
+    lens, k = EmbedLens.from_model(miniature), 200
+    rows = tr.colour_rows(miniature, drawn, {"EmbedLens": lens}, k)
     assert len(rows) == 3 * len(drawn) * (miniature.n_layers + 1) and rows.held.any() and rows.nearest.any()
-    for (part, id, layer), own in rows.groupby(["part", "id", "layer"]):
-        at = [p.id for p in drawn].index(id)
-        colour = {INK: drawn[at].ink, GROUND: drawn[at].ground, SURROUND: drawn[at].surround}[part]
-        shown = (at, layer, list(COLOURS).index(colour))
-        assert (own.held.tolist(), own.nearest.tolist()) == ([held[shown]], [nearest[shown]])
+    ids = {colour: list(label_ids(miniature.tokenizer, colour, "strict")) for colour in COLOURS}
+    states = dict(zip((p.id for p in drawn), tr.content_states(miniature, drawn), strict=True))
+    for row in rows.itertuples():
+        (picture,) = (p for p in drawn if p.id == row.id)
+        colour = {INK: picture.ink, GROUND: picture.ground, SURROUND: picture.surround}[row.part]
+        cosines = torch.cosine_similarity(states[row.id][row.layer][None], miniature.input_embeddings, dim=-1)
+        assert row.held == bool(set(cosines.topk(k).indices.tolist()) & set(ids[colour]))
+        best = {name: float(cosines[own].max()) for name, own in ids.items() if own}
+        assert row.nearest == (max(best, key=best.get) == colour)
 
 
-class Words:
-    """A tokenizer whose vocabulary is the colours, with one that is missing."""
-
-    words = [*list(COLOURS)[1:], "dog"]
-
-    def get_vocab(self) -> dict[str, int]:
-        return {f"Ġ{word}": i for i, word in enumerate(self.words)}
-
-
-def test_colours_are_found_among_the_best_words_and_the_nearest_is_one_of_them():
-    rows = torch.eye(len(Words.words))
-    lens, tokenizer = EmbedLens(rows, Words.words), Words()
-    states = torch.rand(3, 4, len(rows), generator=torch.Generator().manual_seed(0))
-    held, nearest = tr.colours_held(lens, tokenizer, states, k=3), tr.nearest_colour(lens, tokenizer, states)
-    for i in range(3):
-        for layer in range(4):
-            order = [Words.words[j] for j in states[i, layer].argsort(descending=True).tolist()]
-            for c, colour in enumerate(COLOURS):
-                assert held[i, layer, c] == (colour in order[:3])
-                assert nearest[i, layer, c] == (colour == next(word for word in order if word in COLOURS))
+def test_a_vocabulary_without_colours_is_refused(tiny, drawn, monkeypatch):
+    monkeypatch.setattr(tr, "label_ids", lambda *_: ())
+    with pytest.raises(EmbedLensError, match="no name of a colour"):
+        tr.colour_rows(tiny, drawn, {"EmbedLens": EmbedLens.from_model(tiny)})

@@ -56,12 +56,6 @@ def test_the_colour_of_a_patch_is_that_of_its_pixels(seed):
         assert distances[found[index]] == pytest.approx(min(distances))
 
 
-def test_colours_get_their_own_names():
-    for name, colour in COLOURS.items():
-        picture = Image.new("RGB", (8, 8), colour)
-        assert {NAMES[i] for i in patch_colours(picture, PatchGrid(2, 2, Frame.stretch(8, 8)))} == {name}
-
-
 def test_objects_inside_and_beside_against_a_loop():
     for sample in samples.load("miniworld", n=6):
         grid = PatchGrid(8, 8, Frame.letterbox(sample.width, sample.height))
@@ -144,7 +138,7 @@ def test_several_forms_are_averaged_and_too_little_is_none():
     one, other = (linear_readout([form], answers, picture) for form in (vectors, noise))
     both = linear_readout([vectors, noise], answers, picture)
     assert both.hits.to_numpy() == pytest.approx((one.hits + other.hits).to_numpy() / 2)
-    assert set(both.classes) == {3} and both.asked.sum() == np.isin(picture, both.id).sum()
+    assert both.asked.sum() == np.isin(picture, both.id).sum()
     assert linear_readout([vectors], np.full(len(answers), -1), picture) is None
     assert linear_readout([vectors], np.zeros_like(answers), picture) is None
     assert linear_readout([vectors], answers, picture // 10) is None  # four pictures

@@ -20,20 +20,11 @@ def test_a_committed_notebook_was_run_in_order_and_carries_nothing_of_its_machin
 
 
 @pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
-def test_a_notebook_says_what_each_parameter_is(page):
-    notebook = book.read(ROOT / page)
-    if any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"]):
-        helps = book.declared_parameters(ROOT / page)
-        assert helps
-        assert not [name for name, text in helps.items() if not text.strip()]
-
-
-@pytest.mark.parametrize("page", NOTEBOOKS, ids=lambda page: page.stem)
 def test_a_chapter_that_takes_quantize_loads_with_it_and_signs_what_it_measures_with_it(page):
     if "quantize" in book.declared_parameters(ROOT / page):
         lines = [line for cell in book.read(ROOT / page)["cells"] for line in cell["source"].splitlines()]
         assert [line for line in lines if "el.load(" in line] == [
-            "vlm = el.load(model, device=device, quantize=quantize or None)"
+            "vlm = el.load(model, device=device, dtype=dtype, quantize=quantize or None)"
         ]
         assert any(line.startswith("model = vlm.name") for line in lines), "its record would replace the whole model's"
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,11 +56,7 @@ def test_seventy_pictures_are_the_papers_thirty_twenty_twenty_with_three_questio
     assert set(Counter(picture.copies for picture in objects).values()) == {7, 8}
 
 
-def test_two_processes_draw_the_same_bytes_and_another_seed_draws_others():
-    code = "from test_patchbench import digest; print(digest(14))"
-    folder = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == digest(14)
+def test_a_seed_is_the_same_bytes_everywhere_and_another_seed_draws_others():
     assert digest(14) != digest(14, seed=1)
     assert digest(14) == PINNED, "whoever changes the drawing changes what committed numbers were measured on"
 
@@ -72,7 +65,7 @@ def test_a_picture_hangs_neither_on_how_many_are_asked_for_nor_its_content_on_th
     few, many = patchbench.pictures(7, 3), patchbench.pictures(50, 3)
     assert many[:7] == few
     for small, large in zip(few, patchbench.pictures(7, 3, side=336), strict=True):
-        assert small.questions == large.questions and small.surround == large.surround
+        assert small.asked == large.asked and small.surround == large.surround
 
 
 def test_no_two_colours_that_should_differ_are_the_same():
@@ -120,7 +113,7 @@ def test_load_gives_the_pictures_with_their_boxes_and_questions():
     drawn = patchbench.pictures(14, 2, side=336)
     for sample, picture in zip(samples.load("patchbench", n=14, seed=2, side=336, patch=14), drawn, strict=True):
         assert np.array_equal(np.asarray(sample.image), pixels(picture))
-        assert (sample.id, sample.questions) == (picture.id, picture.questions)
+        assert (sample.id, sample.questions) == (picture.id, tuple(picture.asked.values()))
         assert sample.labels == (() if picture.text else (CATEGORIES[picture.category].name,))
         for entry in sample.annotations:
             x, y, w, h = entry["bbox"]
@@ -160,15 +153,13 @@ def test_options_of_the_miniature_world_are_refused():
 def test_only_the_expected_answer_or_its_synonym_is_right():
     drawn = patchbench.pictures(70)
     for picture in drawn:
-        for question in picture.questions:
+        for question in picture.asked.values():
             assert patchbench.correct(question, question.answer)
             assert patchbench.correct(question, f" {question.answer.upper()}. ")
             assert not patchbench.correct(question, f"not {question.answer}")
             assert not patchbench.correct(question, "")
-    named = [
-        question for picture in drawn for question in picture.questions if question.kind not in ("character", "word")
-    ]
-    answers = {question.answer for question in named}
+    asked = [question for picture in drawn for question in picture.asked.values()]
+    answers = {question.answer for question in asked if question.kind not in ("character", "word")}
     assert len({patchbench.canonical(answer) for answer in answers}) == len(answers)  # synonyms join no two answers
 
 
@@ -180,7 +171,6 @@ def test_what_an_answer_follows_is_found_for_every_colour():
                 wanted = part if colour == name else wanted  # the later wins
             assert patchbench.follows(picture, f"{colour}.") == wanted
         assert patchbench.follows(picture, "dog") == patchbench.NO_COLOUR
-        assert sum(patchbench.expected_by_chance(picture).values()) == pytest.approx(1)
 
 
 class Pieces:
@@ -199,7 +189,7 @@ class Pieces:
 
 def test_pieces_do_not_count_a_bare_space_and_strings_are_split_by_them():
     tokenizer = Pieces("FU", "TY")
-    assert [patchbench.pieces(tokenizer, text) for text in ("FU", "GB", "9")] == [1, 2, 1]
+    assert len(patchbench.strings(tokenizer, 1)["one piece"]) == 26
     split = patchbench.strings(tokenizer, 2)
     assert split["one piece"] == ("FU", "TY") and len(split["several pieces"]) == 26**2 - 2
     with pytest.raises(EmbedLensError, match="the length is 4"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import replace
 
@@ -11,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import DynamicCache
+from twins import BY_FAMILY
 
 import embedlens as el
 from embedlens import (
@@ -23,7 +24,6 @@ from embedlens import (
     Silence,
     SkipSublayers,
     prefix,
-    remembered,
 )
 from embedlens.prefix import Case
 
@@ -98,8 +98,6 @@ def alone(model, case: Case, max_new_tokens: int = N_TOKENS) -> str:
     """One answer, by nothing but the stock model and its own `generate`."""
     if not case.plan:
         return model.answer(case.prompt, max_new_tokens)
-    pruned = [index for index, value in enumerate(case.plan) if isinstance(value, (Prune, SkipSublayers, LeaveAt))]
-    assert all(isinstance(case.plan[index].mask, torch.Tensor) for index in pruned)
     with el.intervene(model, *case.plan):
         return model.answer(case.prompt, max_new_tokens)
 
@@ -122,7 +120,7 @@ def test_shared_answers_are_those_of_each_prompt_alone_whatever_is_done_to_its_t
     ids(tiny)
     cases = cases_of(tiny, np.random.default_rng(seed))
     found = prefix.answers(tiny, cases, N_TOKENS, batch_size)
-    assert remembered.empty_of(tiny, cases[0].prompt) is not None
+    assert prefix._SHARING[tiny]
     for case, answer in zip(cases, found, strict=True):
         assert answer == alone(tiny, case), case.plan
     assert len(set(found)) > 1 or len(cases) < 4
@@ -140,6 +138,7 @@ def test_every_kind_of_intervention_answers_the_same(tiny, ids, kernel):
         (SkipSublayers(drawn(rng, n), at=[0.5, 1, 1.5]),),
         (Silence("attention"),),
         (Silence("mlp", layers=[tiny.n_layers - 1]),),
+        (Silence("mlp", rows="text"),),
         (EnterAt(2),),
         (LeaveAt(drawn(rng, n), 2),),
         (LeaveAt(drawn(rng, n), 1, "renumber"), LeaveAt(drawn(rng, n), 2, "renumber")),
@@ -157,20 +156,33 @@ def test_every_kind_of_intervention_answers_the_same(tiny, ids, kernel):
         tiny.hf.set_attn_implementation("sdpa")
 
 
-def test_rows_that_end_early_leave_the_batch_and_change_no_other(tiny, ids, monkeypatch):
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_every_family_answers_the_same(twin_of, ids, family):
+    _, model = twin_of(BY_FAMILY[family])
+    ids(model)
+    prompts = prompts_of(model, 2, 2)
+    rng = np.random.default_rng(0)
+    masks = {id(p.pixel_values): drawn(rng, len(p.grid)) for p in prompts}
+    plans = [[(), (Prune(masks[id(p.pixel_values)]),), (Silence("mlp"), Rescale(0.5))] for p in prompts]
+    cases = [Case(prompt, plan) for prompt, own in zip(prompts, plans, strict=True) for plan in own]
+    assert prefix.answers(model, cases, 4) == [alone(model, case, 4) for case in cases]
+    plain = prompts[0].positions is None and prompts[0].deep is None
+    assert prefix._SHARING.get(model, False) == plain  # those that can share do
+
+
+def test_answers_that_end_early_change_no_other(tiny, ids, monkeypatch):
     ids(tiny)
     vocabulary = tiny.hf.get_output_embeddings().out_features
     monkeypatch.setattr(tiny.hf.generation_config, "eos_token_id", list(range(2, vocabulary, 3)))
-    kept = []
-    keep = remembered.Table.keep
-    monkeypatch.setattr(remembered.Table, "keep", lambda table, rows: kept.append(len(rows)) or keep(table, rows))
+    left, select = [], DynamicCache.batch_select_indices
+    monkeypatch.setattr(
+        DynamicCache, "batch_select_indices", lambda cache, rows: left.append(len(rows)) or select(cache, rows)
+    )
     rng = np.random.default_rng(1)
-    prompts = prompts_of(tiny, 6)
-    cases = [Case(p, plan) for p in prompts for plan in ((), (Prune(drawn(rng, len(p.grid))),), (EnterAt(1),))]
+    cases = [Case(p, plan) for p in prompts_of(tiny, 6) for plan in ((), (Prune(drawn(rng, len(p.grid))),))]
     found = prefix.answers(tiny, cases, 12)
     assert found == [alone(tiny, case, 12) for case in cases]
-    assert len({len(answer.split()) for answer in found}) > 3
-    assert kept  # and some did leave
+    assert len({len(answer.split()) for answer in found}) > 3 and left  # rows that have ended leave the batch
 
 
 def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_share(tiny, ids):
@@ -190,56 +202,30 @@ def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_shar
 
 
 def test_what_prompts_have_in_common_runs_once(tiny):
-    prompts = [prompt for prompt in prompts_of(tiny, n_pictures=2)]
-    remembered.empty_of(tiny, prompts[0])
-    n = len(prompts[0].grid)
-    first, end = remembered.extent(prompts[0])
-    late = torch.zeros(n, dtype=torch.bool)
-    late[10:] = True
-    cases = [Case(prompt, plan) for prompt in prompts for plan in ((), (Silence("mlp"),), (Prune(late[:n]),))]
-
-    def counted(chosen):
-        counts = []
-        hook = tiny.blocks[0].register_forward_hook(
-            lambda module, args, out: counts.append((out if isinstance(out, torch.Tensor) else out[0]).shape[:2])
-        )
-        try:
-            prefix.answers(tiny, chosen, 1, batch_size=64)
-        finally:
-            hook.remove()
-        return [tuple(shape) for shape in counts]
-
-    behind = sum(len(prompt) - end for prompt in prompts[:3])
-    leading, pictures, silenced, pruned, questions = counted(cases)
-    assert leading == (1, first)  # for all pictures and arms
-    assert pictures == (2, n)
-    assert silenced == (2, n)
-    assert pruned == (2, 1)  # nothing behind the first pruned token is left, so the last row before it runs again
-    assert questions == (6, behind)  # three questions a picture in one row
-    assert counted(cases[:3])[-1] == (3, len(prompts[0]) - end)
-
-
-def test_equal_interventions_on_a_picture_run_once(tiny, monkeypatch):
-    prompts = prompts_of(tiny, n_pictures=1)
+    prompts = prompts_of(tiny, n_pictures=2)
+    assert prefix._remembers(tiny, prompts[0])
     mask = drawn(np.random.default_rng(0), len(prompts[0].grid))
-    seen = []
-    extended = prefix._extended
-
-    def counted(model, own, known, **options):
-        seen.append(len(own))
-        return extended(model, own, known, **options)
-
-    monkeypatch.setattr(prefix, "_extended", counted)
-    cases = [Case(prompt, (Prune(mask.clone()),)) for prompt in prompts for _ in range(2)]
-    prefix.answers(tiny, cases, 1)
-    assert seen == [1, 1]  # the text before the picture, the picture
+    cases = [Case(p, plan) for p in prompts for plan in ((), (Silence("mlp"),), (Prune(mask.clone()),), (EnterAt(1),))]
+    counts = []
+    hook = tiny.blocks[0].register_forward_hook(
+        lambda module, args, out: counts.append((out if isinstance(out, torch.Tensor) else out[0]).shape[:2])
+    )
+    try:
+        prefix.answers(tiny, cases, 1, batch_size=64)
+    finally:
+        hook.remove()
+    end, longest = prefix._end(prompts[0]), max(map(len, prompts))
+    asked = sum(len(prompt) - end for prompt in prompts[:3])
+    entering = (6, longest)  # goes on behind the picture, so that nothing is shared
+    remembered = [(2, end), (2, end), (2, end - int(mask.sum()))]
+    assert list(map(tuple, counts)) == [entering, *remembered, (6, asked)]  # three questions a picture in one row
 
 
 # --- models that cannot share ----------------------------------------------------------------------------------------
 
 
 def asked_without_sharing(model, monkeypatch) -> list[int]:
-    monkeypatch.setattr(remembered, "_EMPTY", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(prefix, "_SHARING", weakref.WeakKeyDictionary())
     asked = []
     answers = model.answers
     monkeypatch.setattr(model, "answers", lambda prompts, *rest: asked.append(len(prompts)) or answers(prompts, *rest))
@@ -311,10 +297,3 @@ def test_what_cannot_be_answered_is_refused_and_leaves_the_model_as_it_was(tiny)
     broken.remove()
     assert tiny.intervention is None
     assert hooks() == before
-
-
-def test_nothing_is_remembered_afterwards(tiny):
-    cases = [Case(prompt) for prompt in prompts_of(tiny, 1)]
-    prefix.answers(tiny, cases, 2)
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is remembered.Memory and len(thing)]

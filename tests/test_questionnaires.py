@@ -60,12 +60,6 @@ def test_the_same_seed_asks_the_same_and_no_other_set_shows_these_pictures(alone
     assert not own & others
 
 
-def test_a_larger_scale_draws_the_same_scenes_larger():
-    small, large = questionnaires(5), questionnaires(5, scale=2)
-    assert [item.question for item in small] == [item.question for item in large]
-    assert [2 * item.sample.width for item in small] == [item.sample.width for item in large]
-
-
 def test_fewer_questions_than_kinds_are_refused():
     with pytest.raises(EmbedLensError, match="general has 5 kinds"):
         questionnaires(4)

@@ -257,24 +257,6 @@ def test_a_damaged_chunk_is_named_and_measured_again(tmp_path, harm):
     same(run(of_batch, stand_in(), pictures(6), tmp_path, batch_size=2), whole)
 
 
-FULL = Path("/dev/full")  # every write to it finds no space
-
-
-@pytest.mark.skipif(not FULL.exists(), reason="a device of Linux")
-def test_a_full_disk_is_named_and_what_fitted_is_kept(tmp_path, monkeypatch):
-    run(of_batch, stand_in(), pictures(2), tmp_path, batch_size=2)
-    opened = Path.open
-    full = {"wb": FULL}
-    monkeypatch.setattr(Path, "open", lambda path, mode="r", *a, **k: opened(full.get(mode, path), mode, *a, **k))
-    with pytest.raises(EmbedLensError, match=r"cannot write .*json \(No space left on device\): free space on that"):
-        run(of_batch, stand_in(), pictures(4), tmp_path, batch_size=2)
-    monkeypatch.undo()
-    CALLS.clear()
-    table = run(of_batch, stand_in(), pictures(4), tmp_path, batch_size=2)
-    assert CALLS == [102, 103]  # the first two were kept
-    same(table, expected_of_batches(pictures(4), 2))
-
-
 def version(n):
     if n == 1:
 
@@ -491,13 +473,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     "left",
-    [
-        {"WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "many"},
-        {"WORLD_SIZE": "2", "RANK": "0"},
-        LAUNCHED | {"RANK": "x"},
-        LAUNCHED | {"RANK": "5"},
-    ],
+    [{"WORLD_SIZE": "many"}, {"WORLD_SIZE": "2", "RANK": "0"}, LAUNCHED | {"RANK": "x"}, LAUNCHED | {"RANK": "5"}],
 )
 def test_what_another_launcher_left_behind_is_named_with_the_way_out(monkeypatch, left):
     for name, value in left.items():

@@ -332,13 +332,6 @@ def test_a_block_is_connected_where_the_pool_has_room_and_random_tokens_are_not(
         assert blocks(mask, grid) == 2 and int(mask.sum()) == parts[0] + 1
 
 
-def test_every_alive_token_is_as_likely_in_a_random_control():
-    pool = torch.tensor([True] * 8 + [False] * 4)
-    drawn = sum(sweep.random_tokens(pool, 2, sweep.generator(picture, "a", 0)).int() for picture in range(2000))
-    assert not drawn[8:].any()
-    assert torch.allclose(drawn[:8] / 2000, torch.full((8,), 0.25), atol=0.05)
-
-
 def test_chance_is_seeded_by_picture_arm_and_seed_and_by_nothing_else():
     grid = square_grid()
     groups = random_groups(0, len(grid))
@@ -361,7 +354,7 @@ def test_the_sink_arms_do_what_their_names_say():
     grid = square_grid()
     groups = random_groups(1, len(grid))
     done = {arm.name: arm.act(groups, grid, sweep.generator(0, arm.name, 0)) for arm in sink_arms()}
-    assert done.pop("baseline") is None
+    assert not done.pop("baseline")
     masks = {name: plan[0].mask for name, plan in done.items()}
     assert torch.equal(masks["-LLM sinks"], groups.llm_sink) and torch.equal(masks["-ViT sinks"], groups.vit_sink)
     assert torch.equal(masks["-all sinks"], groups.sink)

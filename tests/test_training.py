@@ -126,7 +126,7 @@ def test_what_training_asks_is_what_the_processor_writes(tokenizer, trained, tmp
     model = el.load(tmp_path)
     encoder = Encoder(tokenizer)
     batch = conversations(TINY, "tuning", "train", 0, 1, encoder)
-    drawn = miniworld.scene_of(300_000_000, "train")
+    drawn = scene.scene(scene.rng_of("train", 300_000_000), "train")
     item = miniworld.sample(300_000_000, "train")
     question = tokenizer.decode(batch.ids[0, (batch.block[0] == 1) & (batch.weight[0] == 0)])
     prompt = model.prompt(item.image, question.removeprefix("\n").removesuffix(" ASSISTANT:"))

@@ -57,6 +57,13 @@ QWEN3 = (
 )
 QWEN2_5 = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + QWEN3
 INTERNVL = QWEN3.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 
 # --- vocabularies ----------------------------------------------------------------------------------------------------
 
@@ -71,6 +78,8 @@ QWEN_TOKENS = [
 QWEN3_TOKENS = [*QWEN_TOKENS, "<tool_response>", "</tool_response>", "<think>", "</think>"]
 INTERNVL_TOKENS = [*QWEN_TOKENS, "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>"]
 INTERNVL_TOKENS += ["<box>", "</box>", "<video>"]
+SMOLVLM_TOKENS = ["<global-img>", *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7))]
+SMOLVLM_TOKENS += ["<fake_token_around_image>", "<image>", "<|reserved_special_token_0|>", "<end_of_utterance>"]
 ORDINARY = {token for token in QWEN3_TOKENS if re.fullmatch(r"</?(tool_\w+|think)>|<\|(fim|repo|file)\w+\|>", token)}
 
 
@@ -112,16 +121,20 @@ def sentencepiece(with_byte_letter: bool) -> str:
 
 
 @cache
-def byte_level(tokens: tuple[str, ...]) -> str:
-    """tokenizer.json of Qwen: GPT-2's bytes, special tokens behind them."""
+def byte_level(tokens: tuple[str, ...], first: tuple[str, ...] = ()) -> str:
+    """tokenizer.json of Qwen: GPT-2's bytes, special tokens behind them; of SmolLM2: single digits, some before."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if first:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        made.pre_tokenizer = pre_tokenizers.Sequence([digits, made.pre_tokenizer])
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     text = [f" {line}" for line in lines()]
-    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False))
+    options = {"vocab_size": 1500, "initial_alphabet": alphabet, "show_progress": False}
+    made.train_from_iterator(text, trainers.BpeTrainer(**options, special_tokens=list(first)))
     made.add_tokens([AddedToken(token, special=token not in ORDINARY, normalized=False) for token in tokens])
     return made.to_str()
 
@@ -130,6 +143,10 @@ LLAMA_WORDS = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_
 LLAMA_WORDS |= {"unk_token": "<unk>", "pad_token": "<pad>", "extra_special_tokens": {"image_token": "<image>"}}
 LLAMA_WORDS |= {"image_token": "<image>", "padding_side": "left", "legacy": False, "add_prefix_space": None}
 QWEN_WORDS = {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "add_prefix_space": False}
+SMOLLM_WORDS = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "bos_token": "<|im_start|>"}
+SMOLLM_WORDS |= {"eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+SMOLLM_WORDS |= {"truncation_side": "left", "model_max_length": 8192, "processor_class": "Idefics3Processor"}
+SMOLLM_WORDS |= {"additional_special_tokens": ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]}
 QWEN_WORDS |= {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
 
 
@@ -159,6 +176,8 @@ class Twin:
     renamed: dict[str, str] = field(default_factory=dict)
     """Weights whose names today's transformers does not write as the repository has them."""
     template_file: str = "chat_template.jinja"
+    first: tuple[str, ...] = ()
+    """Special tokens before the vocabulary."""
     byte_letter: bool = True
     """Whether a SentencePiece vocabulary has the letter "Ġ"."""
     dtype: torch.dtype = torch.bfloat16
@@ -348,6 +367,43 @@ INTERNVL3 = Twin(
     sizes=((60, 60), (120, 50), (70, 110)),
     said={"image_seq_length": 16, "processor_class": "InternVLProcessor"},
 )
+SMOL = Twin(
+    processor="Idefics3Processor",
+    config={  # no id of an end in text_config, and the outer pad_token_id is beyond the vocabulary
+        "architectures": ["Idefics3ForConditionalGeneration"], "image_token_id": "<image>", "model_type": "idefics3",
+        "pad_token_id": 128002, "scale_factor": 4,
+        "text_config": TEXT
+        | {
+            "_flash_attn_2_enabled": True, "architectures": ["VLlama3ForCausalLM"], "head_dim": 8, "hidden_act": "silu",
+            "is_llama_config": True, "model_type": "llama", "neftune_noise_alpha": 0.0, "pad_token_id": "<|im_end|>",
+            "pixel_shuffle_factor": 4, "qk_layer_norms": False, "rms_norm_eps": 1e-05, "rope_interleaved": False,
+            "rope_theta": 100000, "use_resampler": False, "vocab_size": "rows",
+        },
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "vision_config": TOWER
+        | {
+            "image_size": 64, "max_image_size": {"longest_edge": 64}, "model_type": "idefics3", "patch_size": 4,
+            "size": {"longest_edge": 128}, "tie_word_embeddings": False, "use_base_siglip": False,
+        },
+        "vocab_size": "rows",
+    },
+    pixels=PIXELS
+    | {
+        "do_image_splitting": True, "do_pad": True, "image_mean": HALF,
+        "image_processor_type": "Idefics3ImageProcessor", "image_std": HALF, "max_image_size": {"longest_edge": 64},
+        "processor_class": "Idefics3Processor", "resample": 1, "size": {"longest_edge": 128},
+    },
+    words=SMOLLM_WORDS,
+    tokens=tuple(SMOLVLM_TOKENS), first=tuple(CHAT),
+    rows=0,  # 49280 rows, <end_of_utterance> is 49279; <|im_end|>, the pad, is 2
+    template=SMOLVLM, template_file="chat_template.json",
+    generation={
+        "_from_model_config": True, "bos_token_id": "<|endoftext|>", "eos_token_id": "<end_of_utterance>",
+        "pad_token_id": "<|im_end|>",
+    },
+    sizes=((120, 120), (140, 60), (50, 110)),
+    said={"image_seq_len": 16, "processor_class": "Idefics3Processor"},
+)
 # fmt: on
 
 #: Repository → its facts. Sizes apart, siblings of 13B, 3B and less are the same but where it says.
@@ -365,6 +421,7 @@ TWINS = {
     "Qwen/Qwen3-VL-8B-Instruct": QWEN3_VL,
     "Qwen/Qwen3-VL-4B-Instruct": replace(QWEN3_VL, config=QWEN3_VL.config | {"tie_word_embeddings": True}),
     "OpenGVLab/InternVL3-8B-hf": INTERNVL3,
+    "HuggingFaceTB/SmolVLM-256M-Instruct": SMOL,
 }
 #: One twin of each family that cuts pictures in its own way.
 BY_FAMILY = {twin.config["model_type"]: name for name, twin in TWINS.items() if twin is not LLAVA}
@@ -373,6 +430,7 @@ SIBLINGS = {
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen/Qwen2.5-VL-7B-Instruct",
     "OpenGVLab/InternVL3-1B-hf": "OpenGVLab/InternVL3-8B-hf",
+    "HuggingFaceTB/SmolVLM-500M-Instruct": "HuggingFaceTB/SmolVLM-256M-Instruct",
 }
 
 
@@ -393,7 +451,7 @@ def randomise(model: Any, seed: int = 0) -> None:
     torch.manual_seed(seed)
     own = torch.Generator().manual_seed(seed)  # of single vectors, so that all other weights stay what they are
     for name, parameter in model.named_parameters():
-        tower = "vision_tower" in name or "visual." in name
+        tower = any(part in name for part in ("vision_tower", "vision_model", "visual."))
         if parameter.ndim > 1:
             parameter.normal_(0, parameter[0].numel() ** -0.5)
         elif name.endswith("bias"):
@@ -417,7 +475,7 @@ def save_twin(folder: Path, name: str) -> Path:
 
     twin = TWINS[SIBLINGS.get(name, name)]
     folder.mkdir(parents=True, exist_ok=True)
-    text = byte_level(twin.tokens) if twin.tokens else sentencepiece(twin.byte_letter)
+    text = byte_level(twin.tokens, twin.first) if twin.tokens else sentencepiece(twin.byte_letter)
     spelled = json.loads(text)
     ids = spelled["model"]["vocab"] | {token["content"]: token["id"] for token in spelled["added_tokens"]}
     ids["rows"] = 1 + max(ids.values()) + twin.rows

@@ -65,7 +65,11 @@ def stage(root: Path, target: Path) -> Path:
     for name in SOURCES:
         source = root / name
         if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
+            shutil.copytree(
+                source,
+                target / name,
+                ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__", "runs", "cache"),
+            )
         elif source.is_file():
             shutil.copy2(source, target / name)
     return target

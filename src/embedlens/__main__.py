@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -41,22 +41,19 @@ Picture = Annotated[Path, typer.Argument(help="Any ordinary picture: jpg, png, .
 Model = Annotated[str, typer.Option(help="'miniature', a checkpoint folder, or a Hugging Face repository id.")]
 Question = Annotated[str, typer.Option(help="What to ask about the picture.")]
 Preprocessing = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on Python 3.10, too
+    str | None,
     typer.Option(
         help="'letterbox', 'centre-crop' or 'stretch': how LLaVA-1.5 makes a picture a square.",
         show_default="as the model's family does it",
     ),
 ]
 Device = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         help="'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'.", show_default="a GPU if there is one, one to a process"
     ),
 ]
-Quantize = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no"),
-]
+Quantize = Annotated[str | None, typer.Option(help="'4bit' or '8bit', through bitsandbytes.", show_default="no")]
 
 
 @app.command()
@@ -65,7 +62,7 @@ def probe(
     model: Model = "miniature",
     question: Question = "What is in the picture?",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Where to write the annotated picture.", show_default="<PICTURE>-probed.png here"),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Words per visual token in the printed grid.", min=1)] = 1,
@@ -108,8 +105,7 @@ def explore(
     model: Model = "miniature",
     question: Question = "What is in the picture?",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here"),
+        Path | None, typer.Option(help="Where to write the page, .html.", show_default="<PICTURE>-explored.html here")
     ] = None,
     preprocessing: Preprocessing = None,
     device: Device = None,
@@ -148,20 +144,20 @@ def _check_out(out: Path, endings: set[str], kind: str, picture: Path) -> None:
 
 def _warn_of_the_miniature(model: str) -> None:
     if model == "miniature":
-        typer.echo(
-            "note: the miniature knows only the drawn world that it was trained on; for a photograph name a real "
-            "model, such as --model llava-hf/llava-1.5-7b-hf",
-            err=True,
-        )
+        from embedlens.explorer import NOTE
+
+        typer.echo(f"note: {NOTE}", err=True)
 
 
 @app.command()
 def models() -> None:
     """List the supported families with sizes, limits and tested versions, and the facts of the shipped miniature."""
     from embedlens.families import FAMILIES, TESTED_WITH
+    from embedlens.memory import CARDS
     from embedlens.released import sizes
 
     table = sizes()
+    typer.echo("Below each model: how many pictures run at a time on a card, in 16 / 8 / 4 bit (–: not one).")
     for family in FAMILIES:
         typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
         for example in family.EXAMPLES:
@@ -170,6 +166,7 @@ def models() -> None:
                 f"  {example}: {size['parameters']} parameters; with one picture about {size['bfloat16']} GiB in "
                 f"bfloat16, {size['4 bit']} GiB in 4 bit"
             )
+            typer.echo("    " + ", ".join(f"{card}: {size[card]}" for card in CARDS))
         for limit in family.LIMITS:
             typer.echo(f"  note: {limit}")
     typer.echo(
@@ -216,18 +213,18 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the pictures and of all that is drawn at random.", min=0)] = 0,
     device: Device = None,
     dtype: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="'float32', 'float16' or 'bfloat16'.", show_default="the checkpoint's own on a GPU"),
     ] = None,
     quantize: Quantize = None,
     preprocessing: Preprocessing = None,
     batch_size: Annotated[str, typer.Option(help="Pictures at a time; 'auto' finds what fits.")] = "auto",
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Folder for rows and table; goes on from what is there.", show_default="runs/MODEL/STUDY"),
     ] = None,
     results: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             help="Folder for the record of other_models.", show_default="the checkout's results; outside one, results"
         ),
@@ -256,11 +253,11 @@ def _aside(line: str) -> None:
 @app.command()
 def book(
     chapters: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(help="Chapters to run, by number or name, such as 02; none: all.", show_default=False),
     ] = None,
     parameter: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="A notebook parameter; may be repeated."),
     ] = None,
     execute: Annotated[bool, typer.Option(help="Run the chapters, or render their committed outputs.")] = True,
@@ -270,7 +267,7 @@ def book(
         Path, typer.Option(help="Folder for the run and rendered book; a new one, or one that this command made.")
     ] = Path("_build"),
     jobs: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Chapters at a time.", show_default="as cores and memory allow; one on a GPU", min=1),
     ] = None,
 ) -> None:

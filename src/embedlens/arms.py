@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,17 +23,15 @@ from embedlens.groups import TokenGroups
 from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.patches import PatchGrid
 from embedlens.samples import Sample
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt
+from embedlens.vlm import Prompt
 
 SEEDS = 5  # repeats of a random control
 
 Select: TypeAlias = Callable[[TokenGroups, PatchGrid, np.random.Generator], Tensor]
 """Visual tokens of a picture: its groups, its grid, the arm's generator for it → Bool[n]."""
-Plan: TypeAlias = "Sequence[Intervention] | Callable[[Prompt], Prompt]"
+Plan: TypeAlias = Sequence[Intervention] | Callable[[Prompt], Prompt]
 """Interventions, or a function that gives another prompt to ask instead: rows that are merged are no intervention."""
-Act: TypeAlias = Callable[[Any, PatchGrid, np.random.Generator], "Plan | None"]
+Act: TypeAlias = Callable[[Any, PatchGrid, np.random.Generator], Plan | None]
 """The plan for a picture, or None where there is nothing to do: it runs as the baseline then. The first argument is
 what `run_arms` was given as `groups`."""
 
@@ -67,9 +65,7 @@ def on_things(sample: Sample, grid: PatchGrid) -> Bool[Tensor, " n"]:
     return found
 
 
-def some_left(
-    groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names: Sequence[str]
-) -> Bool[Tensor, " n"]:
+def some_left(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names: Sequence[str]) -> Tensor:
     """The tokens of some groups; none where these are all tokens of the picture, which cannot be pruned."""
     chosen = members(groups, grid, rng, names)
     return chosen & ~chosen.all()
@@ -122,10 +118,10 @@ def random_tokens(pool: Bool[Tensor, " n"], size: int, rng: np.random.Generator)
 
 
 def random_block(pool: Bool[Tensor, " n"], size: int, grid: PatchGrid, rng: np.random.Generator) -> Bool[Tensor, " n"]:
-    """A connected block of `size` tokens of a pool, grown from a random one neighbour by neighbour.
+    """A connected block of `size` tokens of a pool, or the whole of a smaller one, grown neighbour by neighbour.
 
     It starts in a connected part of the pool that has room for it, each token equally likely; where no part has, it
-    takes the largest part whole and goes on in the next. The whole pool where that is smaller than `size`.
+    takes the largest part whole and goes on in the next.
     """
     if len(pool) != len(grid):
         raise EmbedLensError(f"the pool has {len(pool)} tokens, the grid {len(grid)}: pass those of one picture")
@@ -173,10 +169,6 @@ def _grown(start: int, part: set[int], size: int, grid: PatchGrid, rng: np.rando
 # --- arms ------------------------------------------------------------------------------------------------------------
 
 
-def _nothing(groups: Any, grid: PatchGrid, rng: np.random.Generator) -> None:
-    return None
-
-
 def _masked(
     groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, select: Select, make: Callable[..., Intervention]
 ) -> list[Intervention] | None:
@@ -190,7 +182,7 @@ def _same(
     return interventions
 
 
-BASELINE = Arm("baseline", _nothing)
+BASELINE = Arm("baseline", partial(_same, interventions=()))
 
 
 def pruning(name: str, select: Select, seed: int = 0) -> Arm:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.tracing import attending
+from embedlens.tracing import reading
 from embedlens.vlm import Prompt, VisionLanguageModel
 
 NEUTRAL = "Write a general description of the image."
@@ -21,7 +19,7 @@ NEUTRAL = "Write a general description of the image."
 
 @torch.no_grad()
 def attention(
-    model: VisionLanguageModel, prompt: Prompt, answer: str | Sequence[int] | None = None
+    model: VisionLanguageModel, prompt: Prompt, answer: str | Sequence[int] | None = None, question: bool = False
 ) -> Float[Tensor, "layers heads queries n_visual"]:
     """How much of its attention each query gives to each visual token, in every layer and head.
 
@@ -33,10 +31,12 @@ def attention(
         prompt: from `model.prompt`.
         answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated: a word that
             is glued to the prompt has its space.
+        question: whether every token of `question_ids` is a query, too.
 
     Returns:
         float32, on the CPU. Queries: the prompt's last position, which chooses the answer's first token, then each
-        token of the answer. Under `embedlens.Prune` the removed tokens get 0.
+        token of the answer; before them those of the question, whose last is that position. Under `embedlens.Prune`
+        the removed tokens get 0.
 
     Raises:
         EmbedLensError: no such answer, one longer than the model has positions, or a kernel that cannot be read.
@@ -48,19 +48,76 @@ def attention(
     (8, 4, 1, 64)
     """
     ids = answer_ids(model, prompt, answer)
+    queries = len(ids) + (len(question_ids(model, prompt)) if question else 1)
+    return _run(model, prompt, ids, queries, lambda weights, visual: weights[..., visual])
+
+
+@torch.no_grad()
+def rollout(
+    model: VisionLanguageModel, prompt: Prompt, answer: str | Sequence[int] | None = None
+) -> Float[Tensor, "layers queries n_visual"]:
+    """How much of each query may stem from each visual token: attention multiplied through all layers up to each.
+
+    `attention` alone cannot be rolled out: text on visual columns is one step, while below it visual tokens mix and
+    text hands on. So this runs the model again and reads the rows of *all* positions, heads averaged, a layer at a
+    time. It takes a block for half what stood there and half what it attends to (Abnar & Zuidema 2020, section 3):
+    the size of values, MLPs and what heads do differently are left out. It says where something can have come from,
+    not what is used; a sink that everything looks at gets much, whatever it holds.
+
+    Args:
+        answer: as in `attention`; the queries are the same.
+
+    Returns:
+        float32, on the CPU, after each layer; what is missing to 1 stems from text. While a layer runs, its
+        [heads, s, s] are held.
+    """
+    ids = answer_ids(model, prompt, answer)
+    below: list[Tensor] = []
+
+    def rolled(weights: Float[Tensor, "h s s"], visual: Bool[Tensor, " s"]) -> Float[Tensor, "q n"]:
+        under = below.pop() if below else torch.eye(len(visual), device=visual.device)[:, visual]
+        below.append((weights.mean(0) @ under + under) / 2)
+        return below[0][-1 - len(ids) :]
+
+    return _run(model, prompt, ids, len(prompt) + len(ids), rolled)
+
+
+def question_ids(model: VisionLanguageModel, prompt: Prompt) -> Int[Tensor, " tokens"]:
+    """What stands behind the picture: the question and what the chat format puts around it. Text before sees none."""
+    marked = (prompt.ids == model.family.image_token_id(model.hf)).nonzero()
+    return prompt.ids[min(int(marked.max()) + 1, len(prompt) - 1) :]
+
+
+def _run(
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    ids: Int[Tensor, " tokens"],
+    queries: int,
+    read: Callable[[Float[Tensor, "h q s"], Bool[Tensor, " s"]], Float[Tensor, "*batch n"]],
+) -> Float[Tensor, "layers *batch n_visual"]:
+    """What `read` makes of each layer's attention, given which positions are visual; 0 for tokens that were removed."""
     model.check_length(prompt, len(ids))
-    whole = _followed_by(model, prompt, ids)
-    rows: list[Tensor] = []
-    with model.running([whole]) as (entered,), _reading(model, len(ids) + 1, rows):
-        model.decoder(inputs_embeds=entered.embeds[None], attention_mask=None, use_cache=False)
-    if {row.shape[-1] for row in rows} != {len(entered)}:
-        raise EmbedLensError("an intervention changes the length of the sequence between layers: read it without")
-    given = torch.stack([row[..., entered.visual.to(row.device)].cpu() for row in rows])
+    whole, kept = followed_by(model, prompt, ids), list[Tensor]()
+    with model.running([whole]) as (entered,):
+
+        def take(weights: Float[Tensor, "h q s"]) -> None:
+            if weights.shape[-1] != len(entered):
+                raise EmbedLensError("an intervention changes the sequence between layers: read attention without it")
+            kept.append(read(weights, entered.visual.to(weights.device)).cpu())
+
+        rows = slice(-queries, None)
+        with reading(
+            model,
+            lambda query, key, mask, scaling: take(_weights(query[:, :, rows], key, mask, scaling)[0]),
+            lambda weights: take(weights[0, :, rows].float()),
+        ):
+            model.decoder(inputs_embeds=entered.embeds[None], attention_mask=None, use_cache=False)
+    given = torch.stack(kept)
     if len(entered) == len(whole):
         return given
-    found = given.new_zeros(*given.shape[:-1], int(whole.visual.sum()))
     left = torch.zeros_like(whole.visual)
-    left[entered.rows] = True  # an intervention took the others out
+    left[entered.rows] = True
+    found = given.new_zeros(*given.shape[:-1], int(whole.visual.sum()))
     found[..., left[whole.visual].cpu()] = given
     return found
 
@@ -108,7 +165,7 @@ def relative(
     return found / neutral.clamp(min=torch.finfo(neutral.dtype).tiny)
 
 
-def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " tokens"]) -> Prompt:
+def followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " tokens"]) -> Prompt:
     """The prompt with text behind it, which stands at the positions that generation would give it."""
     if not len(ids):
         return prompt
@@ -132,45 +189,12 @@ def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " 
     )
 
 
-@contextmanager
-def _reading(model: VisionLanguageModel, queries: int, rows: list[Float[Tensor, "h q s"]]) -> Iterator[None]:
-    """Append, layer by layer, the attention of the last `queries` rows to all keys, while the forward runs."""
-    kernel = model.decoder.config._attn_implementation
-    owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
-    if kernel == "eager":  # which hands its weights out
-        hooks = [
-            owner.register_forward_hook(lambda module, args, output: rows.append(output[1][0, :, -queries:].float()))
-            for owner in owners
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return
-    if kernel != "sdpa":
-        raise EmbedLensError(
-            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
-        )
-
-    def attend(
-        stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> Any:
-        if module in owners:
-            rows.append(_weights(query[:, :, -queries:], key, mask, options.get("scaling"))[0])
-        return stock(module, query, key, value, mask, **options)
-
-    with attending(attend):
-        yield
-
-
 def _weights(
-    query: Float[Tensor, "b h q c"], key: Float[Tensor, "b kv s c"], mask: Tensor | None, scaling: float | None
+    query: Float[Tensor, "b h q c"], key: Float[Tensor, "b h s c"], mask: Tensor | None, scaling: float
 ) -> Float[Tensor, "b h q s"]:
     """softmax(q k^T) of the last q rows of a causal sequence, float32."""
-    heads, queries, width = query.shape[1:]
-    key = key.float().repeat_interleave(heads // key.shape[1], dim=1)  # products rounded to bfloat16 are 4 % off
-    scores = (query.float() @ key.mT) * (width**-0.5 if scaling is None else scaling)
+    queries = query.shape[2]
+    scores = query.float() @ key.float().mT * scaling  # products rounded to bfloat16 are 4 % off
     if mask is None:
         last = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
         mask = last.tril(key.shape[2] - queries)
@@ -190,7 +214,7 @@ def generated(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int = 
     ends = set(own) if isinstance(own, (list, tuple)) else {own}
     ids: list[int] = []
     while len(ids) < max_new_tokens:
-        whole = _followed_by(model, prompt, torch.tensor(ids, dtype=torch.long))
+        whole = followed_by(model, prompt, torch.tensor(ids, dtype=torch.long))
         chosen = int(model.logits(whole)[-1].argmax())
         if chosen in ends:
             break

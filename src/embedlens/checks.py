@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
@@ -17,18 +17,16 @@ from embedlens.prompts import assembled, grid_of, written
 
 
 def check(model: Any) -> None:
-    """One small prompt through the model: are the declared parts the ones that compute the answer?
-
-    Raises:
-        EmbedLensError: naming the part that is not what the family file says.
-    """
+    """One small prompt through the model: are the declared parts the ones that compute the answer?"""
     expected = model.hf.config.get_text_config().num_hidden_layers
     if model.n_layers != expected:
         raise EmbedLensError(
             f"{model.name} has {model.n_layers} modules under {model.family.MODULES['blocks']} but its config says "
             f"{expected} layers: correct MODULES['blocks'] in {model.family.__name__}"
         )
-    picture = _check_picture()
+    # a ramp down in red, across in green, both in blue, wider than high: a wrong grid or an ignored picture shows
+    x, y = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(48) + 0.5, indexing="xy")
+    picture = Image.fromarray((255 * _ramp(x / 64, y / 48)).round().byte().permute(1, 2, 0).numpy())
     ids, inputs = written(model, picture, "What is this?")
     _check_pixels(model, picture, inputs)
     prompt = assembled(model, picture, "What is this?", ids, inputs, model._features([inputs])[0])
@@ -66,14 +64,11 @@ def check(model: Any) -> None:
         )
 
 
-def _check_pixels(model: Any, picture: Image, inputs: Mapping[str, Tensor]) -> None:
+def _check_pixels(model: Any, picture: Image.Image, inputs: Mapping[str, Tensor]) -> None:
     """Does each token's patch show what its cell of the grid covers, and nothing else?
 
     The check picture's colours say where they are, so what is expected at a pixel of a patch follows from the
     grid alone; a bar has one colour, black or the mean.
-
-    Raises:
-        EmbedLensError: the image processor does something else than the preprocessing that was asked for.
     """
     images, grid = model.processor.image_processor, grid_of(model, picture)
     try:
@@ -106,14 +101,6 @@ def real_rows(tokenizer: Any, image_token_id: int, n_embeddings: int, name: str)
             "tokenizer and weights are of different models; copy both from one"
         )
     return n_rows
-
-
-def _check_picture() -> Image:
-    """A ramp down in red, across in green, both in blue, wider than high: a wrong grid or an ignored picture shows."""
-    from PIL import Image
-
-    x, y = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(48) + 0.5, indexing="xy")
-    return Image.fromarray((255 * _ramp(x / 64, y / 48)).round().byte().permute(1, 2, 0).numpy())
 
 
 def _ramp(x: Float[Tensor, "*n"], y: Float[Tensor, "*n"]) -> Float[Tensor, rgb * n]:

@@ -10,18 +10,15 @@ Clusters are made within one picture, so the matrix of all cosines has the numbe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import unit_vectors
-
-if TYPE_CHECKING:
-    from embedlens.vlm import VisionLanguageModel
+from embedlens.vlm import VisionLanguageModel
 
 ORDERS = ("greedy", "raster")
 MOST = 6  # clusters kept of a picture: ranks 0 to 5, as the paper's Figure 1 and Appendix B.2 have them
@@ -41,10 +38,6 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
 
     Returns:
         The cluster of each token; 0 is the largest, equal sizes are numbered as they were found.
-
-    Raises:
-        EmbedLensError: a threshold or an order that there is not, no tokens, tokens of several pictures in one tensor,
-            or values that are not finite.
 
     >>> anchor_clusters(torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0]])).tolist()
     [1, 0, 0]
@@ -76,27 +69,13 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
     return torch.from_numpy(rank[labels]).to(tokens.device)
 
 
-def centroids(
-    tokens: Float[Tensor, "n d"],
-    labels: Int[Tensor, " m"],
-    most: int | None = None,
-    center: Float[Tensor, " d"] | None = None,
-) -> Float[Tensor, "k d"]:
-    """The mean of the normalised members of each cluster, at length one, largest cluster first (Appendix B.2).
-
-    Args:
-        most: keep only so many; default: all.
-        center: subtracted from the mean of the normalised members: what all pictures share. Cosines are then
-            mean-removed.
-
-    Raises:
-        EmbedLensError: one label per token is not what was passed.
+def centroids(tokens: Float[Tensor, "n d"], labels: Int[Tensor, " m"], most: int | None = None) -> Float[Tensor, "k d"]:
+    """The mean of the normalised members of each cluster, at length one, largest first, so `most` of them (App. B.2).
 
     >>> centroids(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 5.0]]), torch.tensor([1, 0, 0])).tolist()
     [[0.0, 1.0], [1.0, 0.0]]
     """
-    means = cluster_means(tokens, labels, most)
-    return unit_vectors(means if center is None else means - center)
+    return unit_vectors(cluster_means(tokens, labels, most))
 
 
 def cross_image_similarity(a: Float[Tensor, "k d"], b: Float[Tensor, "m d"]) -> Float[Tensor, " k"]:
@@ -104,13 +83,6 @@ def cross_image_similarity(a: Float[Tensor, "k d"], b: Float[Tensor, "m d"]) -> 
 
     Appendix B.2 of the paper: s_i = max_j C_i(1) · C_j(2), both sides unit length. The more clusters the other picture
     has, the higher the maximum: hold it against `matched_null`.
-
-    Args:
-        a: centroids of the first picture, any length; normalised here.
-        b: centroids of the second picture.
-
-    Raises:
-        EmbedLensError: either picture has no cluster, or the widths differ.
 
     >>> cross_image_similarity(torch.eye(3), torch.eye(3)).tolist()
     [1.0, 1.0, 1.0]
@@ -124,10 +96,7 @@ def cross_image_similarity(a: Float[Tensor, "k d"], b: Float[Tensor, "m d"]) -> 
 
 
 def matched_null(labels: Int[Tensor, " n"], seed: int | Sequence[int] | np.random.Generator) -> Int[Tensor, " n"]:
-    """Random disjoint token sets of the same sizes as the clusters: the labels, dealt out anew.
-
-    Args:
-        seed: make it differ from picture to picture, such as `sweep.generator` does.
+    """Random disjoint token sets of the same sizes as the clusters: the labels, dealt out anew, by picture and seed.
 
     >>> sorted(matched_null(torch.tensor([0, 0, 1, 2]), seed=0).tolist())
     [0, 0, 1, 2]
@@ -136,25 +105,8 @@ def matched_null(labels: Int[Tensor, " n"], seed: int | Sequence[int] | np.rando
     return labels[torch.from_numpy(order).to(labels.device)]
 
 
-def jaccard(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " n"]) -> float:
-    """Overlap of two sets of tokens: shared by both over in either; nan if both are empty.
-
-    >>> jaccard(np.array([True, True, False]), np.array([False, True, True]))
-    0.3333333333333333
-    """
-    either = int((a | b).sum())
-    return int((a & b).sum()) / either if either else float("nan")
-
-
 def picture_pairs(n: int, partners: int = 20, seed: int = 0) -> Int[np.ndarray, "pairs 2"]:
-    """Ordered pairs of different pictures, by index: each picture first in as many, with partners drawn at random.
-
-    Args:
-        n: number of pictures.
-        partners: of each picture; all others if there are no more.
-
-    Raises:
-        EmbedLensError: fewer than two pictures.
+    """Ordered pairs of `n` pictures, by index: each comes first in as many, all others or `partners` drawn at random.
 
     >>> picture_pairs(3, seed=0).tolist()
     [[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1]]

@@ -16,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -44,21 +44,12 @@ class Thresholds:
     divergence: float
 
 
-#: The released thresholds, for the released divergence.
-RELEASED_THRESHOLDS = {
-    "LLaVA-NeXT-8B": Thresholds(0.10, 2e-3),
-    "LLaVA-1.5-7B": Thresholds(0.15, 2e-3),
-    "LLaVA-1.5-13B": Thresholds(0.077, 1.8e-3),
-    "LLaVA-OneVision-7B": Thresholds(0.08, 1.8e-3),
-}
-
-
 def quantile_thresholds(
     scores: Sequence[TokenScores], probability: float = 0.2, divergence: float = 0.3, variant: str = "released"
 ) -> Thresholds:
-    """Thresholds of a model that has none: the values below which these shares of its tokens lie.
+    """The values below which these shares of a model's tokens lie.
 
-    Not the paper's; the released ones span a factor of two between models.
+    Not the paper's, which has thresholds by hand for four models (released: 0.077 to 0.15, and 0.0018 or 0.002).
     """
     if not scores or not (0 < probability <= 1 and 0 < divergence <= 1):
         what = f"{len(scores)} pictures, shares {probability} and {divergence}"
@@ -76,15 +67,13 @@ class Recipe:
     most_in_picture: int | float = 8
     """Largest cluster of its own picture that a prototype may belong to: tokens, or as a float a share of those
     scored (the release's 8 of 96 is 1/12)."""
-    clusters: int = 64
-    """Over all pictures; an eighth of the pool where it is small."""
+    clusters: int = 64  #: Over all pictures
     more_pictures: int | float = 64
     """A cluster stays if it has members from more pictures than this: a number, or as a float a share of the pictures
     (the release's 64 of 500 is 0.128). This is the condition of context independence."""
     variant: str = "released"
     neighbours: int = 5
-    rms: float | None = None
-    """Unit of the tokens while they are clustered; see `dpc_knn`."""
+    rms: float | None = None  #: Unit of the tokens while they are clustered; see `dpc_knn`
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -99,17 +88,13 @@ class Recipe:
 AS_SHARES = Recipe(most_in_picture=8 / 96, more_pictures=64 / 500, rms=LLAVA_RMS)
 
 
-@dataclass(frozen=True, eq=False)
-class Stages:
-    """How many tokens each step of `build` leaves; "codebook" is the last."""
+class Stages(NamedTuple):
+    """How many tokens each step of `build` leaves."""
 
     scored: int
-    candidates: int
-    """Below both thresholds."""
-    rare: int
-    """Of them, those in a small cluster of their picture."""
-    codebook: int
-    """Of these, those whose cluster recurs over enough pictures."""
+    candidates: int  #: Below both thresholds
+    rare: int  #: Of them, those in a small cluster of their picture
+    codebook: int  #: Of these, those whose cluster recurs over enough pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,18 +125,12 @@ class Codebook:
     def __len__(self) -> int:
         return len(self.prototypes)
 
-    @property
-    def width(self) -> int:
-        """Width d of the tokens it can be compared with."""
-        return self.prototypes.shape[1]
-
     def check(self, model: VisionLanguageModel) -> None:
         """Refuse another model's codebook: its directions mean nothing here, even where the width agrees."""
-        if self.width != model.width:
-            widths = f"width {self.width}, {model.name} {model.width}"
-            raise EmbedLensError(f"the codebook has {widths}: build one for this model")
-        if self.model != model.name:
-            raise EmbedLensError(f"the codebook is of {self.model}, not of {model.name}: build one for this model")
+        own, other = (self.model, self.prototypes.shape[1]), (model.name, model.width)
+        if own != other:
+            kinds = "of {} (width {}), not of {} (width {})".format(*own, *other)
+            raise EmbedLensError(f"the codebook is {kinds}: build one for this model")
 
     def redundancy(self, tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Largest cosine to a prototype; a token of length zero has 0."""
@@ -159,8 +138,8 @@ class Codebook:
 
     def cosines(self, tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n"]:
         """Cosine to every prototype."""
-        if tokens.shape[-1] != self.width:
-            widths = f"tokens of width {tokens.shape[-1]}, a codebook of width {self.width}"
+        if tokens.shape[-1] != self.prototypes.shape[1]:
+            widths = f"tokens of width {tokens.shape[-1]}, a codebook of width {self.prototypes.shape[1]}"
             raise EmbedLensError(f"{widths}: use the model's own codebook")
         unit = functional.normalize(self.prototypes.float().to(tokens.device), dim=-1)
         return functional.normalize(tokens.float(), dim=-1) @ unit.T
@@ -172,11 +151,10 @@ class Codebook:
 
     def extend(self, other: Codebook) -> Codebook:
         """Both codebooks' prototypes, without any training; another model's are refused."""
-        if (other.model, other.width) != (self.model, self.width):
-            raise EmbedLensError(
-                f"codebooks of {self.model} (width {self.width}) and {other.model} (width {other.width}): extend one "
-                "with another of the same model"
-            )
+        kinds = [(book.model, book.prototypes.shape[1]) for book in (self, other)]
+        if kinds[0] != kinds[1]:
+            named = "codebooks of {} (width {}) and {} (width {})".format(*kinds[0], *kinds[1])
+            raise EmbedLensError(f"{named}: extend one with another of the same model")
         parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("prototypes", *COLUMNS)}
         parts["clusters"] = torch.cat([self.clusters, other.clusters + int(self.clusters.max()) + 1])
         provenance = {**self.provenance, "extended_with": json.dumps(other.provenance, sort_keys=True)}
@@ -260,7 +238,6 @@ def build(
         tokens: of each picture, all of them, as they leave the projector.
         scores: of each picture, from `token_scores`, made with `protocol`.
         image_ids: of each picture; the same id is the same picture.
-        thresholds: released ones, or `quantile_thresholds`.
         recipe: default: the release's for LLaVA-1.5.
 
     Raises:
@@ -271,25 +248,18 @@ def build(
         raise EmbedLensError(
             f"{len(tokens)} pictures' tokens, {len(scores)} scores, {len(image_ids)} ids: pass one each, at least one"
         )
-    rows: list[Tensor] = []
-    columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
-    candidates = 0
-    at = VARIANTS.index(recipe.variant)
+    kept: list[list[Tensor]] = []
+    candidates, at, most = 0, VARIANTS.index(recipe.variant), recipe.most_in_picture
     for every, score, image_id in zip(tokens, scores, image_ids, strict=True):
         sampled = every.detach().float().cpu()[score.places]
         low = (score.probability < thresholds.probability) & (score.cascade(recipe.variant) < thresholds.divergence)
-        low = low.cpu()
         candidates += int(low.sum())
         labels = dpc_knn(sampled, recipe.picture_clusters, recipe.neighbours, recipe.rms)
         sizes = labels.bincount()[labels]
-        most = recipe.most_in_picture
-        keep = low & (sizes <= (most * len(sampled) if isinstance(most, float) else most))
-        rows.append(sampled[keep])
-        own = {"image_ids": torch.full((len(sampled),), int(image_id)), "patches": score.places}
-        own |= {"probability": score.probability, "region": score.region[:, at], "picture": score.picture[:, at]}
-        for name, values in own.items():
-            columns[name].append(values.cpu()[keep])
-    pool = torch.cat(rows)
+        keep = low.cpu() & (sizes <= (most * len(sampled) if isinstance(most, float) else most))
+        own = (score.places, score.probability, score.region[:, at], score.picture[:, at])
+        kept.append([part.cpu()[keep] for part in (sampled, torch.full((len(sampled),), int(image_id)), *own)])
+    pool, ids, *found = (torch.cat(parts) for parts in zip(*kept, strict=True))
     if not candidates:
         raise EmbedLensError(f"no token is below both thresholds ({thresholds}): raise them, or take quantiles")
     if not len(pool):
@@ -297,34 +267,25 @@ def build(
             f"all {candidates} candidates lie in clusters of their picture beyond Recipe.most_in_picture = "
             f"{recipe.most_in_picture}: raise it"
         )
-    found = {name: torch.cat(parts) for name, parts in columns.items() if parts}
-    labels, keep = _recurring(pool, found["image_ids"], len(set(image_ids)), recipe)
+    # clusters over all pictures: an eighth of the pool where it is small
+    labels = dpc_knn(pool, max(1, min(recipe.clusters, len(pool) // 8)), recipe.neighbours, recipe.rms)
+    bar = recipe.more_pictures * (len(set(image_ids)) if isinstance(recipe.more_pictures, float) else 1)
+    spans = torch.tensor([len(ids[labels == label].unique()) for label in range(int(labels.max()) + 1)])
+    keep = (spans > bar)[labels]
     if not bool(keep.any()):
         raise EmbedLensError(
             f"no cluster of the {len(pool)} tokens left spans more than {recipe.more_pictures} pictures: lower "
             "Recipe.more_pictures, or score more pictures"
         )
-    found["clusters"] = labels
     provenance = {
         "pictures": str(len(image_ids)),
         "thresholds": f"{thresholds.probability:.6g} {thresholds.divergence:.6g}",
         "recipe": repr(recipe),
         "protocol": repr(protocol),
     }
-    book = Codebook(
-        pool[keep], **{name: part[keep] for name, part in found.items()}, model=model.name, provenance=provenance
-    )
+    columns = {name: part[keep] for name, part in zip(COLUMNS, (ids, *found, labels), strict=True)}
+    book = Codebook(pool[keep], **columns, model=model.name, provenance=provenance)
     return book, Stages(sum(len(score.places) for score in scores), candidates, len(pool), len(book))
-
-
-def _recurring(
-    pool: Float[Tensor, "n d"], image_ids: Int[Tensor, " n"], pictures: int, recipe: Recipe
-) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Clusters over all pictures, and the rows whose cluster spans more pictures than asked."""
-    labels = dpc_knn(pool, max(1, min(recipe.clusters, len(pool) // 8)), recipe.neighbours, recipe.rms)
-    bar = recipe.more_pictures * pictures if isinstance(recipe.more_pictures, float) else recipe.more_pictures
-    spans = torch.tensor([len(image_ids[labels == label].unique()) for label in range(int(labels.max()) + 1)])
-    return labels, (spans > bar)[labels]
 
 
 # --- selecting -------------------------------------------------------------------------------------------------------

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PatchGrid
-from embedlens.tracing import attending
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
+from embedlens.tracing import reading
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 SPARSEVLM_LAYER = 2  # the first of its three
 
@@ -36,51 +33,32 @@ SPARSEVLM_LAYER = 2  # the first of its three
 class Features:
     """What the vision side gives for one picture. What a tower does not have is None."""
 
-    tokens: Float[Tensor, "n d"]
-    """As they leave the projector."""
+    tokens: Float[Tensor, "n d"]  #: As they leave the projector
     grid: PatchGrid
-    tower: Float[Tensor, "n v"] | None = None
-    """Patches as the projector reads them."""
-    cls: Float[Tensor, " v"] | None = None
-    """CLS at the same layer."""
+    tower: Float[Tensor, "n v"] | None = None  #: Patches as the projector reads them
+    cls: Float[Tensor, " v"] | None = None  #: CLS at the same layer
+    #: Attention from CLS in the block before that layer, mean over heads
     cls_attention: Float[Tensor, " n"] | None = None
-    """Attention from CLS in the block before that layer, mean over heads."""
+    #: The same in the last block, all heads taken as one, as PruMerge does
     cls_attention_last: Float[Tensor, " n"] | None = None
-    """The same in the last block, all heads taken as one, as PruMerge does."""
-    keys: Float[Tensor, "n c"] | None = None
-    """Mean over heads, of the block before that layer."""
-    received: Float[Tensor, "blocks n"] | None = field(default=None, repr=False)
-    """Attention received by a patch, mean over heads and queries, of every block up to that layer."""
-    project: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
-    """The projector, for pruners that merge before it."""
-
-    @property
-    def has(self) -> set[str]:
-        """Which of NEEDS the tower meets."""
-        found = {"CLS"} if self.cls is not None and self.cls_attention is not None else set()
-        return found | ({"keys"} if self.keys is not None and self.received is not None else set())
+    keys: Float[Tensor, "n c"] | None = None  #: Mean over heads, of the block before that layer
+    #: Attention received by a patch, mean over heads and queries, of every block up to that layer
+    received: Float[Tensor, "blocks n"] | None = None
+    project: Callable[[Tensor], Tensor] | None = None  #: The projector, for pruners that merge before it
 
 
 @torch.no_grad()
 def features_of(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[Features]:
     """What the pruners read of each picture's vision side; every picture goes through the tower once more."""
     seen: dict[str, Tensor] = {}
-    tower: Any = (
-        model.hf.get_submodule(model.family.MODULES["vision_tower"])
-        if "vision_tower" in model.family.MODULES
-        else torch.nn.Module()
-    )
     wanted = re.compile(r"layers\.(\d+)(\.self_attn\.[qk]_proj)?$")
-    hooks = []
-    with model.lock:
-        for name, module in tower.named_modules():
-            if wanted.search(name):
-                hooks.append(module.register_forward_hook(partial(_keep, seen, name[wanted.search(name).start() :])))  # type: ignore[union-attr]
-        try:
-            states = model.tower_states_of(prompts)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    tower = model.family.MODULES.get("vision_tower")
+    with model.lock, ExitStack() as hooks:
+        for name, module in model.hf.get_submodule(tower).named_modules() if tower else ():
+            if found := wanted.search(name):
+                hooks.callback(module.register_forward_hook(partial(_keep, seen, found[0])).remove)
+        inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
+        states = model.family.tower_states(model.hf, inputs)  # all in one pass: of halves the hooks would keep the last
     if any(len(value) != len(prompts) for value in seen.values()):  # tiles: rows of the tower are no pictures
         seen.clear()
     block = model.feature_layer - 1
@@ -127,17 +105,8 @@ def _features(
         q, k = (seen[f"layers.{last}.self_attn.{part}_proj"].float() for part in "qk")
         cls_last = (q[0] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[before:]
     projector: Any = model.hf.get_submodule(model.family.MODULES["projector"])
-    return Features(
-        tokens,
-        prompt.grid,
-        states[model.feature_layer],
-        cls,
-        cls_attention,
-        cls_last,
-        keys,
-        torch.stack(received),
-        projector,
-    )
+    tower = states[model.feature_layer]
+    return Features(tokens, prompt.grid, tower, cls, cls_attention, cls_last, keys, torch.stack(received), projector)
 
 
 def _by_head(rows: Float[Tensor, "s v"], heads: int) -> Float[Tensor, "h s c"]:
@@ -155,11 +124,13 @@ def attended(
         in its layer. Both are means over heads.
     """
     rated_at = min(SPARSEVLM_LAYER, model.n_layers - 1)
-
-    def asking(prompt: Prompt) -> Tensor:
-        return torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])])
-
-    read = attention_of(model, prompts, asking, model.n_layers, batch_size)
+    read = attention_of(
+        model,
+        prompts,
+        lambda prompt: torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])]),
+        model.n_layers,
+        batch_size,
+    )
     return [(own[:, -1], own[rated_at, :-1].mean(0)) for own in read]
 
 
@@ -174,15 +145,19 @@ def attention_of(
 
     What comes after those layers is not run.
     """
-    for start, batch in model.batches(prompts, batch_size):
+
+    def run(start: int, batch: Sequence[Prompt]) -> Iterator[Tensor]:
         with model.running(batch, start, len(prompts)) as entered:
             layers: list[list[Tensor]] = []
             embeds, mask = model.padded(entered)
-            with suppress(_Read), _attending(model, [asking(prompt) for prompt in entered], layers, n_layers):
+            queries = [asking(prompt) for prompt in entered]
+            with suppress(_Read), reading(model, partial(_mean_of_heads, layers, queries, n_layers % model.n_layers)):
                 model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
         for row, prompt in enumerate(entered):
             places = prompt.visual.nonzero()[:, 0]
             yield torch.stack([layer[row][:, places.to(layer[row].device)] for layer in layers])
+
+    return in_batches(run, prompts, batch_size)
 
 
 def raters(prompt: Prompt) -> Int[Tensor, " r"]:
@@ -203,41 +178,28 @@ class _Read(Exception):
     """All attention that is asked for has been read: the rest of a forward would be of no use."""
 
 
-@contextmanager
-def _attending(
-    model: VisionLanguageModel, queries: Sequence[Int[Tensor, " _"]], layers: list[list[Tensor]], n_layers: int
-) -> Iterator[None]:
-    """Append, layer by layer, the attention Float[q, s] of some queries of each prompt, while the forward runs; it ends
-    with so many layers, by `_Read` if there are more."""
-    kernel = model.decoder.config._attn_implementation
-    owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
-    if kernel != "sdpa":
-        raise EmbedLensError(
-            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
-        )
-
-    def attend(
-        stock: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> Any:
-        if module in owners:
-            scale = options.get("scaling") or query.shape[-1] ** -0.5
-            key_of = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-            found = []
-            for row, asked in enumerate(queries):
-                at = asked.to(query.device)
-                scores = (query[row, :, at] @ key_of[row].mT * scale).float()
-                unseen = torch.arange(scores.shape[-1], device=at.device) > at[:, None]
-                if mask is not None:  # an intervention may hide more; one row of it may serve all prompts
-                    own = mask[min(row, len(mask) - 1), 0, at.clamp(max=mask.shape[2] - 1)]
-                    unseen = unseen | (~own if own.dtype == torch.bool else own < 0)
-                found.append(scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(0))
-            layers.append(found)
-            if len(layers) == n_layers < model.n_layers:
-                raise _Read
-        return stock(module, query, key, value, mask, **options)
-
-    with attending(attend):
-        yield
+def _mean_of_heads(
+    layers: list[list[Tensor]],
+    queries: Sequence[Int[Tensor, " _"]],
+    n_layers: int,
+    query: Float[Tensor, "b h s c"],
+    key: Float[Tensor, "b h s c"],
+    mask: Tensor | None,
+    scale: float,
+) -> None:
+    """Append the attention Float[q, s] of some queries of each prompt; `_Read` comes after so many layers, 0: never."""
+    found = []
+    for row, asked in enumerate(queries):
+        at = asked.to(query.device)
+        scores = (query[row, :, at] @ key[row].mT * scale).float()
+        unseen = torch.arange(scores.shape[-1], device=at.device) > at[:, None]
+        if mask is not None:  # an intervention may hide more; one row of it may serve all prompts
+            own = mask[min(row, len(mask) - 1), 0, at.clamp(max=mask.shape[2] - 1)]
+            unseen = unseen | (~own if own.dtype == torch.bool else own < 0)
+        found.append(scores.masked_fill(unseen, -torch.inf).softmax(-1).mean(0))
+    layers.append(found)
+    if len(layers) == n_layers:
+        raise _Read
 
 
 def cls_similarity(features: Features) -> Float[Tensor, " n"]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int
@@ -30,11 +30,9 @@ from embedlens.interventions import (
     SkipSublayers,
     sublayers_of,
 )
-from embedlens.prompts import side_by_side
+from embedlens.prompts import Side, side_by_side
 from embedlens.tracing import attending
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +79,9 @@ class Run:
     # Before a forward: which prompts, and which of their rows -------------------------------------------------------
 
     @contextmanager
-    def _admit(
-        self,
-        prompts: Sequence[Prompt],
-        start: int,
-        total: int,
-        side: Literal["left", "right"],
-        begins: Sequence[int] | None = None,
-    ) -> Iterator[Sequence[Prompt]]:
-        """Called by `model.running`, and with `begins` by `answers`: the prompts as they enter layer 0."""
-        self._batch = self._prepare(prompts, start, total, side, begins)
+    def _admit(self, prompts: Sequence[Prompt], start: int, total: int, side: Side) -> Iterator[Sequence[Prompt]]:
+        """Called by `model.running`: the prompts as they enter layer 0."""
+        self._batch = self._prepare(prompts, start, total, side)
         try:
             with ExitStack() as stack:
                 for index, _ in self._of(ReleasedLayer0):
@@ -100,14 +91,7 @@ class Run:
             self._batch = None
             self._masks.clear()
 
-    def _prepare(
-        self,
-        prompts: Sequence[Prompt],
-        start: int,
-        total: int,
-        side: Literal["left", "right"],
-        begins: Sequence[int] | None,
-    ) -> _Batch:
+    def _prepare(self, prompts: Sequence[Prompt], start: int, total: int, side: Side) -> _Batch:
         masks: dict[int, Sequence[Tensor]] = {}
         for index, value in self._of(MASKED):
             every = (value.mask,) if isinstance(value.mask, Tensor) else value.mask
@@ -130,7 +114,7 @@ class Run:
             entered = [prompt.without(mask) for prompt, mask in zip(entered, masks[index], strict=True)]
             keep = prune.positions == "keep" and not own
         rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
-        laid_out = partial(side_by_side, side=side, begins=begins)
+        laid_out = partial(side_by_side, side=side)
 
         visual = laid_out([prompt.visual for prompt in entered])
         frozen = {}
@@ -185,13 +169,11 @@ class Run:
             )
         embeds, past = kwargs["inputs_embeds"], kwargs.get("past_key_values")
         self._cached = 0 if past is None else past.get_seq_length()
-        # The first rows of a prompt may be remembered from an earlier forward; all others run at once.
-        self._prefill = self._cached < batch.visual.shape[1]
+        self._prefill = self._cached == 0
         self._masks.clear()
-        rows = embeds.shape[0], self._cached + embeds.shape[1]
-        if self._prefill and rows != batch.visual.shape:
+        if self._prefill and embeds.shape[:2] != batch.visual.shape:
             raise EmbedLensError(
-                f"the forward runs embeddings of shape {rows}, announced were "
+                f"the forward runs embeddings of shape {tuple(embeds.shape[:2])}, announced were "
                 f"{tuple(batch.visual.shape)}: run what model.running returned"
             )
         if self._prefill:
@@ -203,7 +185,7 @@ class Run:
             return None
         kwargs = dict(kwargs)
         if self._prefill:
-            kwargs["position_ids"] = batch.positions[:, self._cached :].to(embeds.device)
+            kwargs["position_ids"] = batch.positions.to(embeds.device)
             if kwargs.get("attention_mask") is None:
                 # Without a mask transformers takes a gap in the positions for the start of another sequence.
                 kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -230,7 +212,7 @@ class Run:
         for index in acting:
             self.counts[index] += 1
         update = output[0] if isinstance(output, tuple) else output
-        update = update.masked_fill(rows[:, self._cached :, None].to(update.device), 0)
+        update = update.masked_fill(rows[..., None].to(update.device), 0)
         return (update, *output[1:]) if isinstance(output, tuple) else update
 
     def _hide(self, indices: Sequence[int], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -260,7 +242,7 @@ class Run:
             )
         hidden = args[0] if args else kwargs["hidden_states"]
         gone = gone.to(hidden.device)
-        before = gone.cumsum(1)[:, self._cached :] if self._prefill else gone.sum(1, keepdim=True)
+        before = gone.cumsum(1) if self._prefill else gone.sum(1, keepdim=True)
         places = self._positions
         if places is None:
             places = self._cached + torch.arange(hidden.shape[1])[None]
@@ -277,7 +259,7 @@ class Run:
         # The rows themselves keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
         others = torch.ones((), dtype=torch.bool, device=device)
         if self._prefill:
-            others = ~rows[:, None, self._cached :, None]
+            others = ~rows[:, None, :, None]
         seen = ~(hidden_keys & others)
         kernel = self.model.decoder.config._attn_implementation
         if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
@@ -294,27 +276,20 @@ class Run:
         return stock.masked_fill(~seen, torch.finfo(stock.dtype).min)
 
     def _rewriting(
-        self,
-        index: int,
-        stock: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        **options: Any,
-    ) -> Any:
+        self, index: int, stock: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+        *mask: Tensor | None, **options: Any,
+    ) -> Any:  # fmt: skip
         """The released weights of layer 0, by other values: a weight moved to a key is a value moved to the weight."""
         if module is not self.model.part(0, "attention") or not self._prefill:
-            return stock(module, query, key, value, mask, **options)
+            return stock(module, query, key, value, *mask, **options)
         visual = cast(_Batch, self._batch).visual.to(value.device)
         first = value[torch.arange(len(value), device=value.device), :, visual.int().argmax(1)]
         keys = visual[:, None, :, None]
         moved = torch.where(keys, first[:, :, None], value)
-        later, weights = stock(module, query, key, moved, mask, **options)
-        bare, _ = stock(module, query, key, value.masked_fill(keys, 0), mask, **options)
+        later, weights = stock(module, query, key, moved, *mask, **options)
+        bare, _ = stock(module, query, key, value.masked_fill(keys, 0), *mask, **options)
         self.counts[index] += 1
-        return torch.where(visual[:, self._cached :, None, None], bare, later), weights
+        return torch.where(visual[..., None, None], bare, later), weights
 
 
 @contextmanager
@@ -324,11 +299,7 @@ def intervene(model: VisionLanguageModel, *interventions: Intervention) -> Itera
     Other threads may run the model meanwhile, as it is or under interventions of their own; they take turns.
 
     They compose in any order; two Prune or two EnterAt are refused, several LeaveAt are stages. Masks always cover all
-    visual tokens of the prompt as written, also beside Prune.
-
-    Raises:
-        EmbedLensError: an intervention that does not fit the model or the prompts, one that never acted by the end of
-            the block, a forward that was not announced by `model.running`, a block inside another.
+    visual tokens of the prompt as written, also beside Prune. One that never acts is an error at the end of the block.
     """
     if not interventions:
         raise EmbedLensError("no intervention: pass at least one, for example el.Prune(mask)")

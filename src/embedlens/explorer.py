@@ -27,11 +27,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedlens.attention_maps import NEUTRAL, attention, generated, relative
+from embedlens.attention_maps import NEUTRAL, attention, generated, question_ids, relative, rollout
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError, writing
 from embedlens.figures import patch_words
 from embedlens.groups import Reference, reference_of, token_groups
 from embedlens.lenses import EmbedLens, Lens, LogitLens
+from embedlens.model_names import MINIATURE
 from embedlens.patches import PatchGrid
 from embedlens.pictures import Picture
 from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
@@ -48,8 +50,13 @@ WHY = {
     "ViT sink": "of abnormal norm in the vision tower",
     "LLM sink": "large in the massive dimensions of the language model",
 }
-MOST_SIMILAR = 1500  # tokens of which all pairs are kept
-HEADS_BYTES = 700_000  # of attention by head; beyond it the later answer tokens have the mean over heads only
+NOTE = (
+    "the miniature knows only the drawn world that it was trained on; for a photograph name a real model, such as "
+    "HuggingFaceTB/SmolVLM-256M-Instruct, which a laptop runs (0.5 GB)"
+)
+MOST_SIMILAR = 1500  # tokens of which all pairs are compared
+HEADS_BYTES = 600_000  # of attention by head; beyond it later tokens have the mean over heads only
+ASKING_BYTES = 400_000  # of attention of the question's tokens; beyond it the first ones are left out
 SIDE = 560  # px of a view's picture
 AT_ONCE = 64  # prompts of one visual token that run together
 HEIGHT = 1180  # px of the page in a notebook
@@ -171,7 +178,7 @@ def explore(
             twin = _side_by_side(prompt, top)
         scenes.append({"name": name, **scene})
     start = {"layer": int(layer)} | ({} if patch is None else {"patch": int(patch)})
-    return Explorer(scenes, words.listed, model.name, twin, start)
+    return Explorer(scenes, list(words.numbers), model.name, twin, start)
 
 
 def _name(image: Picture, place: int) -> str:
@@ -188,10 +195,6 @@ class _Dictionary:
         used, places = np.unique(ids.cpu().numpy(), return_inverse=True)
         numbers = [self.numbers.setdefault(tokens[index], len(self.numbers)) for index in used.tolist()]
         return np.array(numbers, dtype=np.uint32)[places].reshape(ids.shape)
-
-    @property
-    def listed(self) -> list[str]:
-        return list(self.numbers)
 
 
 @torch.no_grad()
@@ -220,15 +223,22 @@ def _scene(
     parts.append(_reading("Alone", "probability", words.of(model.tokens, ids[None]), sure[None]))
     top["Alone"] = [model.tokens[index] for index in ids[:, 0].tolist()]
     answer = generated(model, prompt, max_new_tokens)
-    looks = attention(model, prompt, answer[:-1].tolist() or None) if len(answer) else attention(model, prompt)
+    said = answer[:-1].tolist() or None
+    behind = question_ids(model, prompt)
+    asking = min(len(behind) - 1, ASKING_BYTES // (model.n_layers * n))  # its last one looks for the answer's first
+    behind, looks = behind[-1 - asking : -1], attention(model, prompt, said, question=True)
+    looks = looks[:, :, -max(1, len(answer)) - asking :].roll(-asking, dims=2)  # the answer's before the question's
     usual = attention(model, model.asked(prompt, NEUTRAL))
     heads = min(looks.shape[2], max(1, HEADS_BYTES // looks[:, :, 0].numel()))
+    answered = looks.shape[2] - asking
     groups = token_groups(model, prompt, reference)
     unit = normalize(stream[0].float(), dim=-1)
     found = {
         "question": prompt.question,
         "answer": model.tokenizer.decode(answer, skip_special_tokens=True).strip(),
         "said": [model.tokenizer.decode([index]) for index in answer.tolist()],
+        "asking": [model.tokenizer.decode([index]) for index in behind.tolist()],
+        "note": NOTE if model.name == MINIATURE and photographed(prompt.image) else "",
         "layers": model.n_layers,
         "views": _views(prompt),
         "bars": prompt.grid.padded.numpy().astype(np.uint8),
@@ -237,9 +247,11 @@ def _scene(
         "why": WHY,
         "norm": _steps(stream.float().norm(dim=-1)),
         "similar": _steps(unit @ unit.T, np.uint8) if n <= MOST_SIMILAR else None,
-        "looks": _steps(looks.mean(1)),
-        "heads": _steps(looks[:, :, :heads], np.uint8),
+        "looks": _steps(looks[:, :, :answered].mean(1)),
+        "asks": _steps(looks[:, :, answered:].mean(1).sqrt(), np.uint8) | {"power": 2},
+        "heads": _steps(looks[:, :, :heads].sqrt(), np.uint8) | {"power": 2},
         "relative": _steps(relative(looks[:, :, 0].mean(1), usual[:, :, 0].mean(1))),
+        "rollout": _steps(rollout(model, prompt)[:, 0]) if n <= MOST_SIMILAR else None,
     }
     return found, top
 
@@ -247,14 +259,17 @@ def _scene(
 @torch.no_grad()
 def alone(model: VisionLanguageModel, prompt: Prompt, k: int = 5) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k likeliest first words of the answer for each visual token as the only one: (probabilities, ids)."""
-    n, found = len(prompt.grid), []
+    n = len(prompt.grid)
     singles = [prompt.without(torch.arange(n, device=prompt.ids.device) != place) for place in range(n)]
-    for start, batch in model.batches(singles, AT_ONCE):
+
+    def run(start: int, batch: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:
         with model.running(batch, start, n) as entered:
             embeds, padding = model.padded(entered)
             logits = model.hf(inputs_embeds=embeds, attention_mask=padding, use_cache=False).logits[:, -1]
-        found.append(logits[:, : len(model.tokens)].float().softmax(-1).topk(k))
-    return torch.cat([part.values for part in found]).cpu(), torch.cat([part.indices for part in found]).cpu()
+        return list(zip(*logits[:, : len(model.tokens)].float().softmax(-1).topk(k), strict=True))
+
+    values, indices = zip(*in_batches(run, singles, AT_ONCE), strict=True)
+    return torch.stack(values).cpu(), torch.stack(indices).cpu()
 
 
 def _reading(name: str, unit: str, ids: np.ndarray, scores: Float[Tensor, "layers n k"]) -> dict[str, Any]:
@@ -264,9 +279,14 @@ def _reading(name: str, unit: str, ids: np.ndarray, scores: Float[Tensor, "layer
 def _steps(values: Float[Tensor, "*shape"], kind: type = np.uint16) -> dict[str, Any]:
     """Numbers in as many steps between the smallest and the largest as the kind has."""
     values = values.detach().float().cpu().numpy()
-    low, high = float(values.min()), float(values.max())
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     step = (high - low) / np.iinfo(kind).max or 1.0
     return {"low": low, "step": step, "of": np.round((values - low) / step).astype(kind)}
+
+
+def photographed(image: Image.Image) -> bool:
+    """Whether a picture has the many colours of a photograph, not the few of a drawing."""
+    return len(set(image.resize((64, 64)).getdata())) >= 1500
 
 
 def _views(prompt: Prompt) -> list[dict[str, Any]]:
@@ -275,10 +295,10 @@ def _views(prompt: Prompt) -> list[dict[str, Any]]:
     for grid in prompt.grid.views:
         seen = _seen(prompt.image, grid)
         kept = io.BytesIO()
-        if len(set(seen.resize((64, 64)).getdata())) < 1500:  # drawn, not photographed
-            seen.save(kept, "PNG", optimize=True)
-        else:
+        if photographed(seen):
             seen.save(kept, "JPEG", quality=85)
+        else:
+            seen.save(kept, "PNG", optimize=True)
         kind = "png" if kept.getvalue().startswith(b"\x89PNG") else "jpeg"
         address = f"data:image/{kind};base64,{base64.b64encode(kept.getvalue()).decode('ascii')}"
         views.append({"start": start, "rows": grid.rows, "cols": grid.cols, "picture": address})

@@ -16,32 +16,25 @@ For LLaVA-1.5-7B the paper found norm 75, phi 20 in dimensions 1415 and 2533, an
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at
 from embedlens.samples import Sample, calibration, photographs, readable
+from embedlens.vlm import Prompt, VisionLanguageModel
 
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
-
-MEMBERSHIPS = ("top3", "centroid", "cluster")
-SINKS = ("measured", "top3")
+MEMBERSHIPS = ("top3", "centroid")
 RARE = 0.001  # a share of tokens below this is no group
 CALIBRATION = 64  # pictures, where none are given
 WORDS = 3  # nearest words that count in the released code's membership
@@ -65,23 +58,6 @@ class Reference:
     vit_sink_id: int | None
     llm_sink_id: int | None
     notes: Mapping[str, str] = field(default_factory=dict)  #: Group → how it was found, or why there is none
-
-    def write(self, file: Path | str) -> None:
-        """As JSON."""
-        Path(file).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, file: Path | str) -> Reference:
-        """What `write` wrote."""
-        try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise EmbedLensError(f"no reference at {file}: write discover(model, samples).write(file)") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise EmbedLensError(f"{file} is no JSON ({error}): write the reference again") from None
-        if not isinstance(content, dict) or set(content) != {entry.name for entry in fields(cls)}:
-            raise EmbedLensError(f"{file} is not a reference of this version: write it again")
-        return cls(**{**content, "sink_dims": tuple(content["sink_dims"])})
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +98,6 @@ def fence(values: Shaped[np.ndarray, " n"]) -> float:
     """Tukey's outer fence on a log scale: what lies beyond it stands out from the bulk.
 
     Source: Tukey, Exploratory Data Analysis (1977), section 2D. Of log-normal values one in 400,000 lies beyond.
-
-    Raises:
-        EmbedLensError: no values.
 
     >>> round(fence(np.exp(np.array([0.0, 1.0, 2.0, 3.0]))) / np.e**6.75, 6)
     1.0
@@ -193,9 +166,6 @@ def discover(
 
     Args:
         samples: pictures to look at, those that can be read; default: 64 training pictures of the miniature world.
-
-    Raises:
-        EmbedLensError: fewer than two pictures.
     """
     if samples is None:
         samples = calibration("miniworld", CALIBRATION, scale=max(1.0, model.canvas_side / 112))
@@ -209,14 +179,17 @@ def discover(
     distant: list[tuple[int, int] | None] = []
     for _, prompts in looked_at(model, samples, batch_size):
         norms += [states[-1].float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
-        for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
+        for prompt, states in zip(prompts, model.streams_of(prompts, batch_size), strict=True):
             ratio = ratios(states).cpu()
             first = ratio[:, 0].numpy()  # the same for every picture: nothing stands before it
             at = np.linspace(0, len(prompt) - 2, 64).round().astype(int)  # as many in every prompt, so that they stack
             largest.append(ratio[:, 1:].amax(-1).numpy()[:, at])
-            distant.append(_distant(prompt.embeds[prompt.visual].float(), lens, words, threshold))
+            tokens = prompt.embeds[prompt.visual].float()
+            inside = text_distant_cluster(tokens, words, threshold)
+            nearest = lens.topk(normalize(tokens[inside], dim=-1).mean(0, keepdim=True), 1)[1] if inside.any() else None
+            distant.append(None if nearest is None else (int(nearest), int(inside.sum())))
     notes: dict[str, str] = {}
-    vit_norm, notes["ViT sink"] = _vit_norm(norms)
+    vit_norm, notes["ViT sink"] = _vit_norm(np.concatenate(norms))
     dims, layer, phi_threshold, notes["LLM sink"] = sink_dims(first, np.stack(largest))
     dead_id, notes["dead"] = _dead_id(distant, model.tokens)
     found = vit_norm, dims, layer, phi_threshold, dead_id
@@ -230,37 +203,25 @@ def _with_words(
     """The nearest words of the sinks' mean directions, which a second look at the pictures gives."""
     if measured.vit_norm is None and not measured.sink_dims:
         return measured
-    sums = torch.zeros(2, model.width)
-    counts, tokens = [0, 0], 0
+    sums, counts = torch.zeros(2, model.width), [0, 0]
     for _, prompts in looked_at(model, samples, batch_size):
-        for kind, masks in enumerate(_sinks(model, prompts, measured, lens, "measured")):
+        for kind, masks in enumerate(_sinks(model, prompts, measured)):
             for prompt, mask in zip(prompts, masks, strict=True):
                 rows = prompt.embeds[prompt.visual][mask.to(prompt.embeds.device)].float().cpu()
-                sums[kind] += torch.nn.functional.normalize(rows, dim=-1).sum(0)
+                sums[kind] += normalize(rows, dim=-1).sum(0)
                 counts[kind] += len(rows)
-        tokens += sum(len(prompt.grid) for prompt in prompts)
     nearest = [int(lens.topk(total[None], 1)[1]) if n else None for total, n in zip(sums, counts, strict=True)]
-    notes = dict(measured.notes)
-    if measured.sink_dims:
-        notes["LLM sink"] += f" {counts[1] / tokens:.1%} of the visual tokens exceed it."
-    return replace(measured, vit_sink_id=nearest[0], llm_sink_id=nearest[1], notes=notes)
+    return replace(measured, vit_sink_id=nearest[0], llm_sink_id=nearest[1])
 
 
-def _vit_norm(norms: Iterable[Float[np.ndarray, " _"]]) -> tuple[float | None, str]:
-    norms = list(norms)  # of each picture
-    every = np.concatenate(norms)
-    border = fence(every)
-    share = float((every > border).mean())
-    if share < RARE:
-        return None, (
-            f"No norm stands out at the tower's last layer: {share:.2%} of the patches lie beyond the outer fence of "
-            f"{border:.1f} (largest {every.max():.1f}, median {np.median(every):.1f})."
-        )
-    pictures = float(np.mean([(of_one > border).any() for of_one in norms]))
-    return border, (
-        f"Norm at the tower's last layer beyond the outer fence of {border:.1f} (median {np.median(every):.1f}): "
-        f"{share:.2%} of the patches, in {pictures:.0%} of the pictures."
+def _vit_norm(norms: Float[np.ndarray, " patches"]) -> tuple[float | None, str]:
+    border = fence(norms)
+    share = float((norms > border).mean())
+    note = (
+        f"{share:.2%} of the patches have a norm beyond the outer fence of {border:.1f} at the tower's last layer "
+        f"(largest {norms.max():.1f}, median {np.median(norms):.1f}); {RARE:.1%} are needed."
     )
+    return border if share >= RARE else None, note
 
 
 def sink_dims(
@@ -272,26 +233,24 @@ def sink_dims(
     middle = slice(1, max(2, n - 1))
     beyond = of_first > fences[:, None]
     dims = np.flatnonzero(beyond[middle].mean(0) >= 0.5)
-    top = int(of_first[middle].max(0).argmax())
     if not len(dims):
+        top = int(of_first[middle].max(0).argmax())
         at = int(of_first[middle, top].argmax()) + 1
         none = (
-            f"The first token excites no dimension beyond what other tokens do: its largest |x|/RMS between the "
-            f"layers is {of_first[at, top]:.1f} (dimension {top}, layer {at}), the outer fence of other tokens there "
-            f"{fences[at]:.1f}."
+            f"The first token excites no dimension beyond what other tokens do: its largest |x|/RMS is "
+            f"{of_first[at, top]:.1f} (dimension {top}, layer {at}), their outer fence there {fences[at]:.1f}."
         )
         return (), None, None, none
     dims = dims[np.argsort(-of_first[middle][:, dims].mean(0), kind="stable")][:4]
     layer = int(np.flatnonzero(beyond[:, dims].any(1) & (np.arange(n) > 0))[0])
     of_bos = float(of_first[layer:, dims].max(1)[: max(1, n - 1 - layer)].mean())
     usual = float(np.median(largest[:, layer : max(layer + 1, n - 1)]))
-    threshold = float(np.sqrt(of_bos * usual))
-    found = tuple(int(index) for index in dims)
+    found = tuple(map(int, dims))
     how = (
-        f"The first token excites dimension{'s' if len(found) > 1 else ''} {', '.join(map(str, found))} from layer "
-        f"{layer} on (phi {of_bos:.1f}; the median token's largest |x|/RMS is {usual:.1f}): threshold {threshold:.1f}."
+        f"From layer {layer} on the first token excites {', '.join(map(str, found))}: phi {of_bos:.1f}, where the "
+        f"median token's largest |x|/RMS is {usual:.1f}."
     )
-    return found, layer, threshold, how
+    return found, layer, float(np.sqrt(of_bos * usual)), how
 
 
 def text_distant_cluster(
@@ -299,13 +258,10 @@ def text_distant_cluster(
 ) -> Bool[Tensor, " n"]:
     """The largest anchor cluster of a picture that lies further from words than its other tokens do; may be empty.
 
-    Args:
-        tokens: visual tokens of one picture as they enter layer 0.
-        words: `clusters.text_centroid` of the model.
-        threshold: cosine of the anchor clusters; a cluster has at least two tokens.
+    A cluster has at least two tokens; `words` is the model's `clusters.text_centroid`.
     """
     labels = anchor_clusters(tokens.float(), threshold)
-    to_words = torch.nn.functional.normalize(tokens.float(), dim=-1) @ words.to(tokens.device)
+    to_words = normalize(tokens.float(), dim=-1) @ words.to(tokens.device)
     for cluster in range(int(labels.max()) + 1):  # largest first
         inside = labels == cluster
         if int(inside.sum()) < 2:
@@ -315,31 +271,17 @@ def text_distant_cluster(
     return torch.zeros_like(labels, dtype=torch.bool)
 
 
-def _distant(
-    tokens: Float[Tensor, "n d"], lens: EmbedLens, words: Float[Tensor, " d"], threshold: float
-) -> tuple[int, int] | None:
-    """(nearest word of its centroid, size) of the largest text-distant cluster."""
-    inside = text_distant_cluster(tokens, words, threshold)
-    if not bool(inside.any()):
-        return None
-    direction = torch.nn.functional.normalize(tokens[inside].float(), dim=-1).mean(0)
-    return int(lens.topk(direction[None], 1)[1]), int(inside.sum())
-
-
 def _dead_id(distant: Sequence[tuple[int, int] | None], tokens: Sequence[str]) -> tuple[int | None, str]:
     votes = Counter(found[0] for found in distant if found is not None)
     if not votes:
         return None, "No picture has a cluster that lies further from words than its other tokens do."
     (word, count), *_ = sorted(votes.items(), key=lambda item: (-item[1], item[0]))
-    share = count / len(distant)
-    sizes = [found[1] for found in distant if found is not None]
-    said = (
-        f"The largest text-distant cluster (median {np.median(sizes):.0f} tokens) is nearest to {tokens[word]!r} "
-        f"(id {word}) in {share:.0%} of {len(distant)} pictures"
+    size = np.median([found[1] for found in distant if found is not None])
+    note = (
+        f"The largest text-distant cluster (median {size:.0f} tokens) is nearest to {tokens[word]!r} (id {word}) in "
+        f"{count / len(distant):.0%} of {len(distant)} pictures; half are needed."
     )
-    if share < 0.5:
-        return None, f"{said}, fewer than half: the pictures have no reference word in common."
-    return word, f"{said}."
+    return word if count >= len(distant) / 2 else None, note
 
 
 # --- belonging -------------------------------------------------------------------------------------------------------
@@ -361,27 +303,16 @@ def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: i
 
 
 def token_groups(
-    model: VisionLanguageModel,
-    prompt: Prompt,
-    reference: Reference | None = None,
-    membership: str = "top3",
-    sinks: str = "measured",
+    model: VisionLanguageModel, prompt: Prompt, reference: Reference | None = None, membership: str = "top3"
 ) -> TokenGroups:
     """Which visual token of a picture is sink, dead or alive.
 
     Args:
         reference: from `discover`; default: `reference_of(model)`.
         membership: a token is dead if the reference word is among its three nearest words ("top3", as in the released
-            code), if it lies in a cluster whose centroid is nearest to that word ("centroid", as the paper says), or
-            if it lies in the picture's largest cluster, whatever its word and wherever it lies ("cluster": the stand-in
-            to look at in a model that has no reference word).
-        sinks: by norm and phi ("measured"), or by the reference words of the sinks among the three nearest ("top3",
-            as in the released code).
-
-    Raises:
-        EmbedLensError: unknown membership, or the reference of another model.
+            code), or if it lies in a cluster whose centroid is nearest to that word ("centroid", as the paper says).
     """
-    return token_groups_of(model, [prompt], reference, membership, sinks)[0]
+    return token_groups_of(model, [prompt], reference, membership)[0]
 
 
 def token_groups_of(
@@ -389,15 +320,12 @@ def token_groups_of(
     prompts: Sequence[Prompt],
     reference: Reference | None = None,
     membership: str = "top3",
-    sinks: str = "measured",
     batch_size: int = 8,
 ) -> list[TokenGroups]:
     """`token_groups` of several prompts, run together."""
     reference = reference_of(model) if reference is None else reference
     if membership not in MEMBERSHIPS:
         raise EmbedLensError(f"unknown membership {membership!r}: use one of {', '.join(MEMBERSHIPS)}")
-    if sinks not in SINKS:
-        raise EmbedLensError(f"unknown way to tell sinks {sinks!r}: use one of {', '.join(SINKS)}")
     if (reference.width, reference.n_words) != (model.width, len(model.tokens)):
         raise EmbedLensError(
             f"the reference is of {reference.model} (width {reference.width}, {reference.n_words} words), the model is "
@@ -406,14 +334,16 @@ def token_groups_of(
     lens = EmbedLens.from_model(model)
     found = []
     for _, batch in model.batches(prompts, batch_size):
-        vit, llm = _sinks(model, batch, reference, lens, sinks)
-        for prompt, of_tower, of_model in zip(batch, vit, llm, strict=True):
+        for prompt, vit, llm in zip(batch, *_sinks(model, batch, reference), strict=True):
             tokens = prompt.embeds[prompt.visual]
-            dead = _dead(tokens, reference, lens, membership).cpu()
-            met = {"LLM sink": of_model.cpu(), "ViT sink": of_tower.cpu(), "dead": dead}
-            vit_sink = met["ViT sink"] & ~met["LLM sink"]
-            alive = ~(met["LLM sink"] | met["ViT sink"] | dead)  # sinks come before dead ones
-            found.append(TokenGroups(vit_sink, met["LLM sink"], ~alive & ~vit_sink & ~met["LLM sink"], alive, met))
+            dead = near_word(tokens, lens, reference.dead_id)
+            if membership == "centroid" and reference.dead_id is not None:
+                labels = anchor_clusters(tokens.float(), reference.threshold)
+                dead = (lens.topk(centroids(tokens, labels), 1)[1][:, 0] == reference.dead_id)[labels]
+            met = {"LLM sink": llm.cpu(), "ViT sink": vit.cpu(), "dead": dead.cpu()}
+            sink = met["LLM sink"] | met["ViT sink"]  # sinks come before dead ones
+            own = met["ViT sink"] & ~met["LLM sink"], met["LLM sink"], met["dead"] & ~sink, ~(met["dead"] | sink)
+            found.append(TokenGroups(*own, met))
     return found
 
 
@@ -426,33 +356,17 @@ def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None, k
 
 
 def _sinks(
-    model: VisionLanguageModel, prompts: Sequence[Prompt], reference: Reference, lens: EmbedLens, sinks: str
+    model: VisionLanguageModel, prompts: Sequence[Prompt], reference: Reference
 ) -> tuple[list[Bool[Tensor, " n"]], list[Bool[Tensor, " n"]]]:
-    tokens = [prompt.embeds[prompt.visual] for prompt in prompts]
-    if sinks == "top3":
-        by_word = [
-            [near_word(rows, lens, word) for rows in tokens] for word in (reference.vit_sink_id, reference.llm_sink_id)
-        ]
-        return by_word[0], by_word[1]
-    none = [torch.zeros(len(rows), dtype=torch.bool) for rows in tokens]
+    none = [torch.zeros(len(prompt.grid), dtype=torch.bool) for prompt in prompts]
     vit, llm = none, none
     if reference.vit_norm is not None:
         last = [states[-1] for states in model.tower_states_of(prompts)]
         vit = [rows.float().norm(dim=-1) > reference.vit_norm for rows in last]
     if reference.sink_dims and reference.sink_layer is not None and reference.phi_threshold is not None:
-        streams = model.hidden_states_of(prompts, len(prompts))
+        streams = model.streams_of(prompts, len(prompts))
         llm = [
             phi(stream[reference.sink_layer, prompt.visual], reference.sink_dims) >= reference.phi_threshold
             for stream, prompt in zip(streams, prompts, strict=True)
         ]
     return vit, llm
-
-
-def _dead(tokens: Float[Tensor, "n d"], reference: Reference, lens: EmbedLens, membership: str) -> Bool[Tensor, " n"]:
-    if membership == "top3" or (membership == "centroid" and reference.dead_id is None):
-        return near_word(tokens, lens, reference.dead_id)
-    labels = anchor_clusters(tokens.float(), reference.threshold)
-    if membership == "cluster":
-        return labels == 0
-    nearest = lens.topk(centroids(tokens, labels), 1)[1][:, 0]
-    return torch.isin(labels, (nearest == reference.dead_id).nonzero()[:, 0].to(labels.device))

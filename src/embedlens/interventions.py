@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from embedlens.errors import EmbedLensError
 
 Masks: TypeAlias = Tensor | Sequence[Tensor]
-"""Bool[n_visual] for one prompt, or one such mask per prompt, in the order in which the model is given the prompts."""
+"""Bool[n_visual] for one prompt, or one such mask per prompt, in the order in which the model is given the prompts. In
+a sequence single masks may be empty, but not all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +41,10 @@ class Prune:
     False)
     """
 
-    mask: Masks
-    """True = removed. In a sequence single masks may be empty, but not all."""
+    mask: Masks  #: True = removed
     positions: str = "keep"
-    """Either "keep" or "renumber"."""
 
     def __post_init__(self) -> None:
-        if self.positions not in ("keep", "renumber"):
-            raise EmbedLensError(f"positions is {self.positions!r}: pass 'keep' or 'renumber'")
         for mask in _checked_masks(self):
             if bool(mask.all()):
                 raise EmbedLensError(
@@ -63,10 +60,8 @@ class SkipSublayers:
     sink tokens these are the paper's sublayer-skipping arms (Section 5.1): MLP-2 there, which counts from 1, is 1.5.
     """
 
-    mask: Masks
-    """True = not updated. In a sequence single masks may be empty, but not all."""
-    at: Sequence[float]
-    """n: the attention of layer n; n + 0.5: its MLP; 0-based."""
+    mask: Masks  #: True = not updated
+    at: Sequence[float]  #: n: the attention of layer n; n + 0.5: its MLP; 0-based
 
     def __post_init__(self) -> None:
         _checked_masks(self)
@@ -91,12 +86,9 @@ class Silence:
     for all text of the prompt but its last position, which has to answer.
     """
 
-    sublayer: str
-    """Either "attention" or "mlp"."""
-    layers: Sequence[int] | None = None
-    """0-based; None: all."""
-    rows: str = "visual"
-    """Either "visual" or "text"."""
+    sublayer: str  #: Either "attention" or "mlp"
+    layers: Sequence[int] | None = None  #: 0-based; None: all
+    rows: str = "visual"  #: Either "visual" or "text"
 
     def __post_init__(self) -> None:
         if self.rows not in ("visual", "text"):
@@ -118,8 +110,7 @@ class EnterAt:
     families add to visual tokens between blocks (Qwen3-VL) is added to them while they wait.
     """
 
-    layer: int
-    """The first block that sees visual tokens, 0-based."""
+    layer: int  #: The first block that sees visual tokens, 0-based
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,17 +130,12 @@ class LeaveAt:
     embedlens.errors.EmbedLensError: there is no layer -1: pass the first block without the tokens, 0-based
     """
 
-    mask: Masks
-    """True = leaves. In a sequence single masks may be empty, but not all."""
-    layer: int
-    """The first block that does not have them, 0-based: FastV's K."""
+    mask: Masks  #: True = leaves
+    layer: int  #: The first block that does not have them, 0-based: FastV's K
     positions: str = "keep"
-    """Either "keep" or "renumber"."""
 
     def __post_init__(self) -> None:
         _checked_masks(self)
-        if self.positions not in ("keep", "renumber"):
-            raise EmbedLensError(f"positions is {self.positions!r}: pass 'keep' or 'renumber'")
         if self.layer < 0:
             raise EmbedLensError(f"there is no layer {self.layer}: pass the first block without the tokens, 0-based")
 
@@ -188,6 +174,8 @@ Intervention: TypeAlias = Masked | Silence | EnterAt | Rescale | ReleasedLayer0
 
 def _checked_masks(value: Masked) -> tuple[Tensor, ...]:
     name = type(value).__name__
+    if getattr(value, "positions", "keep") not in ("keep", "renumber"):
+        raise EmbedLensError(f"positions is {value.positions!r}: pass 'keep' or 'renumber'")  # type: ignore[union-attr]
     masks = (value.mask,) if isinstance(value.mask, Tensor) else tuple(value.mask)
     for mask in masks:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -207,11 +195,9 @@ def _checked_masks(value: Masked) -> tuple[Tensor, ...]:
 
 def sublayers_of(value: Intervention, n_layers: int, name: str) -> list[tuple[int, str]]:
     """(layer, role) of the sublayers whose update an intervention zeroes, in the model of that name."""
-    if not isinstance(value, (*MASKED, Silence, EnterAt, Rescale, ReleasedLayer0)):
-        raise EmbedLensError(
-            f"{type(value).__name__} is no intervention: pass Prune, SkipSublayers, Silence, EnterAt, LeaveAt, "
-            "Rescale or ReleasedLayer0"
-        )
+    if not isinstance(value, Intervention):
+        known = ", ".join(kind.__name__ for kind in get_args(Intervention))
+        raise EmbedLensError(f"{type(value).__name__} is no intervention: pass one of {known}")
     layers, roles = list(range(n_layers)), ("attention", "mlp")
     if isinstance(value, SkipSublayers):
         found = [(int(place), roles[place != int(place)]) for place in sorted(set(value.at))]

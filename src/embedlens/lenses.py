@@ -1,13 +1,18 @@
 """Which words a hidden vector is close to: EmbedLens by input embeddings, LogitLens by the unembedding.
 
 A lens knows vectors and a vocabulary, nothing of the model's inside. Scores of many vectors are computed in slices
-of rows, so that the full [rows, vocabulary] matrix is never held; the result is exact.
+of rows, so that the full [rows, vocabulary] matrix is never held.
+
+EmbedLens searches with a product in the number format that the table has, bfloat16 too, and scores in float64 the few
+entries that its rounding leaves in question. How far off the product can be is bounded by what rounding allows, not
+by what it usually does, so the result is the brute-force ranking.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import isqrt
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +21,11 @@ from torch import Tensor
 from embedlens.errors import EmbedLensError
 from embedlens.vlm import Unembed, VisionLanguageModel
 
-SLICE_BYTES = 32 * 2**20  # of scores held at a time
+SLICE_BYTES = 32 * 2**20  # of scores held at a time, but
+SLICE_ROWS = 192  # vectors at least, so that a large table is not read once for every few of them
+BLOCK = 64  # entries of which the best one stands for all in a search
+FINALISTS = 256  # of a vector, scored one by one; where more are in question, all entries are scored exactly
+AT_ONCE = 2**17  # numbers of finalists held at a time: few enough for a cache
 
 
 class Lens(ABC):
@@ -51,12 +60,17 @@ class Lens(ABC):
         if not 1 <= k <= len(self.tokens):
             raise EmbedLensError(f"k is {k}: pass 1 to {len(self.tokens)}, the size of the vocabulary")
         rows = _readable(h.detach().reshape(-1, self.width))
-        step = max(1, SLICE_BYTES // (4 * len(self.tokens)))
-        best = [_topk_lowest_id(self.scores(rows[i : i + step]), k) for i in range(0, len(rows), step)]
-        if not best:
+        if not len(rows):
             return h.new_zeros(*h.shape[:-1], k, dtype=torch.float32), h.new_zeros(*h.shape[:-1], k, dtype=torch.long)
+        slices = -(-len(rows) // max(SLICE_ROWS, SLICE_BYTES // (4 * len(self.tokens))))
+        best = [self._best(part, k) for part in rows.chunk(slices)]
         values, ids = (torch.cat(part).reshape(*h.shape[:-1], k) for part in zip(*best, strict=True))
         return values, ids
+
+    def _best(self, rows: Float[Tensor, "n d"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        scores = self.scores(rows)
+        at, ids = _contenders(scores, k)
+        return _ranked(at, ids, scores[at, ids], len(rows), k)
 
     def rank(self, h: Float[Tensor, "*batch d"], ids: Sequence[int]) -> Int[Tensor, "*batch"]:
         """Place of the best of `ids` among all vocabulary entries: 1 is the first, ties by lowest id.
@@ -89,8 +103,8 @@ class Lens(ABC):
 class EmbedLens(Lens):
     """Nearest input embeddings by cosine (Eq. 1 of the paper), at any layer.
 
-    Norms and cosines are float32 whatever the model's dtype. Identical embedding rows get identical scores, so that
-    a tie is a tie on every machine.
+    A score is the cosine in float64, rounded to float32, whatever the model's dtype: rows of one direction tie on
+    every machine. The table is read where it lies, and copied only if it has a format that cannot be searched fast.
 
     >>> lens = EmbedLens(torch.eye(3), ["a", "b", "c"])
     >>> lens.words(torch.tensor([[0.0, 2.0, 1.0]]), k=2)
@@ -103,9 +117,10 @@ class EmbedLens(Lens):
             raise EmbedLensError(f"{len(embeddings)} embedding rows but {len(tokens)} tokens: pass one token per row")
         self.tokens = tokens
         self.width = embeddings.shape[1]
-        self._unit = unit_vectors(_readable(embeddings, "embedding rows"))
+        self._rows = _searchable(_readable(embeddings.detach(), "embedding rows"))
+        self._lengths = torch.cat([_lengths(part) for part in self._rows.split(4096)])
+        self._scale = (1 / self._lengths).to(self._rows.dtype)
         self._exclude = torch.as_tensor(list(exclude), dtype=torch.long, device=embeddings.device)
-        self._repeats, self._originals = _repeated_rows(self._unit)
 
     @classmethod
     def from_model(cls, model: VisionLanguageModel, exclude: Sequence[int] = ()) -> EmbedLens:
@@ -114,11 +129,57 @@ class EmbedLens(Lens):
 
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Cosine with every embedding row, in [-1, 1] up to rounding; 0 for a zero vector."""
-        cosines = unit_vectors(_readable(h.detach()).to(self._unit)) @ self._unit.T
-        if len(self._repeats):
-            cosines[..., self._repeats] = cosines[..., self._originals]
-        if len(self._exclude):
-            cosines[..., self._exclude] = -torch.inf
+        h = _wide(_readable(h.detach()).to(self._rows.device))
+        units = h / _lengths(h)[..., None]
+        parts = [units @ _wide(part).T for part in self._rows.split(4096)]
+        cosines = (torch.cat(parts, dim=-1) / self._lengths).float()
+        cosines[..., self._exclude] = -torch.inf
+        return cosines
+
+    def _best(self, rows: Float[Tensor, "n d"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+        rows = rows.to(self._rows.device)
+        seen, slack = self._shown(rows)
+        found = (seen @ self._rows.T).mul_(self._scale)
+        found[:, self._exclude] = -torch.inf
+        rounding = torch.finfo(found.dtype).eps / 2  # of the product, of the scale, of their product
+        at, ids = _contenders(found, k, slack, 2 * 4 * rounding)
+        crowded = torch.bincount(at, minlength=len(rows)) > max(FINALISTS, 4 * k)
+        few = ~crowded[at]
+        at, ids = at[few], ids[few]
+        values = self._cosines(rows, at, ids)
+        if bool(crowded.any()):  # a zero vector, or one that is as near to hundreds of entries
+            whole = self.scores(rows[crowded])
+            where, more = _contenders(whole, k)
+            at, ids = torch.cat([at, crowded.nonzero()[where, 0]]), torch.cat([ids, more])
+            values = torch.cat([values, whole[where, more]])
+        return _ranked(at, ids, values, len(rows), k)
+
+    def _shown(self, rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
+        """The vectors as they are multiplied, about unit length, and how far two scores may be apart and still swapped.
+
+        Powers of two scale exactly. Bounds: what a vector loses by the table's format; d roundings of a sum of d
+        products (Higham, "Accuracy and Stability", 3.1); on a GPU, TF32 and sums of parts in bfloat16.
+        """
+        kind = self._rows.dtype
+        whole = rows.to(torch.promote_types(kind, torch.float32))
+        exponent = torch.frexp(_lengths(rows).float()).exponent.clamp(-100, 100)
+        whole = whole * torch.exp2(-exponent.to(whole.dtype))[:, None]
+        seen = whole.to(kind)
+        lost = torch.linalg.vector_norm(whole - seen.to(whole.dtype), dim=-1)
+        off = self.width * torch.finfo(whole.dtype).eps / 2
+        if rows.device.type != "cpu" and kind != torch.float64:
+            off += 2**-7 if kind == torch.bfloat16 else 2**-9
+        return seen, 2.1 * (lost + off * torch.linalg.vector_norm(whole, dim=-1)).float()
+
+    def _cosines(
+        self, rows: Float[Tensor, "n d"], at: Int[Tensor, " pairs"], ids: Int[Tensor, " pairs"]
+    ) -> Float[Tensor, " pairs"]:
+        """Cosines of some rows with some entries, each summed by itself, so that equal entries score equal."""
+        rows, step = _wide(rows), max(1, AT_ONCE // self.width)
+        pairs = zip(at.split(step), ids.split(step), strict=True)
+        dots = [(rows[some] * _wide(self._rows[entries])).sum(-1) for some, entries in pairs]
+        cosines = (torch.cat(dots) / (_lengths(rows)[at] * self._lengths[ids])).float()
+        cosines[torch.isin(ids, self._exclude)] = -torch.inf
         return cosines
 
 
@@ -159,6 +220,25 @@ def unit_vectors(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"
     return vectors / torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
+def _wide(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """In float64, which Apple's GPUs do not have."""
+    return vectors.float() if vectors.device.type == "mps" else vectors.double()
+
+
+def _lengths(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Norms, 1 for a zero vector, whose cosines are all 0."""
+    lengths = torch.linalg.vector_norm(_wide(vectors), dim=-1)
+    return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+
+
+def _searchable(rows: Float[Tensor, "V d"]) -> Float[Tensor, "V d"]:
+    """The table in a format in which products are fast and do not overflow: as it is, or in float32."""
+    fast = rows.device.type != "cpu"  # processors without such instructions take many times as long as in float32
+    fast = fast or any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    as_it_is = rows.dtype in (torch.float32, torch.float64) or (rows.dtype == torch.bfloat16 and fast)
+    return rows if as_it_is else rows.float()
+
+
 def _readable(vectors: Float[Tensor, "*batch d"], what: str = "vectors") -> Float[Tensor, "*batch d"]:
     """The vectors, if each has a norm: nothing is nearest to NaN or inf, and a ranking of such would be ids 0, 1, 2.
 
@@ -169,7 +249,9 @@ def _readable(vectors: Float[Tensor, "*batch d"], what: str = "vectors") -> Floa
     with dtype='float32' or 'bfloat16', or leave them out
     """
     whole = vectors.detach()
-    norms = torch.linalg.vector_norm(whole if whole.dtype == torch.float64 else whole.float(), dim=-1)
+    wide = whole.dtype == torch.float64
+    parts = whole.reshape(-1, whole.shape[-1]).split(4096)  # no copy of a whole table
+    norms = torch.cat([torch.linalg.vector_norm(part if wide else part.float(), dim=-1) for part in parts])
     known = norms.isfinite()
     if not bool(known.all()):
         raise EmbedLensError(
@@ -179,43 +261,44 @@ def _readable(vectors: Float[Tensor, "*batch d"], what: str = "vectors") -> Floa
     return vectors
 
 
-def _topk_lowest_id(scores: Float[Tensor, "n V"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """torch.topk with ties by lowest id, which torch.topk does not promise.
+def _contenders(
+    scores: Float[Tensor, "n V"], k: int, slack: Float[Tensor, " n"] | float = 0.0, relative: float = 0.0
+) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """Every entry that may be among a row's k best: (rows, ids), rows in order.
 
-    >>> _topk_lowest_id(torch.tensor([[1.0, 2.0, 2.0, 1.0]]), 3)[1].tolist()
-    [[1, 2, 0]]
+    Entries stand in blocks with a stride, and a block is looked into if its best is good enough: a score is read
+    once, and few are sorted. The k-th best block is no better than the k-th best entry, so none is missed.
+
+    Args:
+        slack: a row's scores this far below its k-th best still count, and
+        relative: so much of the k-th best's own size.
+
+    >>> _contenders(torch.tensor([[1.0, 2.0, 2.0, 1.0]]), 1)[1].tolist()
+    [1, 2]
     """
-    values, ids = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
-    # The next best equals the last of the k: topk may have taken any of the equals. Such rows are sorted in full.
-    crowded = (values[:, k:] == values[:, k - 1 : k]).any(-1).nonzero().squeeze(-1)
-    values, ids = values[:, :k].clone(), ids[:, :k].clone()
-    if len(crowded):
-        in_full = scores[crowded].sort(dim=-1, descending=True, stable=True)
-        values[crowded], ids[crowded] = in_full.values[:, :k], in_full.indices[:, :k]
-    # Equal scores inside the k: order by id first, then stably by score.
-    by_id = ids.argsort(dim=-1)
-    values, ids = values.gather(-1, by_id), ids.gather(-1, by_id)
-    by_score = values.argsort(dim=-1, descending=True, stable=True)
-    return values.gather(-1, by_score), ids.gather(-1, by_score)
+    entries = scores.shape[1]
+    members = max(1, min(BLOCK, entries // (16 * k), isqrt(entries)))
+    blocks = entries // members
+    best = scores[:, : members * blocks].unflatten(1, (members, blocks)).amax(1)
+    rest = scores[:, members * blocks :]
+    best[:, : rest.shape[1]] = torch.maximum(best[:, : rest.shape[1]], rest)
+    least = best.topk(k, dim=-1).values[:, -1].to(torch.promote_types(scores.dtype, torch.float32))
+    least = least - slack - relative * least.abs()
+    at, block = (best >= least[:, None]).nonzero(as_tuple=True)
+    ids = block[:, None] + blocks * torch.arange(members + 1, device=block.device)
+    good = scores[at[:, None], ids.clamp(max=entries - 1)] >= least[at, None]
+    pair, place = (good & (ids < entries)).nonzero(as_tuple=True)
+    return at[pair], ids[pair, place]
 
 
-def _repeated_rows(rows: Float[Tensor, "V d"]) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
-    """Rows that repeat an earlier one bit for bit, and the first row each repeats.
-
-    A matrix product may round equal columns differently, depending on where they stand; copying scores from the
-    first makes ties exact. Repeats are found by a random projection of the bits and then compared in full.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(1, 2**31, (rows.shape[1],), generator=generator).to(rows.device)
-    bits = (rows + 0.0).contiguous().view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    keys = torch.cat([(part.long() * weights).sum(-1) for part in bits.split(4096)])
-    order = keys.argsort(stable=True)
-    same = keys[order][1:] == keys[order][:-1]
-    if not bool(same.any()):
-        empty = torch.zeros(0, dtype=torch.long, device=rows.device)
-        return empty, empty
-    first = torch.cat([same.new_zeros(1), same]).logical_not()
-    originals = order[first][first.cumsum(0) - 1]
-    repeats = order != originals
-    repeats &= (bits[order] == bits[originals]).all(-1)
-    return order[repeats], originals[repeats]
+def _ranked(
+    at: Int[Tensor, " pairs"], ids: Int[Tensor, " pairs"], values: Float[Tensor, " pairs"], rows: int, k: int
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k best of each row, of which each has so many at least: (values, ids), ties by lowest id."""
+    order = ids.argsort()
+    for key in (-values, at):
+        order = order[key[order].argsort(stable=True)]
+    counts = torch.bincount(at, minlength=rows)
+    first = (counts.cumsum(0) - counts)[:, None]
+    chosen = order[first + torch.arange(k, device=order.device)]
+    return values[chosen], ids[chosen]

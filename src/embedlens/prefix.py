@@ -1,36 +1,36 @@
-"""Many answers about few pictures: what prompts begin with runs once and is remembered.
+"""Many answers about few pictures: what prompts on a picture begin with runs once and is remembered.
 
-A prompt is text, a picture, a question. What a decoder computes for a row depends on the rows before it alone, so its
-keys and values for the leading text serve all pictures, those for the picture serve all its questions, and those before
-the first visual token that an intervention touches serve the intervention as well. Questions and answers then run on
-what is remembered, batched. The modules are the stock ones; only the order of the work is ours.
+A prompt is text, a picture, a question. What a decoder computes for a row depends on the rows before it alone, so that
+the keys and values of all rows up to the end of the picture, under some interventions, serve every question on it.
 
-A model for which this is not so (image rows that see later rows, caches of another kind, decoding that is more than
-greedy) is found out by a comparison on the first prompt; it answers prompt by prompt then, as `model.answers` does.
+Questions on a picture stand in one row then and do not see each other, so that its keys and values are there once.
+
+Interventions that go on behind the picture, and models for which this is not so (image rows that see what follows,
+patches with rotary positions of their own), are asked prompt by prompt, as `model.answers` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
-from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence, sublayers_of
+from embedlens.interventions import MASKED, EnterAt, Intervention, LeaveAt, Prune, ReleasedLayer0, Silence
 from embedlens.prompts import side_by_side
-from embedlens.remembered import ALL, NONE, Memory, Remembered, Table, empty_of, extent, forward
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 TOGETHER = 8  # questions on a picture that run in one row
-HELD = 2  # remembered pictures, in batches: under how many arms a picture is kept decides how many pictures those are
+HELD = 2  # times `batch_size`: pictures under a plan that are remembered at a time
+ALL, FIRST = 1, 2  # whose a column is: of all questions, or of one of its row, counted from FIRST; of none where padded
+_SHARING: WeakKeyDictionary[VisionLanguageModel, bool] = WeakKeyDictionary()  # what `_remembers` has found
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,7 @@ class Case:
     """A prompt to answer, and what is done to its picture's tokens meanwhile."""
 
     prompt: Prompt
-    plan: tuple[Intervention, ...] = ()
-    """Interventions, masks for this prompt alone; empty: none."""
+    plan: tuple[Intervention, ...] = ()  #: Interventions, masks for this prompt alone; empty: none
     kind: str = ""
     """Answers of a kind are of like length; those run together."""
 
@@ -54,395 +53,206 @@ def answers(
     on a picture with `model.asked`.
 
     Args:
-        model: from `embedlens.load`.
-        cases: in any order.
-        max_new_tokens: of an answer.
-        batch_size: pictures that run together, each with up to eight questions; about three times as many are held in
-            memory.
+        batch_size: pictures that run together, each with up to eight questions; twice as many are remembered.
 
     Raises:
         EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")
-    if not cases:
-        return []
     for case in cases:
         model.check_length(case.prompt, max_new_tokens)
+    units: dict[Any, list[int]] = {}  # of one picture under one plan
+    whole: dict[Any, list[int]] = {}  # of like interventions, to be asked prompt by prompt
+    for place in sorted(range(len(cases)), key=lambda place: (cases[place].kind, len(cases[place].prompt), place)):
+        prompt, plan = cases[place].prompt, cases[place].plan
+        if _over_with_the_picture(prompt, plan) and model.intervention is None and _remembers(model, prompt):
+            picture = id(prompt.pixel_values), prompt.ids[: _end(prompt)].cpu().numpy().tobytes()
+            units.setdefault((signature(plan), picture, identity(plan)), []).append(place)
+        else:
+            whole.setdefault(signature(plan), []).append(place)
     found: dict[int, str] = {}
-    alone = [any(isinstance(value, Silence) and value.rows == "text" for value in case.plan) for case in cases]
-    if any(alone) and not all(alone):  # silenced text runs as a whole: its question is part of what is silenced
-        for kind in (True, False):
-            places = [place for place, one in enumerate(alone) if one is kind]
-            said = answers(model, [cases[place] for place in places], max_new_tokens, batch_size)
-            found |= dict(zip(places, said, strict=True))
-        return [found[place] for place in range(len(cases))]
-    sharing = not any(alone) and model.intervention is None and all(_plain(case.prompt) for case in cases)
-    empty = empty_of(model, cases[0].prompt) if sharing else None
-    if empty is None:
-        return _unshared(model, cases, max_new_tokens, batch_size)
-    before: dict[bytes, Memory] = {b"": empty}  # by the ids of the text
-    for places in _groups(cases, HELD * batch_size):
-        group = {place: cases[place] for place in places}
-        found |= _answered(model, group, before, max_new_tokens, batch_size)
+    for places in whole.values():
+        with _intervening(model, [cases[place].plan for place in places]):
+            texts = model.answers([cases[place].prompt for place in places], max_new_tokens, batch_size)
+        found |= dict(zip(places, texts, strict=True))
+    own = list(units.items())
+    for start in range(0, len(own), HELD * batch_size):
+        found |= _answered(model, cases, dict(own[start : start + HELD * batch_size]), max_new_tokens, batch_size)
     return [found[place] for place in range(len(cases))]
-
-
-def _plain(prompt: Prompt) -> bool:
-    """Whether the embeddings are all that a prompt brings: no rotary positions or deep features of its own."""
-    return getattr(prompt, "positions", None) is None and getattr(prompt, "deep", None) is None
 
 
 # --- which prompts have what in common -------------------------------------------------------------------------------
 
 
-def signature(value: Intervention) -> Any:
+def signature(plan: Sequence[Intervention]) -> Any:
     """What interventions of several prompts must have in common to run together; masks may differ."""
-    if isinstance(value, MASKED):
-        return type(value), *(getattr(value, field.name) for field in fields(value) if field.name != "mask")
-    return value
+    return tuple(
+        (type(value), *(getattr(value, field.name) for field in fields(value) if field.name != "mask"))
+        for value in plan
+    )
 
 
-def identity(plan: Sequence[Intervention]) -> tuple[Any, ...]:
+def identity(plan: Sequence[Intervention]) -> Any:
     """Equal for plans that do the same to a picture."""
-    return tuple((signature(value), _mask_of(value).cpu().numpy().tobytes()) for value in plan)
+    return signature(plan), *(_mask_of(value).cpu().numpy().tobytes() for value in plan if isinstance(value, MASKED))
 
 
-def _mask_of(value: Intervention) -> Tensor:
-    """The mask of an intervention on one prompt; empty if it has none."""
-    if not isinstance(value, MASKED):
-        return torch.zeros(0, dtype=torch.bool)
+def _mask_of(value: Any) -> Tensor:
     if not isinstance(value.mask, Tensor):
         raise EmbedLensError(f"{type(value).__name__} has a list of masks: pass each prompt's plan its own mask")
     return value.mask
 
 
-def merged(plans: Sequence[Sequence[Intervention]]) -> list[Intervention]:
+def _over_with_the_picture(prompt: Prompt, plan: Sequence[Intervention]) -> bool:
+    """Whether nothing is done to what follows the picture, and embeddings are all that it brings."""
+    ongoing = any(
+        isinstance(value, (EnterAt, LeaveAt, ReleasedLayer0)) or (isinstance(value, Silence) and value.rows == "text")
+        for value in plan
+    )
+    return not ongoing and prompt.positions is None and prompt.deep is None and prompt.rows is None
+
+
+def _end(prompt: Prompt) -> int:
+    """The row after the last of the picture."""
+    return int(prompt.visual.nonzero()[-1, 0]) + 1
+
+
+def _intervening(model: VisionLanguageModel, plans: Sequence[Sequence[Intervention]]) -> AbstractContextManager[Any]:
     """The interventions of several prompts as one each, with a mask per prompt."""
-    together: list[Intervention] = []
-    for values in zip(*plans, strict=True):
-        first = values[0]
-        if isinstance(first, MASKED):
-            first = replace(first, mask=[value.mask for value in values])
-        together.append(first)
-    return together
-
-
-@dataclass(frozen=True, eq=False)
-class _Unit:
-    """What several cases share: everything up to the end of the picture, under one plan."""
-
-    prompt: Prompt
-    """Of one of them, cut off behind the picture."""
-    plan: tuple[Intervention, ...]
-    cases: list[int]
-
-    @property
-    def touched(self) -> int:
-        """The first row that the plan may change."""
-        first, _ = extent(self.prompt)
-        if not all(isinstance(value, MASKED) for value in self.plan):
-            return first
-        return min((int(self.prompt.spread(_mask_of(value)).int().argmax()) for value in self.plan), default=first)
-
-    @property
-    def pruned(self) -> int:
-        """Rows that the plan takes out."""
-        return sum(int(_mask_of(value).sum()) for value in self.plan if isinstance(value, Prune))
-
-    @property
-    def rows(self) -> int:
-        """Rows that remain."""
-        return len(self.prompt) - self.pruned
-
-    @property
-    def gap(self) -> int:
-        """By how much the positions of what follows the picture close up."""
-        renumbered = any(isinstance(value, Prune) and value.positions == "renumber" for value in self.plan)
-        return self.pruned if renumbered else 0
-
-
-def _picture_of(prompt: Prompt) -> tuple[int, bytes]:
-    """Equal for prompts that begin alike: the same picture, after the same text."""
-    _, end = extent(prompt)
-    return id(prompt.pixel_values), prompt.ids[:end].cpu().numpy().tobytes()
-
-
-def _groups(cases: Sequence[Case], most: int) -> Iterator[list[int]]:
-    """Places of cases, all of a picture together, so that at most about `most` pictures under a plan are remembered."""
-    of_picture: dict[Any, list[int]] = {}
-    for place, case in enumerate(cases):
-        of_picture.setdefault(_picture_of(case.prompt), []).append(place)
-    # pictures whose questions are alike come together: their answers end together
-    order = sorted(of_picture.values(), key=lambda own: (cases[own[0]].kind, len(cases[own[0]].prompt), own[0]))
-    group: list[int] = []
-    held = 0
-    for places in order:
-        plans = len({identity(cases[place].plan) for place in places})
-        if group and held + plans > most:
-            yield group
-            group, held = [], 0
-        group += places
-        held += plans
-    if group:
-        yield group
+    merged = [
+        replace(values[0], mask=[_mask_of(value) for value in values]) if isinstance(values[0], MASKED) else values[0]
+        for values in zip(*plans, strict=True)
+    ]
+    return intervene(model, *merged) if merged else nullcontext()
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
 
-
-def _unshared(model: VisionLanguageModel, cases: Sequence[Case], max_new_tokens: int, batch_size: int) -> list[str]:
-    """Whole prompts in batches of like interventions."""
-    found: dict[int, str] = {}
-    alike: dict[Any, list[int]] = {}
-    order = sorted(range(len(cases)), key=lambda place: (cases[place].kind, len(cases[place].prompt), place))
-    for place in order:
-        alike.setdefault(tuple(map(signature, cases[place].plan)), []).append(place)
-    for places in alike.values():
-        prompts = [cases[place].prompt for place in places]
-        with _intervening(model, [cases[place].plan for place in places]):
-            found |= dict(zip(places, model.answers(prompts, max_new_tokens, batch_size), strict=True))
-    return [found[place] for place in range(len(cases))]
-
-
-@contextmanager
-def _intervening(model: VisionLanguageModel, plans: Sequence[tuple[Intervention, ...]]) -> Iterator[None]:
-    if not plans[0]:
-        yield
-        return
-    with intervene(model, *merged(plans)):
-        yield
-
-
-@contextmanager
-def _entering(
-    model: VisionLanguageModel, prompts: Sequence[Prompt], begins: Sequence[int], side: str
-) -> Iterator[Sequence[Prompt]]:
-    """`model.running`, for prompts whose first rows are remembered."""
-    with model.lock:
-        if model.intervention is None:
-            yield prompts
-            return
-        with model.intervention(prompts, 0, len(prompts), side, begins) as entered:
-            yield entered
+Memory: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values of a prompt's first rows, each Float[rows, heads, c], layer by layer."""
 
 
 def _answered(
     model: VisionLanguageModel,
-    cases: dict[int, Case],
-    before: dict[bytes, Memory],
+    cases: Sequence[Case],
+    units: dict[Any, list[int]],
     max_new_tokens: int,
     batch_size: int,
 ) -> dict[int, str]:
-    """Answers to cases whose pictures are remembered at the same time."""
-    units = _units(cases)
-    memories = _remembered(model, units, before, batch_size)
-    alike: dict[Any, list[tuple[int, list[int]]]] = {}
-    for number, unit in enumerate(units):
-        # most interventions are over when the picture has run: their questions run together with all others
-        ongoing = any(isinstance(value, (EnterAt, LeaveAt, ReleasedLayer0)) for value in unit.plan)
-        most = 1 if ongoing else _together(model)
-        own = sorted(unit.cases, key=lambda place: (cases[place].kind, len(cases[place].prompt), place))
-        rows = [(number, own[start : start + most]) for start in range(0, len(own), most)]
-        alike.setdefault(tuple(map(signature, unit.plan)) if ongoing else (), []).extend(rows)
+    """Answers to questions on pictures that are remembered at the same time."""
+    memories: dict[Any, Memory] = {}
+    for kind in dict.fromkeys(key[0] for key in units):
+        alike = [key for key in units if key[0] == kind]
+        for start in range(0, len(alike), batch_size):
+            keys = alike[start : start + batch_size]
+            leading = [cases[units[key][0]] for key in keys]
+            with _intervening(model, [case.plan for case in leading]):
+                memories |= dict(zip(keys, _remembered(model, [case.prompt for case in leading]), strict=True))
+    rows = [
+        (key, own[first : first + TOGETHER]) for key, own in units.items() for first in range(0, len(own), TOGETHER)
+    ]
+    # rows of like questions: little is padded, and short answers do not wait for long ones
+    rows.sort(key=lambda row: (len(row[1]), cases[row[1][0]].kind, sum(len(cases[place].prompt) for place in row[1])))
     found: dict[int, str] = {}
-    for kind, rows in alike.items():
-        # rows of like questions: little is padded, and short answers do not wait for long ones
-        rows.sort(key=lambda row: (len(row[1]), cases[row[1][0]].kind, _asked_rows(cases, row[1]), row[1]))
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            prompts = [[cases[place].prompt for place in places] for _, places in batch]
-            gaps = [units[number].gap for number, _ in batch]
-            known = [memories[number] for number, _ in batch]
-            with _intervening(model, [units[number].plan if kind else () for number, _ in batch]):
-                texts = _decoded(model, prompts, known, gaps, max_new_tokens)
-            found |= dict(zip((place for _, places in batch for place in places), texts, strict=True))
+    for start in range(0, len(rows), batch_size):
+        own, places = zip(*rows[start : start + batch_size], strict=True)
+        asked = [[cases[place] for place in row] for row in places]
+        texts = _decoded(model, [memories[key] for key in own], asked, max_new_tokens)
+        found |= dict(zip((place for row in places for place in row), texts, strict=True))
     return found
 
 
-def _together(model: VisionLanguageModel) -> int:
-    """How many questions a row may hold: several need a mask of their own, which is not for every kind of attention."""
-    config = model.decoder.config
-    own_mask = config._attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
-    return TOGETHER if own_mask else 1
+def _remembered(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[Memory]:
+    """Runs prompts up to the end of their pictures."""
+    from transformers import DynamicCache
 
-
-def _asked_rows(cases: dict[int, Case], places: Sequence[int]) -> int:
-    return sum(len(cases[place].prompt) - extent(cases[place].prompt)[1] for place in places)
-
-
-def _units(cases: dict[int, Case]) -> list[_Unit]:
-    shared: dict[Any, list[int]] = {}
-    for place, case in cases.items():
-        shared.setdefault((_picture_of(case.prompt), identity(case.plan)), []).append(place)
+    past = DynamicCache()
+    cut = [
+        replace(prompt, ids=prompt.ids[:end], embeds=prompt.embeds[:end], visual=prompt.visual[:end])
+        for prompt, end in zip(prompts, map(_end, prompts), strict=True)
+    ]
+    with model.running(cut) as entered:
+        embeds, mask = model.padded(entered)
+        model.decoder(inputs_embeds=embeds, attention_mask=mask, past_key_values=past, use_cache=True)
+    by_row = [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in past.layers]
     return [
-        _Unit(_cut(cases[places[0]].prompt, extent(cases[places[0]].prompt)[1]), cases[places[0]].plan, places)
-        for places in shared.values()
+        [(keys[row, : len(prompt)], values[row, : len(prompt)]) for keys, values in by_row]
+        for row, prompt in enumerate(entered)
     ]
 
 
-def _cut(prompt: Prompt, end: int) -> Prompt:
-    return replace(prompt, ids=prompt.ids[:end], embeds=prompt.embeds[:end], visual=prompt.visual[:end])
-
-
-def _remembered(
-    model: VisionLanguageModel, units: Sequence[_Unit], before: dict[bytes, Memory], batch_size: int
-) -> list[Memory]:
-    """Every unit's rows, run on top of what it shares with others."""
-    found: dict[int, Memory] = {}
-    plain: dict[Any, Memory] = {}
-    alike: dict[Any, list[int]] = {(): []}  # without a plan first: the others build on them
-    for number, unit in enumerate(units):
-        alike.setdefault(tuple(map(signature, unit.plan)), []).append(number)
-    for numbers in alike.values():
-        known = {number: _known(model, units[number], plain, before) for number in numbers}
-        # those with as many rows to run together, as nothing is padded then
-        numbers = sorted(numbers, key=lambda number: (units[number].rows - len(known[number]), number))
-        for start in range(0, len(numbers), batch_size):
-            batch = numbers[start : start + batch_size]
-            plans = [units[number].plan for number in batch]
-            prompts, own = [units[number].prompt for number in batch], [known[number] for number in batch]
-            with _intervening(model, plans):
-                memories = _extended(model, prompts, own, short=not _acts_last(model, plans[0]))
-            found |= dict(zip(batch, memories, strict=True))
-            plain |= {_picture_of(units[number].prompt): found[number] for number in batch if not units[number].plan}
-    return [found[number] for number in range(len(units))]
-
-
-def _known(model: VisionLanguageModel, unit: _Unit, plain: dict[Any, Memory], before: dict[bytes, Memory]) -> Memory:
-    """What is remembered already of a unit's rows: the picture as it is, or the text before it."""
-    picture = plain.get(_picture_of(unit.prompt)) if unit.plan else None
-    if picture is None:
-        picture = _leading(model, unit.prompt, before)
-    # one row is left to run, so that the plan acts where nothing remains behind what it prunes
-    return picture.first(min(unit.touched, len(picture), unit.rows - 1))
-
-
-def _acts_last(model: VisionLanguageModel, plan: Sequence[Intervention]) -> bool:
-    """Whether a plan does something in the last layer."""
-    last = model.n_layers - 1
-    return not last or any(layer == last for value in plan for layer, _ in sublayers_of(value, model.n_layers, ""))
-
-
-def _leading(model: VisionLanguageModel, prompt: Prompt, before: dict[bytes, Memory]) -> Memory:
-    """What stands before the picture: the same for all pictures."""
-    first, _ = extent(prompt)
-    key = prompt.ids[:first].cpu().numpy().tobytes()
-    if key not in before:
-        before[key] = _extended(model, [_cut(prompt, first)], [before[b""]])[0]
-    return before[key]
-
-
-def _extended(
-    model: VisionLanguageModel, prompts: Sequence[Prompt], known: Sequence[Memory], short: bool = True
-) -> list[Memory]:
-    """What is remembered of whole prompts, of whose first rows it is known.
-
-    `short`: the forward may end with the last layer's keys and values, as nothing acts on what comes after them.
-    """
-    begins = [len(memory) for memory in known]
-    with _entering(model, prompts, begins, "right") as entered:
-        new = [len(prompt) - begin for prompt, begin in zip(entered, begins, strict=True)]
-        table = Table(known, [torch.full((length,), ALL) for length in new], "right")
-        table.cache.layers[-1].last = short
-        embeds = [prompt.embeds[begin:] for prompt, begin in zip(entered, begins, strict=True)]
-        positions = [torch.arange(begin, len(prompt)) for prompt, begin in zip(entered, begins, strict=True)]
-        with suppress(Remembered):
-            forward(model, table, side_by_side(embeds, "right"), side_by_side(positions, "right"))
-    return [table.memory(row, length) for row, length in enumerate(new)]
-
-
 def _decoded(
-    model: VisionLanguageModel,
-    asked: Sequence[Sequence[Prompt]],
-    memories: Sequence[Memory],
-    gaps: Sequence[int],
-    max_new_tokens: int,
+    model: VisionLanguageModel, memories: Sequence[Memory], asked: Sequence[Sequence[Case]], max_new_tokens: int
 ) -> list[str]:
-    """Answers to the questions that follow remembered pictures, row by row."""
-    with _entering(model, [prompts[0] for prompts in asked], [len(memory) for memory in memories], "left"):
-        embeds, positions, owners = [], [], []
-        questions: list[_Question] = []
-        for row, (prompts, gap) in enumerate(zip(asked, gaps, strict=True)):
-            ends = [extent(prompt)[1] for prompt in prompts]
-            new = [len(prompt) - end for prompt, end in zip(prompts, ends, strict=True)]
-            embeds.append(torch.cat([prompt.embeds[end:] for prompt, end in zip(prompts, ends, strict=True)]))
-            positions.append(
-                torch.cat([torch.arange(len(p) - n, len(p)) - gap for p, n in zip(prompts, new, strict=True)])
-            )
-            owners.append(torch.arange(len(prompts)).repeat_interleave(torch.tensor(new)))
-            for number, prompt in enumerate(prompts):
-                # the last of its rows, counted from the end, as padding stands before
-                questions.append(_Question(row, number, -1 - sum(new[number + 1 :]), len(prompt) - gap))
-        room = (max_new_tokens - 1) * max(map(len, asked))
-        table = Table(memories, owners, "left", room)
-        hidden = forward(model, table, side_by_side(embeds, "left"), side_by_side(positions, "left"))
-        ids = _greedy(model, table, hidden, questions, max_new_tokens)
-    return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    """Answers to the questions that follow remembered pictures, row by row: the likeliest token, again and again."""
+    from transformers import DynamicCache
 
-
-class _Question(NamedTuple):
-    row: int
-    """Of the batch, as it began."""
-    number: int
-    """Within its row."""
-    at: int
-    """Column of the forward that gives its next token."""
-    following: int
-    """Position of its first new token."""
-
-
-def _greedy(
-    model: VisionLanguageModel,
-    table: Table,
-    hidden: Float[Tensor, "b s d"],
-    questions: Sequence[_Question],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """The likeliest token, again and again, until each answer has ended."""
-    head, embedding = model.unembed.head, model.hf.get_input_embeddings()
-    ends = _end_ids(model)
-    written: list[list[int]] = [[] for _ in questions]
-    rows = sorted({question.row for question in questions})  # those in the table
-    asking = list(range(len(questions)))
-    at = [(question.row, question.at) for question in questions]
-    going = set(asking)
+    beside = partial(side_by_side, side="left")
+    layers = zip(*memories, strict=True)
+    past = DynamicCache([[beside(part).transpose(1, 2) for part in zip(*layer, strict=True)] for layer in layers])
+    owner = beside([torch.full((len(memory[0][0]),), ALL) for memory in memories])
+    embeds = beside([torch.cat([case.prompt.embeds[_end(case.prompt) :] for case in row]) for row in asked])
+    own, positions = torch.zeros(2, *embeds.shape[:2], dtype=torch.long)
+    questions = []  # row, number within it, the column that gives its first token, the position of that token
+    for row, cases in enumerate(asked):
+        stop = embeds.shape[1]
+        for number, case in reversed(list(enumerate(cases))):
+            end, length, closed = _end(case.prompt), len(case.prompt), _closed(case.plan)
+            own[row, stop - (length - end) : stop] = FIRST + number
+            positions[row, stop - (length - end) : stop] = torch.arange(end, length) - closed
+            questions.append((row, number, stop - 1, length - closed))
+            stop -= length - end
+    rows, numbers, columns, following = torch.tensor(sorted(questions)).T.contiguous()
+    head, embedding, greedy = model.unembed.head, model.hf.get_input_embeddings(), model.greedy(max_new_tokens)
+    written = torch.full((len(rows), max_new_tokens), greedy.pad_token_id)
+    going = torch.arange(len(rows))  # the questions whose answers have not ended
     for step in range(max_new_tokens):
-        last = hidden[[row for row, _ in at], [column for _, column in at]]
-        chosen = head(last.to(head.weight.device)).argmax(-1).tolist()
-        for index, token in zip(asking, chosen, strict=True):
-            if index in going:
-                written[index].append(token)
-                if token in ends:
-                    going.discard(index)
-        if not going or step == max_new_tokens - 1:
+        owner = torch.cat([owner, own], 1)
+        seen = ((owner == ALL)[:, None] | (owner[:, None] == own[..., None])).tril(owner.shape[1] - own.shape[1])
+        mask = torch.zeros(seen.shape, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(embeds.dtype).min)
+        with model.lock:
+            hidden = model.decoder(
+                inputs_embeds=embeds,
+                attention_mask=mask[:, None].to(embeds.device),
+                position_ids=positions.to(embeds.device),
+                past_key_values=past,
+                use_cache=True,
+            ).last_hidden_state
+        chosen = head(hidden[rows[going], columns].to(head.weight.device)).argmax(-1).cpu()
+        written[going, step] = chosen
+        more = ~torch.isin(chosen, torch.tensor(greedy.eos_token_id))
+        going, chosen = going[more], chosen[more]
+        if not len(going):
             break
-        if model.intervention is None:  # an intervention knows the batch as it began
-            asking = [index for index in asking if index in going]
-            left = sorted({questions[index].row for index in asking})
-            if 2 * len(left) <= len(rows):
-                table.keep(torch.tensor([place for place, row in enumerate(rows) if row in left]))
-                rows = left
-        place_of = {row: place for place, row in enumerate(rows)}
-        filled = [0] * len(rows)
-        at = []
-        for index in asking:
-            place = place_of[questions[index].row]
-            at.append((place, filled[place]))
-            filled[place] += 1
-        ids, positions = (torch.zeros(len(rows), max(filled), dtype=torch.long) for _ in range(2))
-        owner = torch.full_like(ids, NONE)
-        for index, (place, column) in zip(asking, at, strict=True):
-            ids[place, column] = written[index][-1]
-            positions[place, column] = questions[index].following + step
-            owner[place, column] = questions[index].number
-        used = table.cache.get_seq_length()
-        table.owner[:, used : used + owner.shape[1]] = owner.to(table.owner.device)
-        hidden = forward(model, table, embedding(ids.to(model.device)), positions)
-    return written
+        left = rows[going].unique()
+        if 2 * len(left) <= len(owner):  # most have ended
+            past.batch_select_indices(left)
+            owner, rows = owner[left], torch.searchsorted(left, rows)
+        at = rows[going]
+        columns = torch.arange(len(going)) - torch.searchsorted(at, at)
+        ids, own, positions = torch.zeros(3, len(owner), int(columns.max()) + 1, dtype=torch.long)
+        ids[at, columns], own[at, columns] = chosen, FIRST + numbers[going]
+        positions[at, columns] = following[going] + step
+        embeds = embedding(ids.to(model.device))
+    return [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-def _end_ids(model: VisionLanguageModel) -> set[int]:
-    own = model.hf.generation_config.eos_token_id
-    found = own if own is not None else model.tokenizer.eos_token_id
-    return set(found) if isinstance(found, (list, tuple)) else {found}
+def _closed(plan: Sequence[Intervention]) -> int:
+    """By how much the positions of what follows the picture close up."""
+    return sum(int(_mask_of(value).sum()) for value in plan if isinstance(value, Prune) and value.positions != "keep")
+
+
+def _remembers(model: VisionLanguageModel, prompt: Prompt) -> bool:
+    """Whether a question behind a remembered picture is read as in the whole prompt: tried once for each model."""
+    config = model.decoder.config
+    if config._attn_implementation not in ("sdpa", "eager") or getattr(config, "sliding_window", None):
+        return False  # which take no mask of one's own
+    if model not in _SHARING:
+        whole = model.logits(prompt)[-1].float()
+        with model.lock, model.recording() as layers:
+            _decoded(model, _remembered(model, [prompt]), [[Case(prompt)]], 1)
+        logits = model.unembed(layers[-1][0, -1]).float()
+        near = {"rtol": 1e-2, "atol": 1e-2 * float(whole.abs().max())}
+        _SHARING[model] = torch.allclose(logits, whole.to(logits.device), **near)
+    return _SHARING[model]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pandas as pd
 from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
@@ -32,11 +32,9 @@ COLUMN = 12  # characters of a table column at most
 class PictureProbe:
     """The top words of every visual token of one picture."""
 
-    image: Image
-    """The picture, upright RGB, original size."""
+    image: Image  #: The picture, upright RGB, original size
     grid: PatchGrid
-    words: list[list[str]]
-    """Best words first, one list per patch."""
+    words: list[list[str]]  #: Best words first, one list per patch
     ids: Int[Tensor, "n k"]
     scores: Float[Tensor, "n k"]
     """Cosine (embed) or logit (logit) of each word."""
@@ -47,10 +45,7 @@ class PictureProbe:
     answer: str
 
     def table(self) -> str:
-        """The patch grid as text: one column per patch, one line per rank; words in the bars are marked.
-
-        Where the model sees the picture in several views, one table each.
-        """
+        """The patch grid as text, one line per rank, words in the bars marked; one table for each view."""
         start, parts = 0, []
         for view in self.grid.views:
             parts.append(_table(view, self.words[start : start + len(view)]))
@@ -81,9 +76,6 @@ def probe_picture(
     Args:
         layer: 0 reads what enters the first block, `model.n_layers` what leaves the last one.
         lens: `"embed"` for the nearest input embeddings, `"logit"` for final norm and head.
-
-    Raises:
-        EmbedLensError: unreadable picture, empty question, no such layer or lens, k out of range.
     """
     if lens not in LENSES:
         raise EmbedLensError(f"unknown lens {lens!r}: pass one of {', '.join(map(repr, LENSES))}")
@@ -143,43 +135,19 @@ def _footer(seen: PictureProbe) -> str:
 
 def _number(words: int) -> str:
     """How many words of a token were looked at, in words where English has them."""
-    names = ("", "the", "two", "three", "four", "five")
-    name = names[words] if words < len(names) else str(words)
+    name = dict(enumerate(("the", "two", "three", "four", "five"), 1)).get(words, str(words))
     return f"{name} nearest word{'s' * (words > 1)}"
 
 
 def _table(grid: PatchGrid, words: list[list[str]]) -> str:
-    columns: list[list[str]] = []
-    padded = grid.padded.tolist()
-    for col in range(grid.cols):
-        patches = range(col, len(grid), grid.cols)
-        cells = [
-            _shortened(f"{BAR_MARK}{word}" if padded[patch] else word) for patch in patches for word in words[patch]
-        ]
-        width = max(map(_columns_of, [*cells, str(col)]))
-        columns.append([_padded(cell, width) for cell in [str(col), *cells]])
-    depth = len(words[0])
-    margin = len(str(grid.rows - 1))
-    lines = [" " * margin + "  " + "  ".join(column[0] for column in columns)]
-    for row in range(grid.rows):
-        for rank in range(depth):
-            label = str(row).rjust(margin) if rank == 0 else " " * margin
-            lines.append(label + "  " + "  ".join(column[1 + row * depth + rank] for column in columns))
-        if depth > 1 and row + 1 < grid.rows:
-            lines.append("")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _shortened(word: str) -> str:
-    while _columns_of(word) > COLUMN:
-        word = word.removesuffix("…")[:-1] + "…"
-    return word
-
-
-def _columns_of(text: str) -> int:
-    """Terminal columns: East Asian wide characters take two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - _columns_of(text))
+    """One column per patch of a row; East Asian characters take two places."""
+    lines: dict[tuple[str, int], list[str]] = {}
+    for patch, (own, padded) in enumerate(zip(words, grid.padded.tolist(), strict=True)):
+        row = str(patch // grid.cols)
+        for rank, word in enumerate(own):
+            marked = f"{BAR_MARK}{word}" if padded else word
+            shown = marked if len(marked) <= COLUMN else marked[: COLUMN - 1] + "…"
+            lines.setdefault((row if rank == 0 else "", int(row) * len(own) + rank), []).append(shown)
+    table = pd.DataFrame(list(lines.values()), index=[label for label, _ in lines])
+    with pd.option_context("display.unicode.east_asian_width", True, "display.max_colwidth", None):
+        return table.to_string()

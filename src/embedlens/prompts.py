@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from embedlens.batches import watched
 from embedlens.errors import EmbedLensError
 from embedlens.families.instructions import instructions_of
 from embedlens.families.plain import OWN, Features
@@ -45,18 +46,13 @@ class Prompt:
     """Rotary positions (time, height, width) where a family gives patches such; None: 0 to s-1."""
     deep: Float[Tensor, "joins n d"] | None = field(default=None, repr=False)
     """What is added to the visual rows after decoder block 0, 1, ..., where a family does that."""
-    said: int = field(default=0, repr=False)
-    """How many of the last ids are the answer's."""
+    said: int = field(default=0, repr=False)  #: How many of the last ids are the answer's
 
     def __post_init__(self) -> None:
-        length = len(self.ids)
-        if self.embeds.shape[:1] != (length,) or self.visual.shape != (length,):
-            raise EmbedLensError(
-                f"the prompt has {length} ids, embeds of shape {tuple(self.embeds.shape)} and a visual mask of shape "
-                f"{tuple(self.visual.shape)}: all three need the same first side"
-            )
-        if self.positions is not None and self.positions.shape[1] != length:
-            raise EmbedLensError(f"the prompt has {length} ids but {self.positions.shape[1]} positions: pass as many")
+        sides = {"ids": len(self.ids), "embeds": len(self.embeds), "visual": len(self.visual)}
+        sides |= {} if self.positions is None else {"positions": self.positions.shape[1]}
+        if len(set(sides.values())) > 1:
+            raise EmbedLensError(f"the parts of a prompt are of unequal lengths, {sides}: pass as many of each")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,12 +105,8 @@ def prompts_of(model: Any, samples: Sequence[Sample]) -> list[Prompt]:
 def looked_at(
     model: Any, samples: Iterable[Sample], batch_size: int = 8
 ) -> Iterator[tuple[list[Sample], list[Prompt]]]:
-    """Batches of the samples that can be read, with `prompts_of` them; pictures are opened batch by batch.
-
-    Raises:
-        EmbedLensError: no samples.
-    """
-    stream, some = readable(samples), False
+    """Batches of the samples that can be read, with `prompts_of` them; pictures are opened batch by batch."""
+    stream, some = readable(watched(samples, model.name, "pictures"), opened=True), False
     while batch := list(islice(stream, batch_size)):
         some = True
         yield batch, prompts_of(model, batch)
@@ -226,28 +218,13 @@ def assembled(
 # --- side by side ----------------------------------------------------------------------------------------------------
 
 
-def side_by_side(parts: Sequence[Tensor], side: Side, begins: Sequence[int] | None = None) -> Tensor:
-    """Rows of different lengths as one padded tensor [b, s, ...].
+def side_by_side(parts: Sequence[Tensor], side: Side) -> Tensor:
+    """Rows of different lengths as one tensor [b, s, ...], padded with zeros on a side.
 
-    Args:
-        parts: one tensor [length, ...] per prompt.
-        side: where the padding stands.
-        begins: how many leading entries of each part are remembered from an earlier forward. They end at one common
-            column; what comes after them is padded on `side`.
-
-    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])], "left", begins=[2, 1]).tolist()
-    [[1, 2, 0, 3], [0, 4, 5, 6]]
+    >>> side_by_side([torch.tensor([1, 2, 3]), torch.tensor([4])], "left").tolist()
+    [[1, 2, 3], [0, 0, 4]]
     """
-    begins = [0] * len(parts) if begins is None else begins
-    before = max(begins)
-    after = max(len(part) - begin for part, begin in zip(parts, begins, strict=True))
-    whole = parts[0].new_zeros(len(parts), before + after, *parts[0].shape[1:])
-    for row, (part, begin) in enumerate(zip(parts, begins, strict=True)):
-        new = len(part) - begin
-        first = before + (after - new if side == "left" else 0)
-        whole[row, before - begin : before] = part[:begin]
-        whole[row, first : first + new] = part[begin:]
-    return whole
+    return nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_side=side)
 
 
 def padded(

@@ -15,14 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from embedlens.arms import BASELINE, SEEDS, Arm, Plan
+from embedlens.batches import in_batches
 from embedlens.codebook import Codebook, checked_budget
 from embedlens.cues import Features, attended, attention_of, features_of
 from embedlens.engine import intervene
@@ -33,13 +35,7 @@ from embedlens.patches import PatchGrid
 from embedlens.pruners import CODEBOOK, FASTV_LAYER, Context, Pruner, keep_highest, prune, usable
 from embedlens.sweep import run_arms
 from embedlens.tasks import Item
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 Stages: TypeAlias = tuple[tuple[int, int], ...]
 """(layer, visual tokens that it and later ones have), in order of depth. Layers before the first have all."""
@@ -62,25 +58,18 @@ def average_tokens(stages: Stages, n: int, n_layers: int) -> float:
 class Inside:
     """A rule that drops tokens inside the language model, by attention from the last position of the prompt.
 
-    At each of its layers a like share of the tokens goes, so that what a schedule is made for (a number left at the
-    end, or an average over layers) fixes all its stages.
+    At each of its layers a like share of the tokens goes: a number left at the end, or an average over layers, fixes
+    all stages of a schedule.
     """
 
     name: str
-    at: Callable[[int], Sequence[int]]
-    """Layers of a model → the first blocks without the tokens of each stage, as published or as deep."""
-    ranked: int
-    """Whose attention ranks, counted from that block: -1 is the one before it, which has run."""
-    positions: str
-    """What becomes of rotary positions: "keep" or "renumber"."""
+    at: Callable[[int], Sequence[int]]  #: Layers of a model → the first blocks without the tokens of each stage
+    ranked: int  #: Whose attention ranks, counted from that block: -1 is the one before it, which has run
+    positions: str  #: What becomes of rotary positions: "keep" or "renumber"
     source: str
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
-        """Where tokens leave, each layer once, none before the first has run.
-
-        Raises:
-            EmbedLensError: a model of one layer has no inside.
-        """
+        """Where tokens leave, each layer once, none before the first has run."""
         if n_layers < 2:
             raise EmbedLensError(
                 f"{self.name} drops tokens between layers, and the model has {n_layers}: use a pruner before layer 0"
@@ -141,15 +130,9 @@ def plans_inside(
     A stage ranks what the stages before it have left, by attention that is read with those gone.
 
     Args:
-        model: from `embedlens.load`.
         prompts: with their questions, which the choice depends on.
-        rule: of INSIDE.
         stages: of each prompt, from `Inside.left` or `Inside.averaging`.
         attention: of each prompt with all tokens, from `attended`, if it is there already.
-        batch_size: prompts that run together.
-
-    Raises:
-        EmbedLensError: as many stages as prompts are needed, and counts that the pictures have.
     """
     layers = rule.layers(model.n_layers)
     if len(stages) != len(prompts) or any(tuple(layer for layer, _ in own) != layers for own in stages):
@@ -250,10 +233,9 @@ def seen(
     FastV, SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture.
 
     Args:
-        reference: of the token groups; default: the model's own.
         share: of its tokens that a picture keeps, for the rules of INSIDE; None: these are not read.
     """
-    features = [one for _, batch in model.batches(prompts, batch_size) for one in features_of(model, batch)]
+    features = list(in_batches(lambda _, some: features_of(model, some), prompts, batch_size))
     weights = attended(model, prompts)
     groups = token_groups_of(model, prompts, reference=reference)
     inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]
@@ -330,16 +312,12 @@ def at_budgets(
 
     Args:
         items: one question a picture, as `tasks.family_questions` gives them.
-        shares: of a picture's own tokens, from `shares_of`.
-        codebooks, names, seeds: as `pruner_arms` takes them.
-        reference: of the token groups; default: the model's own.
+        shares, codebooks, names, seeds: as `pruner_arms` takes them.
         inside: of the shares, those at which the rules of INSIDE are asked as well; they take several times as long.
 
     Returns:
         The rows of `run_arms` with `share`; arm "baseline" has share 1.
     """
-    import pandas as pd
-
     tables = [run_arms(model, items, [BASELINE]).assign(share=1.0)]
     first = model.prompt(items[0].sample.image, items[0].question.text)
     for share in shares:

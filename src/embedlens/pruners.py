@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,20 +29,17 @@ from embedlens.cues import Features, cls_similarity
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups
 from embedlens.patches import PatchGrid
+from embedlens.vlm import Prompt
 
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt
-else:
-    Prompt = object
-
-#: Need → what is said to a model or call that lacks it.
+#: What of Features or Context may be missing → what is said to a model or call that lacks it.
 NEEDS: Mapping[str, str] = {
-    "CLS": "a vision tower with a CLS token",
+    "cls_attention": "a vision tower with a CLS token",
     "keys": "a vision tower whose attention can be read, one row per visual token",
-    "LLM attention": "attention of the language model: pass Context(attention=..., rated=...) from `attended`",
+    "attention": "attention of the language model: pass Context(attention=..., rated=...) from `attended`",
+    "rated": "attention of the language model: pass Context(attention=..., rated=...) from `attended`",
     "groups": "sink and dead tokens: pass Context(groups=...) from `embedlens.token_groups`",
     "codebook": "a codebook: pass Context(codebook=...) from `embedlens.codebook.build`",
-    "chance": "a source of chance: pass Context(rng=...)",
+    "rng": "a source of chance: pass Context(rng=...)",
 }
 FASTV_LAYER = 1  # K = 2 layers run with all tokens; the attention of the second chooses
 NEAREST = 32 / 576  # of the tokens, that PruMerge merges into a kept one
@@ -56,18 +53,11 @@ DROPPED_A_ROUND = 8  # VisPruner
 class Context:
     """What is not of the vision tower."""
 
-    attention: Float[Tensor, "layers n"] | None = None
-    """From the last position of the prompt, mean over heads; depends on the question."""
-    rated: Float[Tensor, " n"] | None = None
-    """From SparseVLM's raters at its layer; depends on the question."""
+    attention: Float[Tensor, "layers n"] | None = None  #: From the prompt's last position, mean over heads
+    rated: Float[Tensor, " n"] | None = None  #: From SparseVLM's raters at its layer
     groups: TokenGroups | None = None
     codebook: Codebook | None = None
     rng: np.random.Generator | None = None
-
-    @property
-    def has(self) -> set[str]:
-        given = {"groups": self.groups, "codebook": self.codebook, "chance": self.rng, "LLM attention": self.attention}
-        return {name for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +65,7 @@ class Selection:
     """The tokens that stay, and what stands in their rows where a pruner merges."""
 
     keep: Bool[Tensor, " n"]
-    merged: Float[Tensor, "r d"] | None = None
-    """New rows in raster order of `keep`; None: the tokens as they are."""
+    merged: Float[Tensor, "r d"] | None = None  #: New rows in raster order; None: the tokens as they are
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """The prompt with these visual tokens only; its positions count on without gaps, as released."""
@@ -93,7 +82,7 @@ Select: TypeAlias = Callable[[Features, Context, int], Tensor | Selection]
 
 @dataclass(frozen=True)
 class Pruner:
-    """One way to choose."""
+    """One way to choose. What needs attention of the language model depends on the question."""
 
     name: str
     select: Select
@@ -103,23 +92,17 @@ class Pruner:
     @property
     def random(self) -> bool:
         """Whether it draws, so that it is repeated with several seeds."""
-        return "chance" in self.needs
+        return "rng" in self.needs
 
-    @property
-    def asks(self) -> bool:
-        """Whether its choice depends on the question, so that it is made for each."""
-        return "LLM attention" in self.needs
+    def missing(self, features: Features, context: Context) -> list[str]:
+        """Which of its needs are not there."""
+        return [need for need in self.needs if getattr(features, need, getattr(context, need, None)) is None]
 
 
 def prune(pruner: Pruner, features: Features, context: Context, budget: int) -> Selection:
-    """The selection of a pruner, with exactly `budget` tokens.
-
-    Raises:
-        EmbedLensError: a budget of 0 or above the token count, or something that the pruner needs is missing.
-    """
+    """The selection of a pruner, with exactly `budget` tokens; what it needs and is missing is named."""
     checked_budget(budget, len(features.tokens))
-    missing = [need for need in pruner.needs if need not in features.has | context.has]
-    if missing:
+    if missing := pruner.missing(features, context):
         raise EmbedLensError(f"{pruner.name} needs {NEEDS[missing[0]]}; without it, use 'strided'")
     chosen = pruner.select(features, context, budget)
     chosen = chosen if isinstance(chosen, Selection) else Selection(chosen)
@@ -179,10 +162,6 @@ def _random(features: Features, context: Context, budget: int) -> Tensor:
     return keep
 
 
-def _strided(features: Features, context: Context, budget: int) -> Tensor:
-    return middles(features.grid, budget)
-
-
 def _pooling(features: Features, context: Context, budget: int) -> Selection:
     """Means over the cells, each at its middle patch."""
     of, keep = cells(features.grid, budget).to(features.tokens.device), middles(features.grid, budget)
@@ -200,8 +179,7 @@ def _fastv(features: Features, context: Context, budget: int) -> Tensor:
 
 
 def _sparsevlm(features: Features, context: Context, budget: int) -> Tensor:
-    if context.rated is None:
-        raise EmbedLensError(f"SparseVLM needs {NEEDS['LLM attention']}")
+    assert context.rated is not None
     return keep_highest(context.rated, budget)
 
 
@@ -212,9 +190,9 @@ def _visionzip(features: Features, context: Context, budget: int) -> Selection:
     """
     assert features.cls_attention is not None and features.tower is not None and features.keys is not None
     contextual = round(budget * VISIONZIP_CONTEXTUAL)
-    keep = keep_highest(features.cls_attention, budget - contextual) if contextual < budget else _none(features)
     if not contextual:
-        return Selection(keep)
+        return Selection(keep_highest(features.cls_attention, budget))
+    keep = keep_highest(features.cls_attention, budget - contextual)  # of 1 or more, as ten of 64 are contextual
     rest = (~keep).nonzero()[:, 0]
     target = torch.linspace(0, len(rest) - 1, contextual).round().long()
     keys = functional.normalize(features.keys.float().cpu()[rest], dim=-1)
@@ -285,11 +263,6 @@ def keep_order(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     return values.float().cpu().sort(descending=True, stable=True).indices
 
 
-def _vispruner(features: Features, context: Context, budget: int) -> Tensor:
-    assert features.cls_attention is not None and features.tower is not None
-    return vispruner(features.cls_attention, features.tower, budget)
-
-
 def vispruner(
     attention: Float[Tensor, " n"], rows: Float[Tensor, "n v"], budget: int, important: float = 0.5
 ) -> Bool[Tensor, " n"]:
@@ -315,10 +288,6 @@ def vispruner(
     return keep
 
 
-def _divprune(features: Features, context: Context, budget: int) -> Tensor:
-    return divprune(features.tokens, budget)
-
-
 def divprune(tokens: Float[Tensor, "n d"], budget: int) -> Bool[Tensor, " n"]:
     """Greedy farthest points by 1 - cosine, from the token whose nearest other is farthest."""
     unit = functional.normalize(tokens.float().cpu(), dim=-1)
@@ -342,18 +311,13 @@ def _groups(features: Features, context: Context, budget: int) -> Tensor:
     return keep_lowest(chance + (~context.groups.alive.cpu()).double(), budget)
 
 
-def _codebook(features: Features, context: Context, budget: int) -> Tensor:
-    assert context.codebook is not None
-    return keep_lowest(context.codebook.redundancy(features.tokens), budget)
+def _codebook(features: Features, context: Context, budget: int, score: str = "redundancy") -> Tensor:
+    return keep_lowest(getattr(context.codebook, score)(features.tokens), budget)
 
 
-def _codebook_softmax(features: Features, context: Context, budget: int) -> Tensor:
-    assert context.codebook is not None
-    return keep_lowest(context.codebook.double_softmax(features.tokens), budget)
-
-
-def _none(features: Features) -> Tensor:
-    return torch.zeros(len(features.tokens), dtype=torch.bool)
+def _of(features: Features, context: Context, budget: int, rule: Callable[..., Tensor], given: Sequence[str]) -> Tensor:
+    """A rule that chooses by some of the features alone."""
+    return rule(*(getattr(features, name) for name in given), budget)
 
 
 def _projected(features: Features, rows: Float[Tensor, "r v"]) -> Float[Tensor, "r d"]:
@@ -365,25 +329,30 @@ def _projected(features: Features, rows: Float[Tensor, "r v"]) -> Float[Tensor, 
 
 
 CODEBOOK = Pruner("codebook", _codebook, ("codebook",), "arXiv 2503.20540: largest cosine to a prototype")
-DOUBLE_SOFTMAX = Pruner("codebook, double softmax", _codebook_softmax, ("codebook",), "its release, for OneVision")
+_SOFTMAX, _VIS = partial(_codebook, score="double_softmax"), ("cls_attention", "tower")
 PRUNERS: Mapping[str, Pruner] = {
     pruner.name: pruner
     for pruner in (
         CODEBOOK,
-        Pruner("random", _random, ("chance",), "uniform, without replacement"),
-        Pruner("strided", _strided, (), "regular sample of the grid"),
+        Pruner("random", _random, ("rng",), "uniform, without replacement"),
+        Pruner("strided", partial(_of, rule=middles, given=("grid",)), (), "regular sample of the grid"),
         Pruner("pooling", _pooling, (), "means over a coarser grid"),
-        Pruner("[cls] top", partial(_cls, sign=1.0), ("CLS",), "release of arXiv 2503.20540, high_sim_patch"),
-        Pruner("[cls] bottom", partial(_cls, sign=-1.0), ("CLS",), "the same, low_sim_patch"),
-        Pruner("FastV", _fastv, ("LLM attention",), "ECCV 2024: last position, second layer"),
-        Pruner("SparseVLM", _sparsevlm, ("LLM attention",), "ICML 2025: rater words, third layer"),
-        Pruner("VisionZip", _visionzip, ("CLS", "keys"), "CVPR 2025: dominant and contextual tokens"),
-        Pruner("PruMerge+", _prumerge, ("CLS", "keys"), "ICCV 2025, at a fixed budget"),
+        Pruner("[cls] top", partial(_cls, sign=1.0), ("cls_attention",), "release of arXiv 2503.20540, high_sim_patch"),
+        Pruner("[cls] bottom", partial(_cls, sign=-1.0), ("cls_attention",), "the same, low_sim_patch"),
+        Pruner("FastV", _fastv, ("attention",), "ECCV 2024: last position, second layer"),
+        Pruner("SparseVLM", _sparsevlm, ("rated",), "ICML 2025: rater words, third layer"),
+        Pruner("VisionZip", _visionzip, ("cls_attention", "keys"), "CVPR 2025: dominant and contextual tokens"),
+        Pruner("PruMerge+", _prumerge, ("cls_attention", "keys"), "ICCV 2025, at a fixed budget"),
         Pruner("HiPrune", _hiprune, ("keys",), "arXiv 2508.00553: anchors, buffers, registers"),
-        Pruner("VisPruner", _vispruner, ("CLS",), "ICCV 2025: important and diverse tokens"),
-        Pruner("DivPrune", _divprune, (), "CVPR 2025: largest least distance"),
-        Pruner("dead and sinks", _groups, ("groups", "chance"), "the other paper: arXiv 2603.00510's groups"),
-        DOUBLE_SOFTMAX,
+        Pruner(
+            "VisPruner",
+            partial(_of, rule=vispruner, given=_VIS),
+            ("cls_attention",),
+            "ICCV 2025: important, then diverse",
+        ),
+        Pruner("DivPrune", partial(_of, rule=divprune, given=("tokens",)), (), "CVPR 2025: largest least distance"),
+        Pruner("dead and sinks", _groups, ("groups", "rng"), "the other paper: arXiv 2603.00510's groups"),
+        Pruner("codebook, double softmax", _SOFTMAX, ("codebook",), "its release, for OneVision"),
     )
 }
 
@@ -393,5 +362,5 @@ def usable(features: Features, context: Context, names: Sequence[str] | None = N
     unknown = [name for name in names or () if name not in PRUNERS]
     if unknown:
         raise EmbedLensError(f"unknown pruner {unknown[0]!r}: use one of {', '.join(PRUNERS)}")
-    there = features.has | context.has | {"chance"}
-    return [PRUNERS[name] for name in names or PRUNERS if set(PRUNERS[name].needs) <= there]
+    chosen = [PRUNERS[name] for name in names or PRUNERS]
+    return [pruner for pruner in chosen if not set(pruner.missing(features, context)) - {"rng"}]

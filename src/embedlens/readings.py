@@ -7,23 +7,19 @@ run; what follows runs in batches. `embedlens.redundancy` says what is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from embedlens.attention_maps import followed_by
+from embedlens.batches import halving
 from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE, unsigned
-from embedlens.vlm import QUESTION
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    Prompt = VisionLanguageModel = object
+from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
 
 #: The released prompt for LLaVA-1.5.
 RELEASED_QUESTION = "What does this image show? You must provide a single word that best describes the image."
@@ -41,18 +37,14 @@ class Protocol:
     replacement: str = "row 0"
     """What stands in for a removed token: "row 0" of the input embeddings (the release's padding id), "zeros", or the
     "mean token" of the picture."""
-    articles: tuple[str, ...] = ARTICLES
-    """Words that are skipped where the answer begins with one."""
+    articles: tuple[str, ...] = ARTICLES  #: Words that are skipped where the answer begins with one
     aligned: bool = True
     """True: the run without the token is read after the article that the intact run wrote. False, as released: each
     run skips its own article, so that two runs may be compared at different steps."""
     head: int = HEAD
-    side: int = 3
-    """Of the square neighbourhood, in patches."""
-    k: int = 10
-    """Words of the intact run that the divergence compares."""
-    weights: tuple[float, float] = (1.0, 16.0)
-    """Of region and picture in the cascade."""
+    side: int = 3  #: Of the square neighbourhood, in patches
+    k: int = 10  #: Words of the intact run that the divergence compares
+    weights: tuple[float, float] = (1.0, 16.0)  #: Of region and picture in the cascade
 
     def __post_init__(self) -> None:
         if self.replacement not in REPLACEMENTS:
@@ -122,10 +114,17 @@ class Reader:
     @cached_property
     def prefix(self) -> Bank:
         """The text before the picture, which all readings begin with."""
-        return self._run(self.embeds[None, : self.start], keep=True)[1]
+        return self._run(self.embeds[None, : self.start])[1]
 
     def read(
         self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
+    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
+        """`_read`, in batches of half the size from where one does not fit on the device."""
+        found, self.batch_size = halving(partial(self._read, at, source, gone), self.batch_size)
+        return found
+
+    def _read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
         """Logits at the first content word: of prompts with some visual tokens, and of the same with some replaced.
 
@@ -138,19 +137,19 @@ class Reader:
         lost = torch.zeros(len(source), tails.shape[1], dtype=torch.bool).scatter_(1, columns[source], gone)
         first = lost.int().argmax(1)
         intact, without = (self._empty(len(rows)) for rows in (at, source))
-        for batch in _batches(torch.arange(len(at)), self.batch_size):
-            found, bank = self._run(tails[batch], [self.prefix], keep=True)
-            again = partial(self._further, found, [self.prefix, bank])
-            intact[batch], wrote = self._content(again, len(batch), None)
+        for batch in _batches(torch.arange(len(at)), batch_size):
+            found, bank = self._run(tails[batch], [self.prefix])
+            intact[batch], wrote = self._content(found, partial(self._after, tails[batch], [self.prefix], None), None)
             own = torch.isin(source, batch).nonzero()[:, 0]
             own = own[first[own].argsort(stable=True)]  # those that differ early run together
-            for rows in _batches(own, max(1, TAIL * self.batch_size // tails.shape[1])):
+            for rows in _batches(own, max(1, TAIL * batch_size // tails.shape[1])):
                 of, shared = source[rows] - batch[0], int(first[rows].min())
                 tail = tails[source[rows], shared:]
                 tail[lost[rows, shared:].to(tail.device)] = self.blank
                 before = [self.prefix, [(keys[:, :, :shared], values[:, :, :shared]) for keys, values in bank]]
                 given = wrote[of] if self.protocol.aligned else None
-                without[rows], _ = self._content(partial(self._variants, tail, before, of), len(rows), given)
+                again = partial(self._after, tail, before, of)
+                without[rows], _ = self._content(self._run(tail, before, of)[0], again, given)
         return intact, without
 
     def _tails(self, at: Int[Tensor, "m w"]) -> tuple[Float[Tensor, "m s d"], Int[Tensor, "m w"]]:
@@ -161,112 +160,60 @@ class Reader:
         order = places.argsort(1)
         return self.embeds[places.gather(1, order).to(self.embeds.device)], order.argsort(1)[:, : at.shape[1]]
 
-    def _further(
-        self, found: Float[Tensor, "m d"], before: Sequence[Bank], rows: Int[Tensor, " b"], words: Tensor | None
+    def _after(
+        self, tail: Float[Tensor, "m s d"], before: Sequence[Bank], of: Tensor | None, rows: Tensor, words: Tensor
     ) -> Float[Tensor, "b V"]:
-        """Logits of rows of a batch that has run, or after one more word each."""
-        if words is not None:
-            return self._logits(self._run(self._embedded(words), before, rows)[0])
-        return self._logits(found[rows.to(found.device)])
+        """Logits of rows of a batch, run again with one more word each."""
+        word = self.model.input_embeddings[words.to(self.embeds.device)][:, None].to(self.embeds)
+        tail = torch.cat([tail[rows.to(tail.device)], word], 1)
+        return self._run(tail, before, None if of is None else of[rows])[0]
 
-    def _variants(
-        self,
-        tail: Float[Tensor, "m s d"],
-        before: Sequence[Bank],
-        of: Int[Tensor, " m"],
-        rows: Int[Tensor, " b"],
-        words: Tensor | None,
-    ) -> Float[Tensor, "b V"]:
-        """Logits of rows of a batch, or after one more word each."""
-        tail = tail[rows.to(tail.device)]
-        tail = tail if words is None else torch.cat([tail, self._embedded(words)], 1)
-        return self._logits(self._run(tail, before, of[rows])[0])
-
-    def _content(self, run: Any, m: int, wrote: Int[Tensor, " m"] | None) -> tuple[Float[Tensor, "m V"], Tensor]:
-        """Logits at the first content word of m readings, and the article before it (-1: none).
+    def _content(
+        self, logits: Float[Tensor, "m V"], again: Callable[[Tensor, Tensor], Tensor], wrote: Int[Tensor, " m"] | None
+    ) -> tuple[Float[Tensor, "m V"], Int[Tensor, " m"]]:
+        """Logits at the first content word of readings, and the article before it (-1: none).
 
         Args:
-            run: logits of some of them; and after a further word each, if such are given.
-            m: how many.
+            logits: at the first word.
+            again: logits of some of them after a further word each.
             wrote: articles to read after; None: those that the readings begin with themselves.
         """
-        logits, every = self._empty(m), torch.arange(m)
         if wrote is None:
-            logits[every] = run(every, None)
             best = logits.argmax(-1).cpu()
             wrote = torch.where(torch.isin(best, self.articles), best, -1)
-        elif bool((wrote < 0).any()):
-            logits[wrote < 0] = run(every[wrote < 0], None)
         if bool((wrote >= 0).any()):
-            logits[wrote >= 0] = run(every[wrote >= 0], wrote[wrote >= 0])
+            logits[wrote >= 0] = again((wrote >= 0).nonzero()[:, 0], wrote[wrote >= 0])
         return logits, wrote
 
     def _empty(self, m: int) -> Float[Tensor, "m V"]:
         return torch.empty(m, self.model.unembed.n_rows, device=self.embeds.device)
 
-    def _embedded(self, words: Int[Tensor, " b"]) -> Float[Tensor, "b 1 d"]:
-        return self.model.input_embeddings[words.to(self.embeds.device)][:, None].to(self.embeds)
-
     def _logits(self, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b V"]:
         return self.model.unembed(hidden, norm=False).to(self.embeds.device).float()  # the decoder has normed it
 
     def _run(
-        self, tail: Float[Tensor, "b s d"], before: Sequence[Bank] = (), of: Tensor | None = None, keep: bool = False
-    ) -> tuple[Float[Tensor, "b d"], Bank]:
-        """What the decoder says after the last row of each tail, and the keys and values of all its rows, if kept.
+        self, tail: Float[Tensor, "b s d"], before: Sequence[Bank] = (), of: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b V"], Bank]:
+        """Logits after the last row of each tail, and the keys and values of all its rows.
 
         Args:
             tail: rows to run.
             before: what stands before them, one after the other; of one prompt, or of several.
             of: which of several stands before each tail.
-            keep: whether later runs need keys and values.
         """
-        from transformers.cache_utils import Cache
+        from transformers import DynamicCache
 
-        last = self.model.n_layers - 1
-        layers = [_before_class()([bank[layer] for bank in before], of, keep) for layer in range(last + 1)]
+        def laid(parts: Sequence[Tensor]) -> Tensor:
+            own = [part.expand(len(tail), -1, -1, -1) if len(part) == 1 else part[of] for part in parts]
+            return torch.cat(own, -2)
 
-        def cut(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-            return (args[0][:, -1:],)
-
-        # Nothing reads the last block's other rows. Its MLP, of one row, is added to all of them: they are wrong.
+        layers = zip(*before, strict=True)
+        past = DynamicCache([[laid(side) for side in zip(*parts, strict=True)] for parts in layers])
+        start = past.get_seq_length()
         with self.model.lock:
-            hook = self.model.part(last, "mlp_norm").register_forward_pre_hook(cut)
-            try:
-                output = self.model.decoder(inputs_embeds=tail, past_key_values=Cache(layers=layers), use_cache=True)
-            finally:
-                hook.remove()
-        return output.last_hidden_state[:, -1], [layer.own for layer in layers] if keep else []
-
-
-@cache
-def _before_class() -> Any:
-    """The class of a cache layer that puts what is remembered before new rows, where a dynamic one takes them in.
-
-    Nothing is copied for the rows of a batch but for the time that one layer computes.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    class Before(DynamicLayer):
-        def __init__(self, parts: Bank, of: Tensor | None, keep: bool) -> None:
-            super().__init__()
-            self.parts, self.of, self.keep = parts, of, keep
-            self.own: tuple[Tensor, Tensor] | None = None
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            own = (key_states, value_states)
-            self.own = own if self.keep else None
-            keys, values = (self._joined([part[side] for part in self.parts], own[side]) for side in range(2))
-            return keys, values
-
-        def _joined(self, parts: list[Tensor], new: Tensor) -> Tensor:
-            laid = [part.expand(len(new), -1, -1, -1) if len(part) == 1 else part[self.of] for part in parts]
-            return torch.cat([*laid, new], -2)
-
-        def get_seq_length(self) -> int:
-            return sum(keys.shape[-2] for keys, _ in self.parts)
-
-    return Before
+            output = self.model.decoder(inputs_embeds=tail, past_key_values=past, use_cache=True)
+        own = [(layer.keys[:, :, start:], layer.values[:, :, start:]) for layer in past.layers]
+        return self._logits(output.last_hidden_state[:, -1]), own
 
 
 class PromptReader(Reader):
@@ -275,12 +222,12 @@ class PromptReader(Reader):
     Models whose visual rows have positions of their own, or features that are added at depth, are read like this.
     """
 
-    def read(
-        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
+    def _read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
-        intact, wrote = self._prompts([self._shorter(places) for places in at], None)
+        intact, wrote = self._prompts([self._shorter(places) for places in at], None, batch_size)
         shorter = [self._shorter(at[row], lost) for row, lost in zip(source, gone, strict=True)]
-        return intact, self._prompts(shorter, wrote[source] if self.protocol.aligned else None)[0]
+        return intact, self._prompts(shorter, wrote[source] if self.protocol.aligned else None, batch_size)[0]
 
     def _shorter(self, places: Int[Tensor, " w"], gone: Bool[Tensor, " w"] | None = None) -> Prompt:
         """The prompt with some of its tokens, of which some are replaced."""
@@ -297,42 +244,26 @@ class PromptReader(Reader):
             deep = prompt.deep * (rows != self.blank).any(-1)[:, None].to(prompt.deep)
         return replace(prompt, embeds=embeds, deep=deep)
 
-    def _prompts(self, prompts: list[Prompt], wrote: Int[Tensor, " m"] | None) -> tuple[Float[Tensor, "m V"], Tensor]:
+    def _prompts(
+        self, prompts: list[Prompt], wrote: Int[Tensor, " m"] | None, batch_size: int
+    ) -> tuple[Float[Tensor, "m V"], Tensor]:
         logits, articles = self._empty(len(prompts)), torch.full((len(prompts),), -1)
-        for keep in _batches(torch.arange(len(prompts)), self.batch_size):
-            run = partial(self._whole, [prompts[row] for row in keep])
-            logits[keep], articles[keep] = self._content(run, len(keep), None if wrote is None else wrote[keep])
+        for keep in _batches(torch.arange(len(prompts)), batch_size):
+            own = [prompts[row] for row in keep]
+            given = None if wrote is None else wrote[keep]
+            logits[keep], articles[keep] = self._content(self._whole(own), partial(self._longer, own), given)
         return logits, articles
 
-    def _whole(self, prompts: list[Prompt], rows: Int[Tensor, " b"], words: Tensor | None) -> Float[Tensor, "b V"]:
-        """Logits of some of these prompts, or after one more word each."""
-        chosen = [prompts[row] for row in rows]
-        if words is not None:
-            chosen = [_with_word(self.model, prompt, int(word)) for prompt, word in zip(chosen, words, strict=True)]
-        with self.model.running(chosen) as entered:
+    def _longer(self, prompts: list[Prompt], rows: Int[Tensor, " b"], words: Int[Tensor, " b"]) -> Tensor:
+        own = [followed_by(self.model, prompts[row], word[None]) for row, word in zip(rows, words, strict=True)]
+        return self._whole(own)
+
+    def _whole(self, prompts: list[Prompt]) -> Float[Tensor, "b V"]:
+        with self.model.running(prompts) as entered:
             embeds, mask = self.model.padded(entered)
-            output = self.model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
-        ends = torch.tensor([len(prompt) - 1 for prompt in entered], device=output.last_hidden_state.device)
-        return self._logits(output.last_hidden_state[torch.arange(len(ends), device=ends.device), ends])
+            hidden = self.model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        return self._logits(torch.stack([row[len(prompt) - 1] for row, prompt in zip(hidden, entered, strict=True)]))
 
 
 def _batches(rows: Int[Tensor, " m"], size: int) -> Sequence[Int[Tensor, " _"]]:
     return rows.split(size) if len(rows) else ()
-
-
-def _with_word(model: VisionLanguageModel, prompt: Prompt, word: int) -> Prompt:
-    """A prompt that goes on with one more word."""
-
-    def grown(rows: Tensor, last: Tensor) -> Tensor:
-        return torch.cat([rows, last.to(rows)[None]])
-
-    return replace(
-        prompt,
-        ids=grown(prompt.ids, torch.tensor(word)),
-        embeds=grown(prompt.embeds, model.input_embeddings[word]),
-        visual=grown(prompt.visual, torch.tensor(False)),
-        rows=None if prompt.rows is None else grown(prompt.rows, prompt.rows.max() + 1),
-        positions=None
-        if prompt.positions is None
-        else torch.cat([prompt.positions, prompt.positions.max(1, keepdim=True).values + 1], 1),
-    )

@@ -15,20 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
+from embedlens.patches import PatchGrid
 from embedlens.readings import HEAD, Protocol, prepared
-
-if TYPE_CHECKING:
-    from embedlens.patches import PatchGrid
-    from embedlens.vlm import Prompt, VisionLanguageModel
-else:
-    PatchGrid = Prompt = VisionLanguageModel = object
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 VARIANTS = ("released", "textbook")
 RANKS = (  # places in the order of similarity to CLS, of 576, that the release scores; counted from 0
@@ -49,12 +44,11 @@ def window(place: int, grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
     """
     if not 0 <= place < len(grid):
         raise EmbedLensError(f"there is no token {place} in a grid of {len(grid)}: pass 0 to {len(grid) - 1}")
-    if len(grid.views) > 1:  # a neighbourhood lies in one view
-        start = 0
-        for view in grid.views:
-            if place < start + len(view):
-                return start + window(place - start, view, side)
-            start += len(view)
+    start = 0
+    for view in grid.views if len(grid.views) > 1 else ():  # a neighbourhood lies in one view
+        if place < start + len(view):
+            return start + window(place - start, view, side)
+        start += len(view)
     row, col = divmod(place, grid.cols)
 
     def along(at: int, length: int) -> Tensor:
@@ -97,8 +91,6 @@ def divergence(
     Both runs' logits at those k words are normalised to p and q, with m = (p + q) / 2.
 
     Args:
-        intact: logits with the token.
-        without: logits without it.
         variant: "textbook", the Jensen-Shannon divergence [KL(p|m) + KL(q|m)] / 2; or "released", which has the
             arguments of KL turned around and a mean over the k words in place of the sum: about a tenth of it.
         k: words compared; all of a smaller vocabulary.
@@ -134,7 +126,6 @@ def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float 
     logarithms, as densities of long vectors would all be zero.
 
     Args:
-        tokens: one per row.
         clusters: how many; as many as there are tokens if they are fewer.
         k: neighbours that make a density.
         rms: bring the tokens' median root mean square to this first, as densities depend on the unit; None: as they
@@ -177,12 +168,9 @@ class Readings:
     places: Int[Tensor, " m"]
     alone: Float[Tensor, "m V"]
     region: Float[Tensor, "m V"]
-    region_without: Float[Tensor, "m V"]
-    """The region with the one token replaced."""
-    picture: Float[Tensor, "m V"]
-    """The intact picture: the same run in every row where nothing depends on the token."""
-    picture_without: Float[Tensor, "m V"]
-    """The picture with the token's whole region replaced."""
+    region_without: Float[Tensor, "m V"]  #: The region with the one token replaced
+    picture: Float[Tensor, "m V"]  #: The intact picture, the same run in every row
+    picture_without: Float[Tensor, "m V"]  #: The picture with the token's whole region replaced
     protocol: Protocol = field(repr=False, default_factory=Protocol)
 
 
@@ -191,18 +179,14 @@ class TokenScores:
     """The scores of some visual tokens of one picture."""
 
     places: Int[Tensor, " m"]
-    word: Int[Tensor, " m"]
-    """Likeliest first word of the token alone."""
-    probability: Float[Tensor, " m"]
-    """Its probability over the head vocabulary, which thresholds are calibrated to."""
-    region: Float[Tensor, "m 2"]
-    """Divergence of the region, "released" and "textbook"."""
-    picture: Float[Tensor, "m 2"]
-    """Divergence of the picture, likewise."""
+    word: Int[Tensor, " m"]  #: Likeliest first word of the token alone
+    probability: Float[Tensor, " m"]  #: Of it over the head vocabulary, which thresholds are calibrated to
+    region: Float[Tensor, "m 2"]  #: Divergence of the region, "released" and "textbook"
+    picture: Float[Tensor, "m 2"]  #: Divergence of the picture, likewise
     weights: tuple[float, float]
 
     def cascade(self, variant: str = "released") -> Float[Tensor, " m"]:
-        """D: weighted sum of both divergences (Section 3 of the facts; weights 1 and 16 in every released config)."""
+        """D: weighted sum of both divergences (weights 1 and 16 in every released config)."""
         if variant not in VARIANTS:
             raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
         at = VARIANTS.index(variant)
@@ -236,7 +220,6 @@ def token_scores(
     """Scores of the tokens of several pictures; `readings_of` says what is run.
 
     Args:
-        model: from `embedlens.load`.
         prompts: one per picture; their question is replaced by the protocol's.
         places: tokens of each picture; default: all.
         protocol: default: the release's with the model's own question (`describing`), articles aligned.
@@ -262,9 +245,6 @@ def readings_of(
 
     Four readings a token and one of the picture. The text before the picture runs once, and a reading without a token
     starts at the first row that differs within its batch.
-
-    Raises:
-        EmbedLensError: a place that is not in the picture, an active intervention, a batch size below 1.
     """
     reader, prompt, at = prepared(model, prompt, places, protocol, batch_size)
     n = len(prompt.grid)

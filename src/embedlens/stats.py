@@ -85,7 +85,7 @@ class Estimate:
     def __le__(self, bar: Any) -> bool | None:
         return self._sure(self.high <= _bar(bar), self.low > bar)
 
-    def _sure(self, met: bool, missed: bool) -> bool | None:
+    def _sure(self, met: Any, missed: Any) -> bool | None:  # NumPy's booleans come too
         return None if not self.testable else True if met else False if missed else None
 
     def __abs__(self) -> Estimate:

@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from embedlens import kept, memory
+from embedlens import batches, kept
 from embedlens.arms import (  # noqa: F401 - arms are named as of this module, too
     BASELINE,
     Arm,
@@ -36,18 +37,16 @@ from embedlens.arms import (  # noqa: F401 - arms are named as of this module, t
     sink_arms,
     skipping,
 )
+from embedlens.batches import watched
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention
 from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, identity
+from embedlens.processes import Processes, processes
 from embedlens.samples import Sample
 from embedlens.tasks import Item, able, answer_tokens, box_score, in_words_of, score
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 CHUNK = 8  # batches whose pictures are held at a time, so that questions of a length find each other
 
@@ -66,7 +65,6 @@ def run_arms(
     Before them all, `tasks.able` looks which families are testable here; of the others a few questions are asked.
 
     Args:
-        model: from `embedlens.load`.
         items: from `tasks.family_questions`; several questions on one picture share what is computed for it.
         arms: `sink_arms()`, `dead_arms()`, or your own. With `BASELINE` among them, `embedlens.paired` compares.
         groups: (model, prompts) → what arms choose by, of each prompt's picture: its groups, bind a reference or
@@ -81,12 +79,8 @@ def run_arms(
         baseline's), tokens (how many visual tokens it acted on); prediction, correct, and correct_original: a box
         read in the frame of the original picture, all else as `correct`.
 
-    Raises:
-        EmbedLensError: no questions, no arms, two arms of one name and seed, or two pictures of one id. Whatever an
-            arm or the model raises stops the sweep; no answer is ever made up.
+    Whatever an arm or the model raises stops the sweep; no answer is ever made up.
     """
-    import pandas as pd
-
     items, arms = list(items), list(arms)
     _check(items, arms, batch_size)
     unable = able(model, items, ask=any(arm.name == BASELINE.name for arm in arms))
@@ -94,16 +88,20 @@ def run_arms(
     items, max_new_tokens = in_words_of(model, items), max_new_tokens or answer_tokens(model)
     rows: list[dict[str, Any]] = []
     common = arms, groups, max_new_tokens
+    together = processes(model.device.type) if halve else Processes()  # a caller that halves has dealt out its own
     what = {"model": kept.of_model(model), "asked": common} if halve and kept.ROWS in os.environ else None
-    for places in _chunks(items, CHUNK * batch_size):
+    for number, places in enumerate(watched(list(_chunks(items, CHUNK * batch_size)), model.name, "questions")):
+        if number % together.count != together.rank:
+            continue
         own = {place: items[place] for place in places}
         if not halve:  # the caller keeps rows
             rows += _rows_of(model, own, *common, batch_size)
             continue
-        run = partial(memory.halving, partial(_rows_of, model, own, *common), batch_size)
+        run = partial(batches.halving, partial(_rows_of, model, own, *common), batch_size)
         key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()}
         found, batch_size = kept.remembered({**what, "items": key}, run) if what else run()
         rows += found
+    rows = [row for part in together.gathered(rows) for row in part]
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
     rows.sort(key=lambda row: (row["item"], order[row["arm"], row["seed"]]))
     table = pd.DataFrame(rows)
@@ -196,33 +194,20 @@ def _rows_of(
     }
     # a question is asked once for all arms that do the same to its picture
     cases: dict[Any, Case] = {}
-    alone: dict[Any, Prompt] = {}
     asked_as, tokens = {}, {}
     for arm in arms:
         for place, item in items.items():
             plan, rewritten = plans[arm.name, arm.seed, item.sample.id], prompts[place]
-            key: tuple[int, Any]
             if callable(plan):
                 rewritten, plan = plan(rewritten), ()
-                key = place, id(rewritten)
-                alone[key] = rewritten
-            else:
-                key = place, identity(plan)
-                cases.setdefault(key, Case(rewritten, tuple(plan), item.question.kind))
+            key = place, id(rewritten), identity(plan)
+            cases.setdefault(key, Case(rewritten, tuple(plan), item.question.kind))
             asked_as[arm.name, arm.seed, place] = key
             removed = len(rewritten.grid) - int(rewritten.visual.sum())
             tokens[arm.name, arm.seed, place] = removed or acted_on(plan, len(rewritten.grid))
     texts = dict(zip(cases, answers(model, list(cases.values()), max_new_tokens, batch_size), strict=True))
-    like = sorted(alone, key=lambda key: (items[key[0]].question.kind, len(alone[key])))  # they end together
-    texts |= dict(zip(like, model.answers([alone[key] for key in like], max_new_tokens, batch_size), strict=True))
     return [
-        _row(
-            place,
-            item,
-            arm,
-            tokens[arm.name, arm.seed, place],
-            texts[asked_as[arm.name, arm.seed, place]],
-        )
+        _row(place, item, arm, tokens[arm.name, arm.seed, place], texts[asked_as[arm.name, arm.seed, place]])
         for arm in arms
         for place, item in items.items()
     ]
@@ -230,24 +215,18 @@ def _rows_of(
 
 def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int) -> dict[int, Prompt]:
     """A prompt per question; each picture goes through the vision tower once."""
-    prompts: dict[int, Prompt] = {}
-    first: dict[int, int] = {}
+    leading: dict[int, int] = {}
     for place, item in items.items():
-        first.setdefault(item.sample.id, place)
-    leading = list(first.values())
-    for start in range(0, len(leading), batch_size):
-        batch = leading[start : start + batch_size]
-        pictures = [_picture(items[place].sample) for place in batch]
-        prompts |= dict(
-            zip(batch, model.prompts(pictures, [items[place].question.text for place in batch]), strict=True)
-        )
-    further: dict[int, list[int]] = {}
-    for place, item in items.items():
-        if place not in prompts:
-            further.setdefault(first[item.sample.id], []).append(place)
-    for leader, places in further.items():
-        prompts |= {place: model.asked(prompts[leader], items[place].question.text) for place in places}
-    return prompts
+        leading.setdefault(item.sample.id, place)
+    first: dict[int, Prompt] = {}
+    for _, batch in model.batches(list(leading.values()), batch_size):
+        asked = [items[place] for place in batch]
+        found = model.prompts([_picture(item.sample) for item in asked], [item.question.text for item in asked])
+        first |= dict(zip(batch, found, strict=True))
+    return {
+        place: first[place] if place in first else model.asked(first[leading[item.sample.id]], item.question.text)
+        for place, item in items.items()
+    }
 
 
 def _picture(sample: Sample) -> Any:

@@ -8,21 +8,20 @@ second attention whose values are the set's indicator, so that the [queries, key
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
-
-if TYPE_CHECKING:
-    from embedlens.vlm import Prompt, VisionLanguageModel
+from embedlens.vlm import Prompt, VisionLanguageModel
 
 _ATTENTION = RLock()  # transformers looks its attention up in one place for all models
 
@@ -50,26 +49,15 @@ class Trace:
 
     @property
     def sublayers(self) -> Float[Tensor, "sublayers s d"]:
-        """The stream after every sublayer, input first; `sublayer_names` names the rows."""
+        """The stream after every sublayer: input, MHA-1, MLP-1, MHA-2 ... as the paper counts, from 1."""
         between = torch.stack([self.resid_mid, self.resid_post], dim=1).flatten(0, 1)
         return torch.cat([self.stream[:1], between])
-
-
-def sublayer_names(n_layers: int) -> list[str]:
-    """Names as the paper prints them, which counts from 1; in code MHA-2 is 1 and MLP-2 is 1.5.
-
-    >>> sublayer_names(2)
-    ['input', 'MHA-1', 'MLP-1', 'MHA-2', 'MLP-2']
-    """
-    return ["input", *(f"{part}-{layer + 1}" for layer in range(n_layers) for part in ("MHA", "MLP"))]
 
 
 def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
     """Run one prompt and keep what every sublayer leaves.
 
     Args:
-        model: from `embedlens.load`.
-        prompt: from `model.prompt`.
         masks: name → positions whose share of everyone's attention is wanted. They may overlap.
 
     Raises:
@@ -91,14 +79,17 @@ def traces(
     """
     if masks is not None and len(masks) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
-    for start, batch in model.batches(prompts, batch_size):
+
+    def run(start: int, batch: Sequence[Prompt]) -> Iterator[Trace]:
         named = [] if masks is None else list(masks[start : start + len(batch)])
         middle: list[Tensor] = []
         mass: list[Tensor] = []
         with model.running(batch, start, len(prompts)) as entered:
             embeds, padding = model.padded(entered)
             indicators = _indicators(named, batch, entered, embeds)
-            weighing = nullcontext() if indicators is None else _weighing(model, indicators, mass)
+            weighing: AbstractContextManager[None] = nullcontext()
+            if indicators is not None:
+                weighing = reading(model, partial(_weigh, mass, indicators), partial(_sum, mass, indicators))
             with model.recording(middle) as seen, weighing, torch.no_grad():
                 model.decoder(inputs_embeds=embeds, attention_mask=padding, use_cache=False)
         stream, mid = (torch.stack([h.to(embeds.device) for h in part], dim=1) for part in (seen, middle))
@@ -106,6 +97,8 @@ def traces(
         for row, prompt in enumerate(entered):
             attention = {name: torch.stack([m[row, : len(prompt), g] for m in mass]) for g, name in enumerate(names)}
             yield Trace(stream[row, :, : len(prompt)], mid[row, :, : len(prompt)], attention)
+
+    yield from in_batches(run, prompts, batch_size)
 
 
 def _indicators(
@@ -136,34 +129,39 @@ def _indicators(
 
 
 @contextmanager
-def _weighing(model: VisionLanguageModel, indicators: Float[Tensor, "b s g"], mass: list[Tensor]) -> Iterator[None]:
-    """Append, layer by layer, the attention mass Float[b, s, g] on each set, while the forward runs."""
+def reading(
+    model: VisionLanguageModel,
+    of_products: Callable[[Tensor, Tensor, Tensor | None, float], None],
+    of_weights: Callable[[Tensor], None] | None = None,
+) -> Iterator[None]:
+    """For the time of the block, the attention of the decoder is read, layer by layer.
+
+    Args:
+        of_products: is given queries Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention.
+        of_weights: is given Float[b, h, q, s] of eager attention, which hands them out; None: that is refused.
+
+    Raises:
+        EmbedLensError: another kernel.
+    """
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
-    if kernel == "eager":  # which hands its weights out
-
-        def weighed(module: nn.Module, args: tuple, output: Any) -> None:
-            weights = output[1].float().mean(1)
-            mass.append(weights @ indicators.to(weights.device).float())
-
-        hooks = [owner.register_forward_hook(weighed) for owner in owners]
-        try:
+    if kernel == "eager" and of_weights is not None:
+        with ExitStack() as hooks:
+            for owner in owners:
+                hooks.callback(owner.register_forward_hook(lambda _, args, output: of_weights(output[1])).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
         return
     if kernel != "sdpa":
         raise EmbedLensError(
-            f"attention masses cannot be read from {kernel!r} attention: call "
-            "model.hf.set_attn_implementation('sdpa') first"
+            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
         )
 
     def attend(
         stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> Any:
         if module in owners:
-            mass.append(_mass(query, key, mask, indicators.to(query.device, query.dtype), options.get("scaling")))
+            keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+            of_products(query, keys, mask, options.get("scaling") or query.shape[-1] ** -0.5)
         return stock(module, query, key, value, mask, **options)
 
     with attending(attend):
@@ -184,22 +182,25 @@ def attending(attend: Callable[..., Any]) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
 
 
-def _mass(
-    query: Float[Tensor, "b h s c"],
-    key: Float[Tensor, "b kv s c"],
-    mask: Tensor | None,
+def _sum(mass: list[Tensor], indicators: Float[Tensor, "b s g"], weights: Float[Tensor, "b h q s"]) -> None:
+    mass.append(weights.float().mean(1) @ indicators.to(weights.device).float())
+
+
+def _weigh(
+    mass: list[Tensor],
     indicators: Float[Tensor, "b s g"],
-    scaling: float | None,
-) -> Float[Tensor, "b s g"]:
+    query: Float[Tensor, "b h s c"],
+    key: Float[Tensor, "b h s c"],
+    mask: Tensor | None,
+    scale: float,
+) -> None:
     """softmax(q k^T) 1_set, mean over heads: attention whose values are the indicators."""
     heads, width = query.shape[1], query.shape[-1]
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    causal = mask is None and query.shape[2] > 1
     found = []
-    for part in indicators.split(width, dim=-1):
+    for part in indicators.to(query.device, query.dtype).split(width, dim=-1):
         # as wide as a head, so that the fused kernels take it
         values = functional.pad(part, (0, width - part.shape[-1]))[:, None].expand(-1, heads, -1, -1)
-        seen = functional.scaled_dot_product_attention(
-            query, key, values, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1, scale=scaling
-        )
+        seen = functional.scaled_dot_product_attention(query, key, values, mask, is_causal=causal, scale=scale)
         found.append(seen[..., : part.shape[-1]].float().mean(1))
-    return torch.cat(found, -1)
+    mass.append(torch.cat(found, -1))

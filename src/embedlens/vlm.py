@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from embedlens.batches import in_batches
 from embedlens.checks import check, real_rows
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
@@ -29,9 +30,9 @@ from embedlens.prompts import QUESTION as QUESTION
 from embedlens.prompts import Prompt, Side, assembled, carried, grid_of, padded, placed, shown, written
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 else:  # transformers takes seconds to import and is not needed before a model is loaded
-    PreTrainedModel = PreTrainedTokenizerFast = object
+    GenerationConfig = PreTrainedModel = PreTrainedTokenizerFast = object
 
 Admitting: TypeAlias = AbstractContextManager[Sequence[Prompt]]
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # one for all wrappers of a Hugging Face model
@@ -43,15 +44,12 @@ class Unembed:
 
     final_norm: nn.Module
     head: nn.Linear
-    n_rows: int
-    """Logits returned: one per real row of the vocabulary, padded rows cut off."""
+    n_rows: int  #: Logits returned: one per real row of the vocabulary, padded rows cut off
 
     def __call__(self, h: Float[Tensor, "*batch d"], norm: bool = True) -> Float[Tensor, "*batch V"]:
-        """Logits of a residual stream taken *before* the final norm.
+        """Logits of a residual stream taken *before* the final norm, moved to the head's device and dtype.
 
-        Args:
-            h: residual stream; moved to the head's device and dtype.
-            norm: False leaves the final norm out (an ablation: some published logit lenses do).
+        norm=False leaves the final norm out (an ablation: some published logit lenses do).
         """
         h = h.to(self.head.weight.device, self.head.weight.dtype)
         return self.head(self.final_norm(h) if norm else h)[..., : self.n_rows]
@@ -168,12 +166,10 @@ class VisionLanguageModel:
     def intervening(
         self, admit: Callable[..., Admitting], hooks: Callable[[Callable[..., None]], None]
     ) -> Iterator[None]:
-        """`admit` is the intervention of this thread for the time of the block; other threads run as if it were not.
+        """`admit`, which `running` tells its prompts, acts for the time of the block, in this thread alone.
 
-        Args:
-            admit: what `running` tells its prompts.
-            hooks: called with `hook(register, acting, **options)`, which registers hooks on the model's modules that
-                act in this thread alone and go at the end of the block.
+        `hooks` is called with `hook(register, acting, **options)`, which registers hooks on the model's modules that
+        act in this thread alone and go at the end of the block.
         """
         if self.intervention is not None:
             raise EmbedLensError("an intervention is active already: pass all of them to one intervene(model, a, b)")
@@ -206,8 +202,7 @@ class VisionLanguageModel:
             question: one question, without the image placeholder.
 
         Raises:
-            EmbedLensError: the picture cannot be read, the question is empty or holds the placeholder, or both together
-                are longer than the model has positions.
+            EmbedLensError: the picture or the question cannot be read, or both are longer than the model has positions.
         """
         return self.prompts([image], [question])[0]
 
@@ -242,14 +237,10 @@ class VisionLanguageModel:
     @torch.no_grad()
     def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Features]:
         with self.lock:
-            return self.family.visual_features(self.hf, inputs)
+            return list(in_batches(lambda _, some: self.family.visual_features(self.hf, some), inputs))
 
     def check_length(self, prompt: Prompt, new: int = 0) -> None:
-        """Refuses what the model was not made for: beyond its positions it writes nothing, or anything.
-
-        Raises:
-            EmbedLensError: a prompt and `new` further tokens take more positions than the config names.
-        """
+        """Refuses a prompt and new tokens beyond the config's positions: there it writes nothing, or anything."""
         most = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
         used = len(prompt) if prompt.positions is None else int(prompt.positions.max()) + 1
         if most is None or used + new <= most:
@@ -283,13 +274,12 @@ class VisionLanguageModel:
         """
         with self.lock:
             inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
-            return self.family.tower_states(self.hf, inputs)
+            return list(in_batches(lambda _, some: self.family.tower_states(self.hf, some), inputs))
 
     @property
     def projector(self) -> nn.Module:
         """The model's own projector, taking rows of `tower_states_of` at `feature_layer`, one per visual token."""
-        module = self._module("projector")
-        return self.family.of_tokens(module) if hasattr(self.family, "of_tokens") else module
+        return self.family.of_tokens(self.hf) if hasattr(self.family, "of_tokens") else self._module("projector")
 
     @property
     def canvas_side(self) -> int:
@@ -320,15 +310,20 @@ class VisionLanguageModel:
 
     def hidden_states_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> list[Float[Tensor, "layers s d"]]:
         """`hidden_states` of several prompts, run together and padded on the right."""
-        streams: list[Tensor] = []
-        for start, batch in self.batches(prompts, batch_size):
+        return list(self.streams_of(prompts, batch_size))
+
+    def streams_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> Iterator[Float[Tensor, "layers s d"]]:
+        """`hidden_states_of`, one after the other: a batch is run when its first is asked for, and held until then."""
+
+        def run(start: int, batch: Sequence[Prompt]) -> list[Tensor]:
             with self.running(batch, start, len(prompts)) as entered, self.recording() as layers, torch.no_grad():
                 embeds, mask = self.padded(entered)
                 self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
             # one device for all layers: with device_map the blocks may live on several
             stacked = torch.stack([layer.to(embeds.device) for layer in layers], dim=1)
-            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, entered, strict=True)]
-        return streams
+            return [stream[:, : len(prompt)] for stream, prompt in zip(stacked, entered, strict=True)]
+
+        return in_batches(run, prompts, batch_size)
 
     @staticmethod
     def batches(prompts: Sequence[Any], batch_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -348,8 +343,7 @@ class VisionLanguageModel:
         shorter. Until the block ends, other threads wait to run the model.
 
         Args:
-            start: index of the batch's first prompt among all that the caller was given.
-            total: how many those are; by default the batch is all.
+            start: index of the batch's first prompt among all that the caller was given; `total`: how many those are.
             side: on which side the batch is padded.
         """
         with ExitStack() as stack:
@@ -366,12 +360,9 @@ class VisionLanguageModel:
 
     @contextmanager
     def recording(self, middle: list[Tensor] | None = None) -> Iterator[list[Float[Tensor, "batch s d"]]]:
-        """Collects what enters the first block and what leaves each; its hooks, and only they, go at the end.
+        """Collects what enters the first block and what leaves each; `middle`: what lies between attention and MLP.
 
         Where a family adds visual features between blocks, they are part of what leaves the block before.
-
-        Args:
-            middle: filled with what lies between attention and MLP of each block, if given.
         """
         layers: list[Tensor] = []
 
@@ -400,26 +391,14 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 16, batch_size: int = 8) -> list[str]:
-        """Greedy answers to several prompts, run together and padded on the left.
-
-        Of the checkpoint's own generation config only the tokens that end an answer are kept.
-        """
-        from transformers import GenerationConfig
-
+        """Greedy answers to several prompts, run together and padded on the left."""
         if max_new_tokens < 1:
             raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
         for prompt in prompts:
             self.check_length(prompt, max_new_tokens)
-        own, words = self.hf.generation_config, self.tokenizer
-        greedy = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id if own.eos_token_id is None else own.eos_token_id,
-            pad_token_id=words.eos_token_id if words.pad_token_id is None else words.pad_token_id,
-        )
-        texts: list[str] = []
-        for start, batch in self.batches(prompts, batch_size):
+        own, greedy = self.hf.generation_config, self.greedy(max_new_tokens)
+
+        def run(start: int, batch: Sequence[Prompt]) -> list[str]:
             with self.running(batch, start, len(prompts), side="left") as entered:
                 embeds, mask = self.padded(entered, side="left")
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
@@ -429,8 +408,22 @@ class VisionLanguageModel:
                     new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask)
                 finally:
                     self.hf.generation_config = own
-            texts += [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
-        return texts
+            return [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+
+        return list(in_batches(run, prompts, batch_size))
+
+    def greedy(self, max_new_tokens: int) -> GenerationConfig:
+        """How answers are written. Of the checkpoint's own generation config only the tokens that end one are kept."""
+        from transformers import GenerationConfig
+
+        own, words = self.hf.generation_config, self.tokenizer
+        return GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+            pad_token_id=words.eos_token_id if words.pad_token_id is None else words.pad_token_id,
+        )
 
 
 def family_named(class_name: str, name: str) -> ModuleType:

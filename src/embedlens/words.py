@@ -19,11 +19,13 @@ def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
     Args:
         tokenizer: byte-level BPE (GPT-2, Qwen, the miniature) or SentencePiece (Llama), fast.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
     special = set(tokenizer.all_special_tokens)
     # To a byte-level decoder Ġ is the byte of a space. The vocabulary cannot tell: LLaMA's has the letter Ġ in it.
     byte_level = tokenizer.convert_tokens_to_string(["xĠx"]) == "x x"
-    bytes_of = _byte_of_character() if byte_level else None
+    bytes_of = {character: byte for byte, character in bytes_to_unicode().items()} if byte_level else None
     return [_readable(piece, bytes_of, special) for piece in pieces]
 
 
@@ -32,14 +34,9 @@ def textless_ids(tokenizer, n_tokens: int) -> list[int]:
 
     An ablation leaves them out of a lens: they can be nearest to a token but name nothing.
     """
-    special = set(tokenizer.all_special_tokens)
-    pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
+    special = {*tokenizer.all_special_tokens, "<none>"}
     words = readable_tokens(tokenizer, n_tokens)
-    return [
-        index
-        for index, (piece, word) in enumerate(zip(pieces, words, strict=True))
-        if piece is None or piece in special or RAW_BYTES.fullmatch(word)
-    ]
+    return [index for index, word in enumerate(words) if word in special or RAW_BYTES.fullmatch(word)]
 
 
 def _readable(piece: str | None, bytes_of: dict[str, int] | None, special: set[str]) -> str:
@@ -73,16 +70,3 @@ def _drawn(text: str) -> str:
         SPACES.get(c, c if c.isprintable() else "".join(f"<0x{byte:02X}>" for byte in c.encode())) for c in body
     )
     return "·" + drawn if not starts_word and body[:1].isalnum() else drawn
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table of printable stand-ins for the 256 bytes, turned around.
-
-    Bytes that print stand for themselves, the others for the characters from U+0100 on, in order.
-
-    >>> _byte_of_character()["Ġ"], _byte_of_character()["a"]
-    (32, 97)
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

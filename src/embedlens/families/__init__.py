@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from embedlens.families import internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl
+from embedlens.families import idefics3, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl
 
-FAMILIES: tuple[ModuleType, ...] = (llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl)
+FAMILIES: tuple[ModuleType, ...] = (llava, llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, internvl, idefics3)
 
 #: Versions of transformers with which the tests of every family ran.
 TESTED_WITH = ("5.20.0", "5.23.0")

@@ -8,7 +8,6 @@ to one. A picture that one tile fits has no thumbnail.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from embedlens.families.plain import Features, Inputs
 from embedlens.families.plain import feature_layer as feature_layer
 from embedlens.families.plain import image_token_id as image_token_id
 from embedlens.families.plain import shows_patch as shows_patch
-from embedlens.patches import Frame, ManyViews, PatchGrid
+from embedlens.patches import PatchGrid
 
 NAME = "InternVL3"
 CLASSES = ("InternVLForConditionalGeneration",)
@@ -69,19 +68,7 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
     tiles = (1, 1)
     if images.max_patches > 1:
         tiles = get_optimal_tiled_canvas((height, width), (side, side), images.min_patches, images.max_patches)
-    across, down = tiles
-    tokens = tokens_across(hf)
-    whole = PatchGrid(tokens, tokens, Frame.stretch(width, height))
-    if across * down == 1:
-        return whole
-    xs = [Fraction(width * col, across) for col in range(across + 1)]
-    ys = [Fraction(height * row, down) for row in range(down + 1)]
-    frames = [
-        Frame(width, height, (xs[col], ys[row], xs[col + 1], ys[row + 1]))
-        for row in range(down)
-        for col in range(across)
-    ]
-    return ManyViews.of([*(PatchGrid(tokens, tokens, frame) for frame in frames), whole])
+    return plain.tiles_then_whole(picture_size, tiles, side, side // tokens_across(hf))
 
 
 def tokens_across(hf: Any) -> int:

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 
-from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
 from embedlens.families.plain import BLOCK as BLOCK
 from embedlens.families.plain import Features, Inputs, side_by_side
@@ -30,6 +29,7 @@ EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
 MODULES = dict(plain.MODULES)
 INSTRUCTIONS = instructions.LLAVA
+check_config = plain.check_selection
 
 #: What it cannot do, in words; the rest of the package works.
 LIMITS: tuple[str, ...] = ()
@@ -108,21 +108,3 @@ def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layer
     tower = hf.get_submodule(MODULES["vision_tower"])
     layers = tower(side_by_side(inputs), output_hidden_states=True).hidden_states
     return list(torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1))
-
-
-def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the one-token-per-patch order.
-
-    Raises:
-        EmbedLensError: CLS is kept among the visual tokens, a patch is dropped as if it were CLS, or the processor
-            lacks its patch size.
-    """
-    config = hf.config
-    strategy = config.vision_feature_select_strategy
-    if not config.vision_config.model_type.startswith("clip") and strategy != "full":
-        raise EmbedLensError(
-            f"the vision tower of {name} ({config.vision_config.model_type}) has no CLS token, yet "
-            f"vision_feature_select_strategy {strategy!r} drops the first row, which is a patch: set it to 'full' in "
-            "config.json and processor_config.json if the model was trained so"
-        )
-    plain.check_selection(hf, processor, name)

@@ -122,8 +122,4 @@ def check_config(hf: Any, processor: Any, name: str) -> None:
             f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its vision tower makes "
             f"{patches}: set num_image_tokens in processor_config.json to {patches}"
         )
-    if config.vision_feature_select_strategy != "full":
-        raise EmbedLensError(
-            f"the vision tower of {name} has no CLS token, yet vision_feature_select_strategy "
-            f"{config.vision_feature_select_strategy!r} drops the first row, which is a patch: set it to 'full'"
-        )
+    plain.check_patches(hf, name)

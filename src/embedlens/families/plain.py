@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.patches import PREPROCESSINGS, PatchGrid
+from embedlens.patches import PREPROCESSINGS, Frame, ManyViews, PatchGrid
 
 Inputs = Mapping[str, Tensor]
 """What the processor made of one picture: `pixel_values` and, in some families, sizes or counts beside it."""
@@ -88,21 +90,43 @@ def cut(views: Float[Tensor, "views 3 height width"], patch: int) -> Float[Tenso
     return parts.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-def check_selection(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint that keeps CLS among its visual tokens, or whose processor does not say how it counts them.
+def tiles_then_whole(size: tuple[int, int], tiles: tuple[int, int], side: int, block: int) -> PatchGrid:
+    """The grids of a picture of (width, height) px cut into (across, down) tiles, in raster order, and of the whole.
 
-    Raises:
-        EmbedLensError: either.
+    Each is stretched to a square of `side` px, of which a token is a block of `block`. One tile is the whole.
     """
-    strategy, tower = hf.config.vision_feature_select_strategy, hf.config.vision_config
-    if tower.model_type.startswith("clip") and strategy != "default":
+    (width, height), (across, down) = size, tiles
+    xs = [Fraction(width * col, across) for col in range(across + 1)] if across else []
+    ys = [Fraction(height * row, down) for row in range(down + 1)] if down else []
+    frames = [Frame(width, height, (x0, y0, x1, y1)) for y0, y1 in pairwise(ys) for x0, x1 in pairwise(xs)]
+    frames = [*frames, Frame.stretch(width, height)] if len(frames) > 1 else [Frame.stretch(width, height)]
+    grids = [PatchGrid.of_canvas(frame, (side, side), block) for frame in frames]
+    return ManyViews.of(grids) if len(grids) > 1 else grids[0]
+
+
+def check_patches(hf: Any, name: str) -> None:
+    """Refuse a checkpoint that keeps CLS among its visual tokens, or drops a patch as if it were CLS."""
+    strategy, tower = hf.config.vision_feature_select_strategy, hf.config.vision_config.model_type
+    if tower.startswith("clip") and strategy != "default":
         raise EmbedLensError(
             f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
             "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
         )
+    if not tower.startswith("clip") and strategy != "full":
+        raise EmbedLensError(
+            f"the vision tower of {name} ({tower}) has no CLS token, yet vision_feature_select_strategy {strategy!r} "
+            "drops the first row, which is a patch: set it to 'full' in config.json and processor_config.json if the "
+            "model was trained so"
+        )
+
+
+def check_selection(hf: Any, processor: Any, name: str) -> None:
+    """`check_patches`, and refuse a checkpoint whose processor does not say how it counts visual tokens."""
+    check_patches(hf, name)
+    strategy, patch = hf.config.vision_feature_select_strategy, hf.config.vision_config.patch_size
     missing = [field for field in ("patch_size", "vision_feature_select_strategy") if not getattr(processor, field)]
     if missing:
         raise EmbedLensError(
             f"the processor of {name} does not say its {' and '.join(missing)}: add "
-            f'"patch_size": {tower.patch_size}, "vision_feature_select_strategy": "{strategy}" to processor_config.json'
+            f'"patch_size": {patch}, "vision_feature_select_strategy": "{strategy}" to processor_config.json'
         )

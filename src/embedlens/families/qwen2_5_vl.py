@@ -120,21 +120,10 @@ def merged_rows(hf: Any, one: Inputs) -> list[Float[Tensor, "n v"]]:
     return [layer.reshape(len(layer) // block, -1) for layer in layers]
 
 
-class OfTokens(nn.Module):
-    """A merger that takes a token's patches side by side, as `tower_states` hands them out."""
-
-    def __init__(self, merger: nn.Module) -> None:
-        super().__init__()
-        self.merger = merger
-
-    def forward(self, rows: Float[Tensor, "n v"]) -> Float[Tensor, "n d"]:
-        norm: Any = self.merger.ln_q if hasattr(self.merger, "ln_q") else self.merger.norm
-        return self.merger(rows.reshape(-1, norm.weight.shape[0]))
-
-
-def of_tokens(merger: nn.Module) -> nn.Module:
-    """The merger as a projector of tokens."""
-    return OfTokens(merger)
+def of_tokens(hf: Any) -> nn.Module:
+    """The merger, of a token's patches side by side, as `tower_states` hands them out."""
+    patches = nn.Unflatten(-1, (hf.config.vision_config.spatial_merge_size**2, hf.config.vision_config.hidden_size))
+    return nn.Sequential(patches, nn.Flatten(0, 1), hf.get_submodule(MODULES["projector"]))
 
 
 def feature_layer(hf: Any) -> int:

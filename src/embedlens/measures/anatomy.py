@@ -120,11 +120,9 @@ def _clustered(tokens: Float[Tensor, "n d"], picture: int, seed: int) -> Cluster
 
 
 def numbers(table: pd.DataFrame, photographs: bool, seed: int = 0) -> dict[str, float]:
-    """What the record of one model holds: means over pictures, each with `_low` and `_high`, by name.
+    """What the record of one model holds: means over the rows of `anatomy`, each with `_low` and `_high`, by name.
 
-    Args:
-        table: of `anatomy`, one row per picture.
-        photographs: whether the pictures were; models are compared on pictures of one kind.
+    `photographs` says whether the pictures were; models are compared on pictures of one kind.
     """
     lead = table.similarity_0 - table.random_0
     columns = table.assign(similarity=table.similarity_0, random=table.random_0, lead=lead)

@@ -63,9 +63,6 @@ def pairwise_cosine(
     """Mean cosine of all pairs of different tokens of each group, without holding the pairs.
 
     A zero vector has cosine 0 to everything; a group of fewer than two tokens is nan.
-
-    >>> pairwise_cosine(torch.tensor([[1.0, 0], [2, 0], [0, 1]]), torch.ones(1, 3, dtype=torch.bool)).tolist()
-    [0.3333333432674408]
     """
     units = normalize(tokens.float(), dim=-1)
     members = masks.to(units.device).float()
@@ -90,23 +87,20 @@ def common(
     Args:
         samples: other pictures than those that will be held against it.
     """
-    sums: dict[str, dict[str, Tensor]] = {"stream": {}, "tower": {}}
-    counts: dict[str, int] = {}
+    names, sums = (*GROUPS, "all"), {"stream": torch.zeros(()), "tower": torch.zeros(())}
+    counts = torch.zeros(len(names), dtype=torch.float64)
     for batch, prompts in looked_at(model, samples, batch_size):
         named = masks_of(model, batch, prompts, reference, seed)
-        towers, streams = model.tower_states_of(prompts), model.hidden_states_of(prompts, len(prompts))
+        towers, streams = model.tower_states_of(prompts), model.streams_of(prompts, len(prompts))
         for prompt, groups, tower, states in zip(prompts, named, towers, streams, strict=True):
-            masks = groups | {"all": torch.ones_like(groups["dead"])}
+            members = torch.stack([*(groups[name] for name in GROUPS), torch.ones_like(groups["dead"])]).float()
+            counts += members.sum(-1)
             for where, tokens in (("stream", states[:, prompt.visual]), ("tower", tower)):
-                members = torch.stack(list(masks.values())).to(tokens.device).float()
-                added = (members @ normalize(tokens.float(), dim=-1)).double()  # [layers, groups, d]
-                for column, name in enumerate(masks):
-                    sums[where][name] = sums[where].get(name, 0) + added[:, column]
-            for name, mask in masks.items():
-                counts[name] = counts.get(name, 0) + int(mask.sum())
+                units = normalize(tokens.float(), dim=-1)
+                sums[where] = sums[where] + (members.to(units.device) @ units).double().cpu()  # [layers, groups, d]
     return {
-        where: {name: (total / counts[name]).float() for name, total in of.items() if counts[name]}
-        for where, of in sums.items()
+        where: {name: (total[:, at] / counts[at]).float() for at, name in enumerate(names) if counts[at]}
+        for where, total in sums.items()
     }
 
 

@@ -32,6 +32,9 @@ from embedlens.vlm import Prompt, VisionLanguageModel
 #: strict: the label or its plural as one token; head-word: or the last word of a label of several words ("phone" of
 #: "cell phone"); first-piece: or the first piece of a label that is several tokens (which gives false hits).
 RULES = ("strict", "head-word", "first-piece")
+#: Labels whose last word is the label of something else.
+FALSE_HEADS = ("hot dog",)
+PLURALS = {"mouse": "mice", "skis": "skis"}
 #: Any other way to get k words from every visual token of a prompt: (model, prompt, k) → ids.
 Reading = Callable[[VisionLanguageModel, Prompt, int], Int[Tensor, "layers tokens k"]]
 
@@ -40,23 +43,23 @@ def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int,
     """The vocabulary entries that count as a label, ascending; empty if none does.
 
     A word counts with or without a leading space, in lower case, Capitalised or in CAPITALS, in singular and plural.
-
-    Args:
-        tokenizer: byte-level BPE or SentencePiece, as Hugging Face loads it.
-        rule: one of RULES; each includes the one before.
+    The tokenizer is byte-level BPE or SentencePiece; of RULES each includes the one before.
     """
     if rule not in RULES:
         raise EmbedLensError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if not label.strip():
         raise EmbedLensError("the label is empty: pass a category name")
-    words = {label, _plural(label)}
-    if rule != "strict" and " " in label:
+    words = {label, PLURALS.get(label) or _plural(label)}
+    if rule != "strict" and " " in label and label not in FALSE_HEADS:
         head = label.rsplit(" ", 1)[1]
         words |= {head, _plural(head)}
     vocabulary = tokenizer.get_vocab()
     written = {form for word in words for form in (word.lower(), word.capitalize(), word.upper())}
-    # Ġ is the leading space of byte-level vocabularies, ▁ that of SentencePiece
-    ids = {vocabulary[space + form] for form in written for space in ("", "Ġ", "▁") if space + form in vocabulary}
+    # Ġ is the leading space of byte-level vocabularies, ▁ that of SentencePiece, where a piece without it goes on with
+    # a word: "ties" is of "properties"
+    parts = "▁" in vocabulary
+    forms = {space + form for form in written for space in ("", "Ġ", "▁") if space or not (parts and form.islower())}
+    ids = {vocabulary[form] for form in forms if form in vocabulary}
     if rule == "first-piece" and not ids:
         pieces = tokenizer(f" {label}", add_special_tokens=False)["input_ids"]
         texts = tokenizer.convert_ids_to_tokens(pieces)
@@ -65,11 +68,7 @@ def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int,
 
 
 def _plural(name: str) -> str:
-    """As the captions of the miniature world have it, and -es where English wants it.
-
-    >>> [_plural(name) for name in ("dog", "knife", "bench", "cell phone")]
-    ['dogs', 'knives', 'benches', 'cell phones']
-    """
+    """As the captions of the miniature world have it, and -es where English wants it."""
     return f"{name}es" if name not in IRREGULAR and name.endswith(("s", "x", "ch", "sh")) else plural(name)
 
 
@@ -170,7 +169,7 @@ def label_hits(
     parts: dict[tuple[str, int, str], list[dict[str, np.ndarray]]] = {}
     for batch, prompts in looked_at(model, samples, batch_size):
         tables = tables or {rule: _table(model, batch[0].category_names, rule) for rule in rules}
-        for sample, prompt, states in zip(batch, prompts, model.hidden_states_of(prompts, batch_size), strict=True):
+        for sample, prompt, states in zip(batch, prompts, model.streams_of(prompts, batch_size), strict=True):
             shown = objects(sample, prompt.grid)
             for reader, lens in lenses.items():
                 if isinstance(lens, Lens):
@@ -194,9 +193,7 @@ def named_patches(
 ) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
     """Of one picture's patches: which retrieve the label of an object they lie in, and which lie in an object.
 
-    Args:
-        grid: `prompt.grid` of the picture.
-        ids: retrieved vocabulary entries of each patch, as `lens.topk` gives them.
+    `ids` are the retrieved vocabulary entries of each patch, as `lens.topk` gives them.
     """
     named, covered = torch.zeros(2, len(grid), dtype=torch.bool)
     for name, _, inside in objects(sample, grid):

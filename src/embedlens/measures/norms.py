@@ -39,25 +39,25 @@ def by_layer(
     them, there is no row.
 
     Returns:
-        per sample, one row per scale, positions and layer: norm (L2; layer 0 enters the first block), from_input
-        (cos of h_0 and h_l) and, where a block follows, of that block: turn (cos of h_l and h_l+1), centred (the same
-        after the mean over the positions is taken out) and, of unscaled visual tokens with a lens, renamed: the share
-        whose nearest word changes.
+        per sample, one row per scale, positions and layer: norm (L2; layer 0 enters the first block) and, where a block
+        follows, of that block: turn (cos of h_l and h_l+1), centred (the same after the mean over the positions is
+        taken out) and, of unscaled visual tokens with a lens, renamed: the share whose nearest word changes.
     """
     prompts = prompts_of(model, samples)
     masks = [_positions(prompt) for prompt in prompts]
     if reference is not None:
         found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
-        groups = zip(masks, prompts, found, strict=True)
-        masks = [m | {name: p.spread(mask) for name, mask in g.named.items()} for m, p, g in groups]
+        for of, prompt, groups in zip(masks, prompts, found, strict=True):
+            of |= {name: prompt.spread(mask) for name, mask in groups.named.items()}
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for scale in scales:
         scaled = [prompt.rescaled(scale) for prompt in prompts]
-        for own, named, states in zip(rows, masks, model.hidden_states_of(scaled, len(scaled)), strict=True):
+        for own, named, states in zip(rows, masks, model.streams_of(scaled, len(scaled)), strict=True):
             for name, mask in named.items():
-                columns = _course(states[:, mask.to(states.device)].float())
+                h = states[:, mask.to(states.device)].float()
+                columns = _course(h)
                 if lens is not None and scale == 1 and name == "visual":
-                    nearest = lens.topk(states[:, mask.to(states.device)], 1)[1][..., 0]
+                    nearest = lens.topk(h, 1)[1][..., 0]
                     columns["renamed"] = (nearest[1:] != nearest[:-1]).double().mean(-1)
                 for layer in range(len(columns.get("norm", ()))):
                     values = {key: float(found[layer]) for key, found in columns.items() if layer < len(found)}
@@ -80,18 +80,11 @@ def first_block(
     plain = _updates(model, prompts, 1.0)
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for scale in scales:
-        for own, (x, attention, mlp), (_, attention_1, mlp_1) in zip(
-            rows, _updates(model, prompts, scale), plain, strict=True
-        ):
-            own.append(
-                {
-                    "scale": scale,
-                    "turn": float(cosine_similarity(x, x + attention + mlp, dim=-1).mean()),
-                    "frozen": float(cosine_similarity(x, x + attention_1 + mlp_1, dim=-1).mean()),
-                    "attention_moved": _moved(attention, attention_1),
-                    "mlp_moved": _moved(mlp, mlp_1),
-                }
-            )
+        for own, (x, *new), (_, *old) in zip(rows, _updates(model, prompts, scale), plain, strict=True):
+            moved = [(a - b).norm(dim=-1).mean() / b.norm(dim=-1).mean() for a, b in zip(new, old, strict=True)]
+            turns = [cosine_similarity(x, x + sum(updates), dim=-1).mean() for updates in (new, old)]
+            names = ("turn", "frozen", "attention_moved", "mlp_moved")
+            own.append({"scale": scale, **dict(zip(names, map(float, (*turns, *moved)), strict=True))})
     return rows
 
 
@@ -103,17 +96,10 @@ def _positions(prompt: Prompt) -> dict[str, Bool[Tensor, " s"]]:
 
 def _course(h: Float[Tensor, "layers n d"]) -> dict[str, Float[Tensor, " layers"]]:
     """Means over positions by layer; nothing where there are no positions, `centred` only where there are two."""
-    if not h.shape[1]:
-        return {}
-    found = {
-        "norm": h.norm(dim=-1).mean(-1),
-        "from_input": cosine_similarity(h, h[:1], dim=-1).mean(-1),
-        "turn": cosine_similarity(h[1:], h[:-1], dim=-1).mean(-1),
-    }
-    if h.shape[1] > 1:
-        apart = h - h.mean(1, keepdim=True)
-        found["centred"] = cosine_similarity(apart[1:], apart[:-1], dim=-1).mean(-1)
-    return found
+    apart = h - h.mean(1, keepdim=True)
+    parts = {"turn": h, "centred": apart} if h.shape[1] > 1 else {"turn": h}
+    turns = {name: cosine_similarity(part[1:], part[:-1], dim=-1).mean(-1) for name, part in parts.items()}
+    return {"norm": h.norm(dim=-1).mean(-1), **turns} if h.shape[1] else {}
 
 
 def _updates(
@@ -126,7 +112,3 @@ def _updates(
         pre, mid, post = (h[0, prompt.visual].float() for h in (seen.resid_pre, seen.resid_mid, seen.resid_post))
         found.append((pre, mid - pre, post - mid))
     return found
-
-
-def _moved(update: Float[Tensor, "n d"], unscaled: Float[Tensor, "n d"]) -> float:
-    return float((update - unscaled).norm(dim=-1).mean() / unscaled.norm(dim=-1).mean().clamp_min(1e-12))

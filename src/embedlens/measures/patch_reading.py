@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
+from embedlens.lenses import Lens
 from embedlens.measures.labels import label_ids
 from embedlens.prefix import Case, answers
 from embedlens.prompts import QUESTION
@@ -29,16 +31,12 @@ from embedlens.samples.patchbench import (
     OnePatch,
     canonical,
     correct,
-    expected_by_chance,
     follows,
     probes,
     strings,
     twins,
 )
-
-if TYPE_CHECKING:
-    from embedlens.lenses import Lens
-    from embedlens.vlm import VisionLanguageModel
+from embedlens.vlm import VisionLanguageModel
 
 ANSWER_TOKENS = 8  # no name, colour or string of the set is longer
 
@@ -68,30 +66,24 @@ def ask(
     Returns:
         columns id (the picture that the question belongs to), group, axis, question, answer, said, correct, and for
         questions about colour follows (one of `patchbench.FOLLOWS`), else "".
-
-    Raises:
-        EmbedLensError: no pictures, none that answers these axes, or a swap in a group of one.
     """
-    shown = _shifted(pictures) if swap else list(pictures)
-    rows = [
-        [(picture, axis, question) for axis, question in picture.asked.items() if axes is None or axis in axes]
-        for picture in pictures
-    ]
-    asked = [(other.image, own) for other, own in zip(shown, rows, strict=True) if own]
+    asked = []
+    for other, picture in zip(_shifted(pictures) if swap else pictures, pictures, strict=True):
+        own = [(picture, axis, one) for axis, one in picture.asked.items() if axes is None or axis in axes]
+        asked += [(other.image, own)] if own else []
     if not asked:
         raise EmbedLensError("no question to ask: pass at least one picture that has a question on these axes")
-    said: list[str] = []
     together = max(1, batch_size // 4)  # what is remembered of so many takes the memory of batch_size prompts
-    for start in range(0, len(asked), batch_size):  # a picture runs once for all its questions
-        images, own = zip(*asked[start : start + batch_size], strict=True)
-        texts = [[question.text for _, _, question in row] for row in own]
-        firsts = model.prompts(images, [first for first, *_ in texts])
-        prompts = [
-            prompt
-            for first, (_, *more) in zip(firsts, texts, strict=True)
-            for prompt in (first, *(model.asked(first, question) for question in more))
-        ]
-        said += answers(model, [Case(prompt) for prompt in prompts], ANSWER_TOKENS, together)
+
+    def run(start: int, part: Sequence[Any]) -> list[str]:  # a picture runs once for all its questions
+        firsts = model.prompts([image for image, _ in part], [own[0][2].text for _, own in part])
+        cases = []
+        for first, (_, own) in zip(firsts, part, strict=True):
+            cases += [Case(first), *(Case(model.asked(first, question.text)) for _, _, question in own[1:])]
+        return answers(model, cases, ANSWER_TOKENS, together)
+
+    said = list(in_batches(run, asked, batch_size))
+    rows = (row for _, own in asked for row in own)
     return pd.DataFrame(
         {
             "id": picture.id,
@@ -103,20 +95,17 @@ def ask(
             "correct": correct(question, words),
             "follows": follows(picture, words) if axis == "colour" else "",
         }
-        for (picture, axis, question), words in zip((row for own in rows for row in own), said, strict=True)
+        for (picture, axis, question), words in zip(rows, said, strict=True)
     )
 
 
 def _shifted(pictures: Sequence[OnePatch]) -> list[OnePatch]:
     """For each picture another of its group, half the group further on."""
-    groups: dict[str, list[int]] = {}
-    for at, picture in enumerate(pictures):
-        groups.setdefault(picture.group, []).append(at)
-    alone = [name for name, members in groups.items() if len(members) < 2]
-    if alone:
-        raise EmbedLensError(f"the group {alone[0]!r} has one picture: a swap needs two of each group")
     shown = list(pictures)
-    for members in groups.values():
+    for group in dict.fromkeys(picture.group for picture in pictures):
+        members = [at for at, picture in enumerate(pictures) if picture.group == group]
+        if len(members) < 2:
+            raise EmbedLensError(f"the group {group!r} has one picture: a swap needs two of each group")
         for i, at in enumerate(members):
             shown[at] = pictures[members[(i + len(members) // 2) % len(members)]]
     return shown
@@ -129,15 +118,14 @@ def recolour_rows(model: VisionLanguageModel, cases: Sequence[OnePatch], batch_s
         one row per case and part that is recoloured: id, part, follows (what the answer follows before), said before
         and after, stays (the answer is as before) and turns (it is the new colour).
     """
-    before = ask(model, cases, ["colour"], batch_size=batch_size)
-    found = []
+    before, found = ask(model, cases, ["colour"], batch_size=batch_size), []
+    changes = [probes(case) for case in cases]
+    new = [str(change[INK].ink) for change in changes]
     for part in (INK, GROUND, SURROUND):
-        changed = [probes(case)[part] for case in cases]
-        after = ask(model, changed, ["colour"], batch_size=batch_size)
-        new = [str(probes(case)[INK].ink) for case in cases]
-        own = before[["id", "follows", "said"]].assign(part=part, after=after.said)
-        own["stays"] = own.after.map(canonical) == own.said.map(canonical)
-        found.append(own.assign(turns=own.after.map(canonical) == new))
+        after = ask(model, [change[part] for change in changes], ["colour"], batch_size=batch_size).said
+        own = before[["id", "follows", "said"]].assign(part=part, after=after)
+        after = after.map(canonical)
+        found.append(own.assign(stays=after == before.said.map(canonical), turns=after == new))
     return pd.concat(found, ignore_index=True)
 
 
@@ -148,19 +136,21 @@ def colour_rows(
 
     Returns:
         one row per picture, lens, part (INK, GROUND, SURROUND) and layer: held (the k best words have the part's
-        colour) and nearest (of all names of colours it is the best).
+        colour) and nearest (of all names of colours that are one token it is the best).
     """
-    states, found, names = content_states(model, pictures), [], list(COLOURS)
-    shown = {INK: "ink", GROUND: "ground", SURROUND: "surround"}
-    n, layers = states.shape[:2]
-    where = {"id": np.repeat([p.id for p in pictures], layers), "layer": np.tile(np.arange(layers), n)}
-    for name, lens in lenses.items():
-        columns = {"held": colours_held(lens, model.tokenizer, states, k)}
-        columns["nearest"] = nearest_colour(lens, model.tokenizer, states)
-        for part, of in shown.items():
-            at = [names.index(str(getattr(picture, of))) for picture in pictures]
-            values = {column: table[np.arange(n), :, at].reshape(-1) for column, table in columns.items()}
-            found.append(pd.DataFrame({"lens": name, "part": part, **where, **values}))
+    ids = {colour: torch.tensor(label_ids(model.tokenizer, colour, "strict"), dtype=torch.long) for colour in COLOURS}
+    if not any(map(len, ids.values())):
+        raise EmbedLensError("no name of a colour is one token of this vocabulary: a lens cannot read colours here")
+    known = torch.cat(list(ids.values()))
+    shown, found = {INK: "ink", GROUND: "ground", SURROUND: "surround"}, []
+    for picture, state in zip(pictures, content_states(model, pictures), strict=True):  # scores of V words are large
+        for name, lens in lenses.items():
+            held, best = lens.topk(state, k)[1].cpu(), known[lens.scores(state).cpu()[:, known].argmax(-1)]
+            for part, of in shown.items():
+                own = ids[str(getattr(picture, of))]
+                columns = {"held": torch.isin(held, own).any(-1), "nearest": torch.isin(best, own)}
+                rows = pd.DataFrame({column: values.numpy() for column, values in columns.items()})
+                found.append(rows.assign(lens=name, part=part, id=picture.id, layer=range(len(state))))
     return pd.concat(found, ignore_index=True)
 
 
@@ -183,7 +173,7 @@ def twin_rows(pictures: Sequence[OnePatch], answers: pd.DataFrame, control: pd.D
             "colour": float(own.correct[b.id]),
             "habit": float(other.correct[a.id]),
             "follows": own.follows[b.id],
-            "by_chance": expected_by_chance(b)[GROUND],
+            "by_chance": np.mean([follows(b, colour) == GROUND for colour in COLOURS if colour != b.ink]),
             "says_white": canonical(str(own.said[a.id])) == "white",
             "white_surround": a.surround == "white",
             "covered": float(b.covered.mean()),
@@ -208,30 +198,15 @@ def piece_rows(model: VisionLanguageModel, pictures: Sequence[OnePatch], seed: i
     return pd.concat(found, ignore_index=True)
 
 
-def ladder(model: VisionLanguageModel, objects: Sequence[OnePatch]) -> dict[str, pd.Series]:
-    """Whether objects are named, with the difficulties of the drawing taken away one by one, in the same places."""
-    rungs = {
-        "own colours, one": [replace(picture, ink=None, copies=1) for picture in objects],
-        "own colours, one to four": [replace(picture, ink=None) for picture in objects],
-        "tinted, one": [replace(picture, copies=1) for picture in objects],
-        "tinted, one to four": list(objects),
-    }
-    return {name: ask(model, some, AXES[:1]).correct for name, some in rungs.items()}
-
-
 def content_states(
     model: VisionLanguageModel, pictures: Sequence[OnePatch], batch_size: int = 32
 ) -> Float[Tensor, "pictures layers d"]:
-    """The residual stream of the one patch that holds the content, through all layers.
-
-    Raises:
-        EmbedLensError: the content is no single patch of this model's grid.
-    """
+    """The residual stream of the one patch that holds the content, through all layers."""
     found = []
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
         prompts = model.prompts([picture.image for picture in batch], [QUESTION] * len(batch))
-        streams = model.hidden_states_of(prompts, batch_size)
+        streams = model.streams_of(prompts, batch_size)
         for picture, prompt, stream in zip(batch, prompts, streams, strict=True):
             x0, y0, x1, y1 = picture.box
             index = prompt.grid.patch_at((x0 + x1) / 2, (y0 + y1) / 2)
@@ -242,33 +217,3 @@ def content_states(
                 )
             found.append(stream[:, prompt.visual][:, index])
     return torch.stack(found)
-
-
-def colours_held(
-    lens: Lens, tokenizer: Any, states: Float[Tensor, "pictures layers d"], k: int = 5
-) -> Bool[np.ndarray, "pictures layers colours"]:
-    """Which colour names the k best words of each state hold, in the order of `COLOURS`."""
-    ids = lens.topk(states, k)[1]
-    rows = [torch.tensor(label_ids(tokenizer, colour, "strict"), device=ids.device) for colour in COLOURS]
-    return torch.stack([torch.isin(ids, row).any(-1) for row in rows], -1).cpu().numpy()
-
-
-def nearest_colour(
-    lens: Lens, tokenizer: Any, states: Float[Tensor, "pictures layers d"]
-) -> Bool[np.ndarray, "pictures layers colours"]:
-    """Which of the colour names has the best score, in the order of `COLOURS`; one in each state.
-
-    A colour that is no single token of the vocabulary is never the best.
-
-    Raises:
-        EmbedLensError: no colour is a single token.
-    """
-    ids = [label_ids(tokenizer, colour, "strict") for colour in COLOURS]
-    if not any(ids):
-        raise EmbedLensError("no name of a colour is one token of this vocabulary: a lens cannot read colours here")
-    best = []
-    for state in states:  # one picture at a time: scores of the whole vocabulary are large
-        scores = lens.scores(state)
-        no = scores.new_full(scores.shape[:-1], -torch.inf)
-        best.append(torch.stack([scores[..., list(row)].amax(-1) if row else no for row in ids], -1).argmax(-1))
-    return (torch.stack(best)[..., None].cpu() == torch.arange(len(ids))).numpy()

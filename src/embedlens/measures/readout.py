@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,8 @@ QUESTIONS = ("colour of the patch", "object it lies in", "nearest object beside 
 #: A probe behind the model's own projector, probes behind random ones, and always saying the same.
 READERS = ("own projector", "random projectors", "most frequent answer")
 NONE = -1  # no answer: the token is left out
-LEAST_TOKENS = 10  # to train on, of a class
+LEAST_TOKENS, MOST_TOKENS = 10, 1500  # to train on: of a class at least, drawn from all at most
+MOST_CLASSES = 10
 LEAST_PICTURES = 10  # to be asked about: fewer have no interval to speak of
 
 
@@ -43,26 +45,15 @@ def patch_colours(image: Image, grid: PatchGrid) -> Int[np.ndarray, " n"]:
     """Index into COLOURS of the mean colour of the pixels that each patch shows; -1 if it shows none.
 
     The nearest sRGB value counts. A pixel belongs to a patch if its centre does.
-
-    >>> from PIL import Image
-    >>> from embedlens import Frame
-    >>> red = Image.new("RGB", (4, 2), (200, 30, 30))
-    >>> [list(COLOURS)[i] if i >= 0 else None for i in patch_colours(red, PatchGrid(2, 2, Frame.stretch(4, 2)))]
-    ['red', 'red', 'red', 'red']
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
-    height, width = pixels.shape[:2]
-    palette = np.array(list(COLOURS.values()), dtype=np.float64)
-    found = np.full(len(grid), NONE)
-    for index in range(len(grid)):
-        if grid.padded[index]:
-            continue
+    rows, cols = (np.arange(side) + 0.5 for side in pixels.shape[:2])
+    palette, found = np.array(list(COLOURS.values()), dtype=np.float64), np.full(len(grid), NONE)
+    for index in (~grid.padded).nonzero()[:, 0].tolist():
         x0, y0, x1, y1 = grid.box(index)
-        cols = np.flatnonzero((np.arange(width) + 0.5 >= x0) & (np.arange(width) + 0.5 < x1))
-        rows = np.flatnonzero((np.arange(height) + 0.5 >= y0) & (np.arange(height) + 0.5 < y1))
-        if len(cols) and len(rows):
-            mean = pixels[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].mean((0, 1))
-            found[index] = int(((palette - mean) ** 2).sum(-1).argmin())
+        shown = pixels[(rows >= y0) & (rows < y1)][:, (cols >= x0) & (cols < x1)]
+        if shown.size:
+            found[index] = int(((palette - shown.mean((0, 1))) ** 2).sum(-1).argmin())
     return found
 
 
@@ -90,23 +81,17 @@ def patch_objects(sample: Sample, grid: PatchGrid) -> tuple[Int[np.ndarray, " n"
 
 
 def random_projector(projector: nn.Module, seed: int) -> nn.Module:
-    """The same architecture with weights drawn anew, each part by its own default initialisation.
-
-    Raises:
-        EmbedLensError: a part has weights but no default initialisation.
-    """
+    """The same architecture with weights drawn anew, each part by its own default initialisation."""
     drawn = copy.deepcopy(projector).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, part in drawn.named_modules():
             own = list(part.parameters(recurse=False))
-            if not own:
-                continue
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
             elif "Norm" in type(part).__name__ and [weight.ndim for weight in own] == [1]:
                 nn.init.ones_(own[0])  # the gains of transformers' RMSNorms, which cannot reset themselves
-            else:
+            elif own:
                 raise EmbedLensError(
                     f"{name or 'the projector'} ({type(part).__name__}) has weights but no reset_parameters: "
                     "initialise it by hand"
@@ -128,9 +113,6 @@ def token_table(
     Returns:
         the vision-tower states that the projector reads, and a row for each: id of its picture, dead, alive and, of
         QUESTIONS, the class, -1 if there is none.
-
-    Raises:
-        EmbedLensError: no samples.
     """
     states, parts = [], []
     for batch, prompts in looked_at(model, samples, batch_size):
@@ -158,8 +140,6 @@ def linear_readout(
     vectors: Sequence[Float[np.ndarray, "tokens d"]],
     answers: Int[np.ndarray, " tokens"],
     picture: Int[np.ndarray, " tokens"],
-    most_tokens: int = 1500,
-    most_classes: int = 10,
     seed: int = 0,
 ) -> pd.DataFrame | None:
     """Train a probe on the tokens of two thirds of the pictures, ask it about those of the rest.
@@ -171,15 +151,14 @@ def linear_readout(
         vectors: the same tokens in one or several forms (several random projectors); their hits are averaged.
         answers: class of each token; -1 leaves it out.
         picture: id of each token's picture; no picture is on both sides.
-        most_tokens: training tokens at most, drawn at random.
-        most_classes: classes at most.
 
     Returns:
         a row per test picture: id, hits (right answers, mean over forms), majority (right answers of always the most
-        frequent class of the training tokens), asked (tokens), classes (how many). None if there are not two classes
+        frequent class of the training tokens), asked (tokens). None if there are not two classes
         with LEAST_TOKENS training tokens each, or fewer than LEAST_PICTURES pictures with tokens to ask about.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     rng = np.random.default_rng(seed)
@@ -187,24 +166,20 @@ def linear_readout(
     testing = np.isin(picture, rng.permutation(pictures)[: len(pictures) // 3])
     known = np.flatnonzero((answers != NONE) & ~testing)
     names, counts = np.unique(answers[known], return_counts=True)
-    order = np.lexsort((names, -counts))[:most_classes]
-    names, counts = names[order], counts[order]
-    names = names[counts >= LEAST_TOKENS]
+    order = np.lexsort((names, -counts))[:MOST_CLASSES]
+    names = names[order][counts[order] >= LEAST_TOKENS]
     train = known[np.isin(answers[known], names)]
     test = np.flatnonzero(testing & np.isin(answers, names))
     if len(names) < 2 or len(np.unique(picture[test])) < LEAST_PICTURES:
         return None
-    train = np.sort(rng.permutation(train)[:most_tokens])
+    train = np.sort(rng.permutation(train)[:MOST_TOKENS])
     seen, often = np.unique(answers[train], return_counts=True)
     right = np.zeros(len(test))
     for form in vectors:
-        scaler = StandardScaler().fit(form[train])
-        probe = LogisticRegression(C=0.1, max_iter=300)
-        probe.fit(scaler.transform(form[train]), answers[train])
-        right += (probe.predict(scaler.transform(form[test])) == answers[test]) / len(vectors)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+        right += (probe.fit(form[train], answers[train]).predict(form[test]) == answers[test]) / len(vectors)
     right_of = {"hits": right, "majority": answers[test] == seen[often.argmax()], "asked": np.ones(len(test))}
-    found = pd.DataFrame({"id": picture[test], **right_of}).groupby("id", as_index=False).sum()
-    return found.assign(classes=len(names))
+    return pd.DataFrame({"id": picture[test], **right_of}).groupby("id", as_index=False).sum()
 
 
 def readouts(
@@ -229,16 +204,13 @@ def readouts(
         READERS[0]: [projected(model.projector, before)],
         READERS[1]: [projected(projector, before) for projector in anew],
     }
-    found = []
-    for question in QUESTIONS:
-        for group in ("dead", "alive"):
-            mask = table[group].to_numpy()
-            answers, picture = (table[column].to_numpy()[mask] for column in (question, "id"))
-            for name, vectors in forms.items():
-                rows = linear_readout([form[mask] for form in vectors], answers, picture, seed=seed)
-                if rows is not None:
-                    found.append(rows.assign(question=question, group=group, reader=name))
-                    if name == READERS[0]:
-                        found.append(found[-1].assign(hits=rows["majority"], reader=READERS[2]))
     columns = ["id", "question", "group", "reader", "hits", "asked"]
-    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
+    found = [pd.DataFrame(columns=columns)]
+    for question, group, (name, vectors) in product(QUESTIONS, ("dead", "alive"), forms.items()):
+        mask = table[group].to_numpy()
+        answers, picture = (table[column].to_numpy()[mask] for column in (question, "id"))
+        rows = linear_readout([form[mask] for form in vectors], answers, picture, seed=seed)
+        if rows is not None:
+            rows = rows.assign(question=question, group=group, reader=name)
+            found += [rows, rows.assign(hits=rows["majority"], reader=READERS[2])][: 2 if name == READERS[0] else 1]
+    return pd.concat(found[1:] or found, ignore_index=True)[columns]

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.codebook import AS_SHARES, Codebook, Recipe, Stages, build, quantile_thresholds
 from embedlens.cues import attended, cls_similarity, features_of
 from embedlens.errors import EmbedLensError
@@ -76,19 +77,17 @@ def scored(
     """Read the tokens of some pictures: all of few, the release's 96 ranks of likeness to CLS of many.
 
     Args:
-        samples: pictures with boxes, at least two.
         protocol: default: the release's, with the model's own question and aligned articles.
         low_only: read only the tokens in the lowest third of their picture by every score; pictures without any are
             left out, and all may be.
-        batch_size: readings that run together.
     """
     if len(samples) < 2:
         raise EmbedLensError(f"{len(samples)} pictures: pass at least two, better 24")
     protocol = protocol or Protocol(question=describing(model))
     prompts = model.prompts([sample.image for sample in samples], [protocol.question] * len(samples))
-    features = [one for _, batch in model.batches(prompts, 16) for one in features_of(model, batch)]
+    features = list(in_batches(lambda _, some: features_of(model, some), prompts, 16))
     attention = [part.double().sum(0).cpu() for part, _ in attended(model, prompts)]
-    similarity = [cls_similarity(one).double().cpu() for one in features if "CLS" in one.has]
+    similarity = [cls_similarity(one).double().cpu() for one in features if one.cls is not None]
     order = similarity if len(similarity) == len(samples) else attention
     tables = []
     for i, sample in enumerate(samples):
@@ -153,9 +152,6 @@ def by_rank(table: pd.DataFrame, score: str, cumulative: bool = False) -> pd.Dat
     Args:
         cumulative: order picture k by the sum of scores over pictures 1 to k. The released notebook of Figure 4 does
             not reset the attention between pictures, which comes to this.
-
-    Raises:
-        EmbedLensError: a sum over pictures of different numbers of tokens.
     """
     groups = [own for _, own in table.groupby("id", sort=False)]
     fewest = min(map(len, groups))
@@ -187,14 +183,8 @@ def larger_below(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def raised(model: VisionLanguageModel, found: Scored, chosen: pd.Series) -> pd.DataFrame:
-    """How much chosen tokens raise the logit of their word in their region, and their region in the whole picture.
-
-    Args:
-        chosen: True for rows of `found.table`.
-
-    Returns:
-        One row per picture with chosen tokens, means over them: id, region, picture.
-    """
+    """How much chosen tokens (True for rows of `found.table`) raise the logit of their word in their region, and their
+    region in the whole picture; one row per picture that has such tokens, means over them: id, region, picture."""
     rows = []
     for sample, prompt in zip(found.samples, found.prompts, strict=True):
         own = found.table[chosen & (found.table["id"] == sample.id)]

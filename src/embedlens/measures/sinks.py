@@ -59,24 +59,16 @@ class Spread:
 
     norms: Float[np.ndarray, "tower_layers patches"] = field(repr=False)
     """L2 norm of every patch of every picture, index 0 = the tower's embedding."""
+    norm_fences: Float[np.ndarray, " tower_layers"]  #: `groups.fence` of each layer's
     largest: Float[np.ndarray, "states tokens"] = field(repr=False)
     """Largest |x|/RMS of every token but the first, index 0 = what enters the first block."""
+    ratio_fences: Float[np.ndarray, " states"]  #: `groups.ratio_fence` of each layer's
     first: Float[np.ndarray, "states d"] = field(repr=False)  #: |x|/RMS of the first token
-
-    @property
-    def norm_fences(self) -> Float[np.ndarray, " tower_layers"]:
-        """`groups.fence` of all patches at every layer of the tower."""
-        return np.array([fence(layer) for layer in self.norms])
 
     @property
     def beyond(self) -> Float[np.ndarray, " tower_layers"]:
         """Share of the patches beyond it."""
         return (self.norms > self.norm_fences[:, None]).mean(1)
-
-    @property
-    def ratio_fences(self) -> Float[np.ndarray, " states"]:
-        """`groups.ratio_fence` of the largest |x|/RMS of all tokens but the first."""
-        return np.array([ratio_fence(layer, self.first.shape[1]) for layer in self.largest])
 
     @property
     def excitement(self) -> pd.DataFrame:
@@ -92,11 +84,14 @@ def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: in
     norms, largest, first = [], [], np.zeros((0, 0))
     for _, prompts in looked_at(model, samples, batch_size):
         norms += [states.float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
-        for states in model.hidden_states_of(prompts, batch_size):
+        for states in model.streams_of(prompts, batch_size):
             ratio = ratios(states).cpu()
             first = first if len(first) else ratio[:, 0].numpy()  # one for all pictures: nothing stands before it
             largest.append(ratio[:, 1:].amax(-1).numpy())
-    return Spread(np.concatenate(norms, axis=1), np.concatenate(largest, axis=1), first)
+    of_tower, of_model = np.concatenate(norms, axis=1), np.concatenate(largest, axis=1)
+    norm_fences = np.array([fence(layer) for layer in of_tower])
+    ratio_fences = np.array([ratio_fence(layer, first.shape[1]) for layer in of_model])
+    return Spread(of_tower, norm_fences, of_model, ratio_fences, first)
 
 
 def by_sublayer(
@@ -228,7 +223,7 @@ def entries(
         raise EmbedLensError(f"no picture has an {kind}: ask `has(reference)` first, or take more pictures")
     ids, own_means, centers, own_words, masks, clusters, middles = zip(*parts, strict=True)
     means, words = torch.stack(own_means), np.stack(own_words)
-    pairs = picture_pairs(len(ids), seed=seed) if len(ids) > 1 else []
+    pairs = picture_pairs(len(ids), seed=seed) if len(ids) > 1 else np.zeros((0, 2), dtype=int)
     likeness = [torch.zeros(len(part)) for part in middles]  # of each cluster, summed over the partners
     for one, other in pairs:
         likeness[one] += cross_image_similarity(middles[one], middles[other])
@@ -258,11 +253,7 @@ def entries(
 
 
 def cosine_to(states: Float[Tensor, "sublayers s d"], position: int) -> Float[Tensor, "sublayers s"]:
-    """Cosine of every position to one of them, sublayer by sublayer.
-
-    >>> cosine_to(torch.tensor([[[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]]), 0).tolist()
-    [[1.0, 0.0, 1.0]]
-    """
+    """Cosine of every position to one of them, sublayer by sublayer."""
     units = normalize(states.float(), dim=-1)
     return torch.einsum("lsd,ld->ls", units, units[:, position])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,32 +15,23 @@ from embedlens.errors import EmbedLensError
 from embedlens.samples.miniworld.language import Question
 
 __all__ = ["Question", "Sample", "full_scene", "load", "readable"]
+DRAWN = ("miniworld", "patchbench")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with what is known about it.
+    """One picture with what is known about it."""
 
-    Attributes:
-        id: COCO image id, unique within its data set.
-        width: px of the picture.
-        height: px of the picture.
-        annotations: COCO `instances` entries: category_id, bbox [x, y, width, height] in px, area, segmentation (RLE),
-            iscrowd; the miniature world adds colour, text and the held-out mark.
-        captions: sentences about the picture.
-        questions: questions with short answers.
-        category_names: COCO category id → name, for all categories of the data set.
-        draw: makes the picture; called once, on first use of `image`.
-    """
-
-    id: int
-    width: int
+    id: int  #: COCO image id, unique within its data set
+    width: int  #: px of the picture
     height: int
     annotations: tuple[Mapping[str, Any], ...]
+    """COCO `instances` entries: category_id, bbox [x, y, width, height] in px, area, segmentation (RLE), iscrowd; the
+    miniature world adds colour and the held-out mark."""
     captions: tuple[str, ...]
     questions: tuple[Question, ...]
-    category_names: Mapping[int, str]
-    draw: Callable[[], Image.Image] = field(repr=False, compare=False)
+    category_names: Mapping[int, str]  #: COCO category id → name, for all categories of the data set
+    draw: Callable[[], Image.Image] = field(repr=False, compare=False)  #: Called once, on first use of `image`
 
     @cached_property
     def image(self) -> Image.Image:
@@ -54,14 +45,13 @@ class Sample:
         return tuple(name for category, name in self.category_names.items() if category in present)
 
 
-def readable(samples: Iterable[Sample]) -> Iterator[Sample]:
+def readable(samples: Iterable[Sample], opened: bool = False) -> Iterator[Sample]:
     """The samples whose pictures can be read, one after the other; a warning says how many cannot and why the first.
+
+    A list of them holds no pictures: each is opened again where it is used. `opened`: copies that hold theirs.
 
     What reads many pictures outside `embedlens.run`, which keeps such a list itself, reads these. Where pictures stand
     beside what was found of them, choose them first: `pictures = list(readable(load("coco:/data/coco/val2017", 100)))`.
-
-    Raises:
-        EmbedLensError: there are samples, but none can be read.
 
     >>> [sample.id for sample in readable(load("miniworld", n=2))]
     [0, 1]
@@ -71,11 +61,12 @@ def readable(samples: Iterable[Sample]) -> Iterator[Sample]:
     for sample in samples:
         count += 1
         try:
-            sample.image  # noqa: B018
+            held = sample if "image" in vars(sample) else replace(sample)
+            held.image  # noqa: B018
         except (EmbedLensError, OSError) as error:
             lost.append(f"sample {sample.id}: {error}")
         else:
-            yield sample
+            yield held if opened else sample
     if lost and len(lost) == count:
         raise EmbedLensError(f"none of {count} pictures can be read; the first is {lost[0]}")
     if lost:
@@ -90,14 +81,10 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     Args:
         dataset: "miniworld", drawn on the fly; "patchbench", drawn too, with all content in one patch (the paper's set
             has n=70); or a COCO folder, "coco:/data/coco/val2017", see `embedlens.samples.coco.load`.
-        n: how many.
         seed: different seeds give different pictures.
         split: of the miniature world, "heldout" or "train"; the miniature was trained on the latter only.
         options: of the miniature world, see `embedlens.samples.miniworld.sample`; of patchbench `side` and `patch`, the
             model's image and patch size in px, see `embedlens.samples.patchbench.pictures`.
-
-    Raises:
-        EmbedLensError: unknown data set or split, `n` below 1, or a COCO folder that cannot be used.
 
     >>> [sample.id for sample in load("miniworld", n=3)]
     [0, 1, 2]
@@ -106,25 +93,27 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     """
     if n < 1:
         raise EmbedLensError(f"n is {n}: ask for at least one sample")
-    if dataset == "patchbench":
-        from embedlens.samples import patchbench
-
-        if split != "heldout" or set(options) - {"side", "patch"}:
-            given = ", ".join(sorted(set(options) - {"side", "patch"})) or f"split={split!r}"
-            raise EmbedLensError(f"{given} is of the miniature world: patchbench takes side and patch, in px")
-        return [picture.sample() for picture in patchbench.pictures(n, seed, **options)]
-    if photographs(dataset):
-        from embedlens.samples import coco
-
-        if split != "heldout" or options:
-            given = ", ".join(options) or f"split={split!r}"
-            raise EmbedLensError(f"{given} is of the miniature world: leave it out, a COCO folder names its own split")
-        return coco.load(dataset.removeprefix("coco:"), n, seed)
-    if dataset != "miniworld":
+    folder = photographs(dataset)
+    if dataset not in DRAWN and not folder:
         raise EmbedLensError(
             f"unknown data set {dataset!r}: pass 'miniworld', 'patchbench' or a COCO folder such as "
             "'coco:/data/coco/val2017'"
         )
+    known = {"side", "patch"} if dataset == "patchbench" else set()
+    if dataset != "miniworld" and (split != "heldout" or set(options) - known):
+        given = ", ".join(sorted(set(options) - known)) or f"split={split!r}"
+        takes = (
+            "leave it out, a COCO folder names its own split" if folder else "patchbench takes side and patch, in px"
+        )
+        raise EmbedLensError(f"{given} is of the miniature world: {takes}")
+    if folder:
+        from embedlens.samples import coco
+
+        return coco.load(dataset.removeprefix("coco:"), n, seed)
+    if dataset == "patchbench":
+        from embedlens.samples import patchbench
+
+        return [picture.sample() for picture in patchbench.pictures(n, seed, **options)]
     from embedlens.samples import miniworld
 
     first = miniworld.first_index(seed)
@@ -133,7 +122,7 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
 
 def photographs(dataset: str) -> bool:
     """Whether a data set is a COCO folder, not drawn here."""
-    return dataset.startswith("coco:") or (dataset != "miniworld" and Path(dataset).expanduser().is_dir())
+    return dataset.startswith("coco:") or (dataset not in DRAWN and Path(dataset).expanduser().is_dir())
 
 
 def calibration(dataset: str, n: int, seed: int = 0, scale: float = 1) -> list[Sample]:
@@ -156,9 +145,6 @@ def full_scene(samples: Sequence[Sample], kinds: int = 3, filled: float = 0.2) -
 
     Where there is none, the first picture with a label; where no picture has one, the first. Where boxes overlap, both
     count; crowds do not.
-
-    Raises:
-        EmbedLensError: no pictures.
     """
     if not samples:
         raise EmbedLensError("no pictures to pick a scene from: pass at least one")

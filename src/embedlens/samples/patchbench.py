@@ -9,15 +9,16 @@ background of its patch alone.
 >>> [picture.group for picture in pictures(7)]
 ['object', 'object', 'object', 'OCR', 'OCR', 'OCR with background', 'OCR with background']
 >>> shown = pictures(4, side=336, patch=14)[3]
->>> shown.ground, len(shown.questions), shown.image.size
+>>> shown.ground, len(shown.asked), shown.image.size
 ('white', 3, (336, 336))
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -32,7 +33,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.samples.miniworld import CATEGORY_NAMES, sprites
 from embedlens.samples.miniworld.language import NUMBERS, Question, plural
 from embedlens.samples.miniworld.scene import letters
-from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS, FONTS, LETTERS
+from embedlens.samples.miniworld.sprites import ASSETS, CATEGORIES, COLOURS, FONTS, LETTERS
 
 if TYPE_CHECKING:
     from embedlens.samples import Sample
@@ -48,23 +49,9 @@ SMALLEST = 8  # px; a letter in a smaller patch is no letter
 #: What an answer about a colour follows, best first.
 FOLLOWS = ("content", "patch background", "surround", "another colour", "no colour")
 INK, GROUND, SURROUND, OTHER, NO_COLOUR = FOLLOWS
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "airplane": ("plane", "aeroplane", "aircraft", "jet"),
-    "bicycle": ("bike",),
-    "cell phone": ("phone", "mobile phone", "smartphone", "cellphone"),
-    "couch": ("sofa",),
-    "donut": ("doughnut",),
-    "handbag": ("purse", "bag"),
-    "motorcycle": ("motorbike",),
-    "person": ("man", "woman", "human"),
-    "potted plant": ("plant",),
-    "teddy bear": ("teddy",),
-    "tv": ("television", "tv set"),
-    "cyan": ("turquoise", "aqua"),
-    "purple": ("violet",),
-    **{word: (str(number),) for number, word in enumerate(NUMBERS)},
-}
+SYNONYMS = json.loads((ASSETS / "synonyms.json").read_text(encoding="utf-8"))
 CANONICAL = {other: word for word, others in SYNONYMS.items() for other in others}
+CANONICAL |= {str(number): word for number, word in enumerate(NUMBERS)}
 CANONICAL |= {plural(category.name): category.name for category in CATEGORIES}
 
 T = TypeVar("T")
@@ -99,32 +86,23 @@ class OnePatch:
         return x, y, x + self.patch, y + self.patch
 
     @property
-    def name(self) -> str:
-        """What the first question asks for: the object's name, or the string."""
-        return self.text if self.category is None else CATEGORIES[self.category].name
-
-    @property
     def asked(self) -> dict[str, Question]:
-        """Axis of AXES → question, in the words of the miniature world."""
-        what, colour, count = AXES
+        """Axis of AXES → question, in the words of the miniature world: what it is, in which colour, how many."""
         if self.category is None:
             kind = "character" if len(self.text) == 1 else "word"
-            return {
-                what: Question(f"What {kind} is written?", self.text, "ocr", kind),
-                colour: Question("What color is the text?", str(self.ink), "ocr", "text_colour"),
-                count: Question("How many characters are there?", NUMBERS[len(self.text)], "ocr", "count"),
-            }
-        number = Question(f"How many {plural(self.name)} are there?", NUMBERS[self.copies], "general", "count")
-        questions = {what: Question("What is in the picture?", self.name, "general", "object"), count: number}
-        if self.ink is None:
-            return questions
-        asked = Question(f"What color is the {self.name}?", self.ink, "general", "colour")
-        return {what: questions[what], colour: asked, count: number}
-
-    @property
-    def questions(self) -> tuple[Question, ...]:
-        """What it is, in which colour, how many."""
-        return tuple(self.asked.values())
+            found = (
+                Question(f"What {kind} is written?", self.text, "ocr", kind),
+                Question("What color is the text?", str(self.ink), "ocr", "text_colour"),
+                Question("How many characters are there?", NUMBERS[len(self.text)], "ocr", "count"),
+            )
+        else:
+            name = CATEGORIES[self.category].name
+            found = (
+                Question("What is in the picture?", name, "general", "object"),
+                Question(f"What color is the {name}?", str(self.ink), "general", "colour"),
+                Question(f"How many {plural(name)} are there?", NUMBERS[self.copies], "general", "count"),
+            )
+        return {axis: one for axis, one in zip(AXES, found, strict=True) if self.ink or axis != AXES[1]}
 
     @cached_property
     def stamp(self) -> Image.Image:
@@ -138,16 +116,13 @@ class OnePatch:
             return clear
         columns = ceil(sqrt(self.copies))
         slot = self.patch // columns
-        sprite = _fitted(sprites.sprite(self.category, 0, False), slot - (columns > 1))
-        drawn = sprite
+        drawn = _fitted(sprites.sprite(self.category, 0, False), slot - (columns > 1))
         if self.ink is not None:
-            drawn = Image.fromarray(sprites.tinted(np.asarray(sprite), COLOURS[self.ink]), "RGBA")
-        rows = ceil(self.copies / columns)
-        top = (self.patch - rows * slot) // 2
+            drawn = Image.fromarray(sprites.tinted(np.asarray(drawn), COLOURS[self.ink]), "RGBA")
+        top = (self.patch - ceil(self.copies / columns) * slot) // 2
         for copy in range(self.copies):
             row, col = divmod(copy, columns)
-            place = col * slot + (slot - drawn.width) // 2, top + row * slot + (slot - drawn.height) // 2
-            clear.paste(drawn, place)
+            clear.paste(drawn, (col * slot + (slot - drawn.width) // 2, top + row * slot + (slot - drawn.height) // 2))
         return clear
 
     @property
@@ -167,33 +142,16 @@ class OnePatch:
         """The picture as a sample. A string is no COCO object, so its annotations are empty."""
         from embedlens.samples import Sample
 
-        x, y, _, _ = self.box
-        entry: tuple[dict[str, Any], ...] = ()
+        entries: list[dict[str, Any]] = []
         if self.category is not None:
-            rows, cols = np.nonzero(self.covered)
-            left, top = int(cols.min()), int(rows.min())
-            width, height = int(cols.max()) - left + 1, int(rows.max()) - top + 1
-            entry = (
-                {
-                    "id": self.id * 100,
-                    "image_id": self.id,
-                    "category_id": CATEGORIES[self.category].id,
-                    "bbox": [float(x + left), float(y + top), float(width), float(height)],
-                    "area": float(self.covered.sum()),
-                    "iscrowd": 0,
-                    "colour": self.ink,
-                },
-            )
-        return Sample(
-            id=self.id,
-            width=self.side,
-            height=self.side,
-            annotations=entry,
-            captions=(),
-            questions=self.questions,
-            category_names=CATEGORY_NAMES,
-            draw=lambda: self.image,
-        )
+            solid = self.stamp.getchannel("A").point(lambda alpha: 255 * (alpha > 127))
+            left, top, right, bottom = solid.getbbox() or (0, 0, 0, 0)
+            bbox = [float(side) for side in (self.box[0] + left, self.box[1] + top, right - left, bottom - top)]
+            of = {"id": self.id * 100, "image_id": self.id, "category_id": CATEGORIES[self.category].id, "iscrowd": 0}
+            entries.append(of | {"bbox": bbox, "area": float(self.covered.sum()), "colour": self.ink})
+        asked = tuple(self.asked.values())
+        side = self.side
+        return Sample(self.id, side, side, tuple(entries), (), asked, CATEGORY_NAMES, draw=lambda: self.image)
 
 
 def pictures(n: int = PAPER, seed: int = 0, side: int = 112, patch: int = 14) -> list[OnePatch]:
@@ -205,13 +163,8 @@ def pictures(n: int = PAPER, seed: int = 0, side: int = 112, patch: int = 14) ->
     example has (A59).
 
     Args:
-        n: how many.
-        seed: another seed, other pictures.
         side: px of the picture: what the model reads without resampling, such as 336 for LLaVA-1.5.
         patch: px of its cells: the vision tower's patch size.
-
-    Raises:
-        EmbedLensError: `n` below 1, a negative seed, or a patch that is too small or larger than the picture.
     """
     if n < 1 or seed < 0:
         raise EmbedLensError(f"n is {n} and the seed {seed}: n is 1 or more, the seed 0 or more")
@@ -260,9 +213,6 @@ def probes(picture: OnePatch) -> dict[str, OnePatch]:
     """The three changes of Figure f, each alone: another ink, another patch background, another surround.
 
     The new colour is none that the picture shows, the same in all three, so that an answer tells what it followed.
-
-    Raises:
-        EmbedLensError: an object, whose patch has no background of its own.
     """
     if picture.category is not None:
         raise EmbedLensError("an object's patch has the colour of its surround: probe a picture with a string")
@@ -276,11 +226,7 @@ def probes(picture: OnePatch) -> dict[str, OnePatch]:
 
 
 def bare(said: str) -> str:
-    """An answer in lower case, without quotes, article and final stop.
-
-    >>> bare(' "A Sofa." ')
-    'sofa'
-    """
+    """An answer in lower case, without quotes, article and final stop."""
     words = re.sub(r"[\"'`]", "", said).strip().rstrip(".!").strip().lower()
     return re.sub(r"^(an|a|the) (?=.)", "", words)
 
@@ -297,7 +243,7 @@ def canonical(said: str) -> str:
 def correct(question: Question, said: str) -> bool:
     """Whether an answer is the expected one or a synonym of it, and nothing else. What is written has no synonyms.
 
-    >>> asked = pictures(1)[0].questions[2]
+    >>> asked = pictures(1)[0].asked["count"]
     >>> correct(asked, asked.answer.upper()), correct(asked, f"{asked.answer} or five")
     (True, False)
     """
@@ -306,12 +252,7 @@ def correct(question: Question, said: str) -> bool:
 
 
 def follows(picture: OnePatch, said: str) -> str:
-    """Whose colour an answer names, one of FOLLOWS. Where patch and surround have one colour it is the surround's.
-
-    >>> picture = replace(pictures(4)[3], ink="red", ground="white", surround="green")
-    >>> [follows(picture, said) for said in ("Red.", "white", "green", "blue", "dog")]
-    ['content', 'patch background', 'surround', 'another colour', 'no colour']
-    """
+    """Whose colour an answer names, one of FOLLOWS. Where patch and surround have one colour it is the surround's."""
     colour = canonical(said)
     if colour not in COLOURS:
         return NO_COLOUR
@@ -320,39 +261,20 @@ def follows(picture: OnePatch, said: str) -> str:
     return {picture.ground: GROUND, picture.surround: SURROUND}.get(colour, OTHER)
 
 
-def pieces(tokenizer: Any, text: str) -> int:
-    """Into how many vocabulary entries a tokenizer splits a string at the start of a word.
-
-    A piece that is a bare space is not counted: LLaMA's tokenizer splits "9" into a space and "9".
-    """
-    ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
-    return sum(piece not in ("▁", "Ġ") for piece in tokenizer.convert_ids_to_tokens(ids))
-
-
 def strings(tokenizer: Any, length: int = 2) -> dict[str, tuple[str, ...]]:
-    """All strings of capitals of one length that are one entry of the vocabulary, and all that are several.
+    """All strings of capitals of one length that are one vocabulary entry at the start of a word, and all that are not.
 
-    Longer strings have more pieces, so reading by pieces compares only strings of one length.
-
-    Raises:
-        EmbedLensError: a length that is not 1 to 3 (of four letters there are half a million).
+    A piece that is a bare space is not counted: LLaMA's tokenizer splits "9" into a space and "9". Longer strings have
+    more pieces, so reading by pieces compares only strings of one length, of 1 to 3 letters.
     """
-    if not 1 <= length <= 3:
+    if not 1 <= length <= 3:  # of four letters there are half a million
         raise EmbedLensError(f"the length is {length}: list strings of 1 to 3 letters")
-    every = ["".join(letters) for letters in product(LETTERS, repeat=length)]
-    one = {text for text in every if pieces(tokenizer, text) == 1}
-    return {"one piece": tuple(sorted(one)), "several pieces": tuple(text for text in every if text not in one)}
-
-
-def expected_by_chance(picture: OnePatch) -> Mapping[str, float]:
-    """How often a wrong answer that is any other colour, each equally likely, follows what.
-
-    >>> chance = expected_by_chance(replace(pictures(4)[3], ink="red", ground="white", surround="green"))
-    >>> {name: round(share, 2) for name, share in chance.items()}
-    {'patch background': 0.11, 'surround': 0.11, 'another colour': 0.78}
-    """
-    wrong = [follows(picture, colour) for colour in COLOURS if colour != picture.ink]
-    return {name: wrong.count(name) / len(wrong) for name in (GROUND, SURROUND, OTHER)}
+    found: dict[str, list[str]] = {"one piece": [], "several pieces": []}
+    for text in map("".join, product(LETTERS, repeat=length)):
+        ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        pieces = [piece for piece in tokenizer.convert_ids_to_tokens(ids) if piece not in ("▁", "Ġ")]
+        found["one piece" if len(pieces) == 1 else "several pieces"].append(text)
+    return {name: tuple(texts) for name, texts in found.items()}
 
 
 def _rng(seed: int, what: str, index: int) -> random.Random:

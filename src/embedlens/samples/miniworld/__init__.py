@@ -38,19 +38,14 @@ def first_index(seed: int) -> int:
     return RESERVED + seed * SEED_STRIDE
 
 
-def rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's run-length code of a mask, Bool[height, width], as JSON can hold it."""
+def instances(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, Any], ...]:
+    """COCO `instances` of a scene: one entry per object; words are no COCO objects."""
     from pycocotools import mask as coco_mask
 
-    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
-
-
-def instances(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, Any], ...]:
-    """COCO `instances` of a scene: one entry per object (words are not COCO objects, see `words`)."""
     entries = []
     for number, thing in enumerate(drawn.objects):
         covered = draw.mask(thing, drawn, scale)
+        code = coco_mask.encode(np.asfortranarray(covered.astype(np.uint8)))
         assert thing.category is not None
         entries.append(
             {
@@ -60,30 +55,12 @@ def instances(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, 
                 "bbox": [float(round(side * scale)) for side in thing.box],
                 "area": float(covered.sum()),
                 "iscrowd": 0,
-                "segmentation": rle(covered),
+                "segmentation": {"size": list(map(int, code["size"])), "counts": code["counts"].decode("ascii")},
                 "colour": thing.colour,
                 "heldout": thing.colour is not None and scenes.is_heldout_pair(thing.category, thing.colour),
             }
         )
     return tuple(entries)
-
-
-def words(drawn: Scene, scale: float = 1) -> tuple[dict[str, Any], ...]:
-    """What is written: text, colour, bbox [x, y, width, height] in px, and whether no training picture shows it."""
-    return tuple(
-        {
-            "text": thing.text,
-            "colour": thing.colour,
-            "bbox": [float(round(side * scale)) for side in thing.box],
-            "heldout": scenes.is_heldout_word(thing.text),
-        }
-        for thing in drawn.words
-    )
-
-
-def scene_of(index: int, split: Split = "heldout", **options: Any) -> Scene:
-    """The layout of picture `index`; `options` as in `embedlens.samples.miniworld.scene.scene`."""
-    return scenes.scene(scenes.rng_of(split, index), split, **options)
 
 
 def sample(index: int, split: str = "heldout", scale: float = 1, **options: Any) -> Sample:
@@ -93,10 +70,7 @@ def sample(index: int, split: str = "heldout", scale: float = 1, **options: Any)
         index: any number from 0; the same index is the same picture on every machine.
         split: "train" or "heldout".
         scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
-        options: of the layout: objects, repeated, words, tiny, textured, square.
-
-    Raises:
-        EmbedLensError: unknown split, index below 0 or scale of 0 or less.
+        options: of the layout, see `embedlens.samples.miniworld.scene.scene`.
     """
     if split not in ("train", "heldout"):
         raise EmbedLensError(f"unknown split {split!r}: use 'train' or 'heldout'")
@@ -119,14 +93,6 @@ def of_scene(
     """A layout of your own as a sample."""
     from embedlens.samples import Sample
 
-    width, height = draw.pixels(drawn.width, drawn.height, scale)
-    return Sample(
-        id=image_id,
-        width=width,
-        height=height,
-        annotations=instances(drawn, image_id, scale),
-        captions=captions,
-        questions=questions,
-        category_names=CATEGORY_NAMES,
-        draw=partial(draw.picture, drawn, scale),
-    )
+    size, entries = draw.pixels(drawn.width, drawn.height, scale), instances(drawn, image_id, scale)
+    picture = partial(draw.picture, drawn, scale)
+    return Sample(image_id, *size, entries, captions, questions, CATEGORY_NAMES, picture)

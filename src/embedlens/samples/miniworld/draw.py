@@ -51,10 +51,8 @@ def _tile(kind: str) -> np.ndarray:
         grain = (_cloud(rng, (60, 4)) * 2 + _cloud(rng, (14, 3))) // 3
         tile = _mixed((112, 70, 36), (196, 146, 92), grain)
         tile[y[:, 0] % 28 == 0] = (74, 46, 26)
-    elif kind == "noise":
+    else:  # noise
         tile = 40 + rng.integers(0, 176, (TILE, TILE, 1), dtype=np.int32) + np.zeros(3, np.int32)
-    else:
-        raise ValueError(f"unknown background {kind!r}")
     return np.clip(tile, 0, 255).astype(np.uint8)
 
 

@@ -39,13 +39,7 @@ def article(phrase: str) -> str:
 
 def at(place: str) -> str:
     """'at the top left', 'in the center', 'on the left'."""
-    return (
-        f"in the {place}"
-        if place == "center"
-        else f"on the {place}"
-        if place in ("left", "right")
-        else f"at the {place}"
-    )
+    return f"{'in' if place == 'center' else 'on' if place in ('left', 'right') else 'at'} the {place}"
 
 
 def described(thing: Thing) -> str:
@@ -98,13 +92,8 @@ def caption(
     place_first: float = 0.5,
     reading_order: float = 0.5,
 ) -> str:
-    """Everything in the picture with its colour and place; the background is mentioned sometimes, as in COCO.
-
-    Args:
-        mention_background: share of captions that name it.
-        place_first: share of captions that say where before what ("at the top a dog").
-        reading_order: share of captions that go from top left to bottom right; the others are shuffled.
-    """
+    """Everything in the picture with its colour and place; shares of captions that name the background, as in COCO,
+    that say where before what ("at the top a dog"), and that go from top left to bottom right, not shuffled."""
     phrases = _phrases(scene, rng.random() < place_first)
     if rng.random() >= reading_order:
         rng.shuffle(phrases)
@@ -153,8 +142,7 @@ def ask_object(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
-    things = [thing for thing in _unique(scene) if thing.colour]
-    if not things:
+    if not (things := [thing for thing in _unique(scene) if thing.colour]):
         return None
     thing = rng.choice(things)
     return Question(f"What color is the {thing.name}?", str(thing.colour), "general", "colour")
@@ -163,11 +151,8 @@ def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
 def _absent(scene: Scene, rng: random.Random, how: str) -> int:
     """A category that is not in the scene: any, or from the group of one that is (POPE's 'adversarial')."""
     present = {thing.category for thing in scene.objects}
-    pool: list[int] = []
-    if how == "adversarial":
-        pool = [
-            i for thing in scene.objects for i in BY_GROUP[CATEGORIES[thing.category or 0].group] if i not in present
-        ]
+    groups = [CATEGORIES[thing.category or 0].group for thing in scene.objects] if how == "adversarial" else []
+    pool = [i for group in groups for i in BY_GROUP[group] if i not in present]
     return rng.choice(pool or [i for i in range(len(CATEGORIES)) if i not in present])
 
 
@@ -195,8 +180,7 @@ def ask_count(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_where(scene: Scene, rng: random.Random) -> Question | None:
-    things = [thing for thing in _unique(scene) if region_is_clear(thing, scene)]
-    if not things:
+    if not (things := [thing for thing in _unique(scene) if region_is_clear(thing, scene)]):
         return None
     thing = rng.choice(things)
     return Question(f"Where is the {described(thing)}?", region(thing, scene), "general", "where")
@@ -237,10 +221,8 @@ def ask_choice(scene: Scene, rng: random.Random) -> Question | None:
 def ask_text(scene: Scene, rng: random.Random) -> Question | None:
     if len(scene.words) != 1:
         return None
-    text = scene.words[0].text
-    if len(text) == 1:
-        return Question("What character is written?", text, "ocr", "character")
-    return Question("What word is written?", text, "ocr", "word")
+    kind = "character" if len(scene.words[0].text) == 1 else "word"
+    return Question(f"What {kind} is written?", scene.words[0].text, "ocr", kind)
 
 
 def ask_text_colour(scene: Scene, rng: random.Random) -> Question | None:
@@ -250,8 +232,7 @@ def ask_text_colour(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def ask_box(scene: Scene, rng: random.Random) -> Question | None:
-    ways = [(reference, thing) for thing in scene.objects if (reference := _refer(thing, scene))]
-    if not ways:
+    if not (ways := [(reference, thing) for thing in scene.objects if (reference := _refer(thing, scene))]):
         return None
     reference, thing = rng.choice(ways)
     return Question(f"Give the box of {reference}.", box_text(padded_box(thing, scene)), "grounding", "box")
@@ -259,8 +240,7 @@ def ask_box(scene: Scene, rng: random.Random) -> Question | None:
 
 _ASKED = (ask_object, ask_colour, ask_existence, ask_count, ask_where, ask_relation, ask_choice, ask_text)
 ASK = {ask.__name__.removeprefix("ask_"): ask for ask in (*_ASKED, ask_text_colour, ask_box)}
-KINDS = (*(kind for kind in ASK if kind not in ("text", "text_colour", "box")), "character", "word")
-KINDS = (*KINDS, "text_colour", "box")
+KINDS = tuple(kind for name in ASK for kind in (("character", "word") if name == "text" else (name,)))
 
 
 def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:

@@ -28,7 +28,6 @@ SHAPES: tuple[tuple[int, int, float], ...] = (  # width, height at scale 1, shar
     (75, 112, 0.08),
     (63, 112, 0.05),
 )
-PLAIN = ("flat", "gradient")
 TEXTURES = ("grass", "sky", "water", "sand", "brick", "wood", "noise")
 
 # A picture's companions come from the same group this often, so that "adversarial" questions
@@ -61,7 +60,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    kind: str  # one of PLAIN or TEXTURES
+    kind: str  # flat, gradient or one of TEXTURES
     colours: tuple[str, ...]  # flat: 1, gradient: 2, texture: 0
     seed: int
 
@@ -94,10 +93,6 @@ def is_heldout_word(text: str) -> bool:
 
 def rng_of(split: Split, index: int) -> random.Random:
     """The only source of chance: split and index together, so that the two splits never share a stream."""
-    if split not in ("train", "heldout"):
-        raise ValueError(f"unknown split {split!r}: use 'train' or 'heldout'")
-    if index < 0:
-        raise ValueError(f"a picture's index is 0 or more, not {index}")
     return random.Random(f"miniworld/{split}/{index}")
 
 
@@ -117,11 +112,6 @@ def letters(rng: random.Random, split: Split, length: int) -> str:
             return text
 
 
-def _free(box: tuple[float, float, float, float], taken: list[tuple[float, float, float, float]]) -> bool:
-    x, y, w, h = box
-    return all(x >= a + c + 1 or a >= x + w + 1 or y >= b + d + 1 or b >= y + h + 1 for a, b, c, d in taken)
-
-
 def _place(
     rng: random.Random,
     size: tuple[int, int],
@@ -130,6 +120,10 @@ def _place(
     taken: list[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float] | None:
     """A free box whose longer side is `side`; shrinks after failures, None if there is no room."""
+
+    def free(x: float, y: float, w: float, h: float) -> bool:
+        return all(x >= a + c + 1 or a >= x + w + 1 or y >= b + d + 1 or b >= y + h + 1 for a, b, c, d in taken)
+
     width, height = size
     for attempt in range(24):
         if attempt % 6 == 5:
@@ -140,16 +134,9 @@ def _place(
             side *= 0.8
             continue
         box = (rng.randint(1, width - w - 1), rng.randint(1, height - h - 1), w, h)
-        if _free(box, taken):
+        if free(*box):
             return box
     return None
-
-
-def _side(rng: random.Random, crowd: int, tiny: float) -> float:
-    if rng.random() < tiny:
-        return rng.uniform(11, PATCH)
-    largest = 0.6 * LONG_SIDE if crowd <= 2 else 44 if crowd <= 4 else 34
-    return exp(rng.uniform(log(20), log(largest)))
 
 
 def _colour(rng: random.Random, split: Split, category: int, plain: float, avoid: tuple[str, ...]) -> str | None:
@@ -193,11 +180,9 @@ def scene(
     writing: float = 1.0,
     square: bool = False,
 ) -> Scene:
-    """Draw a layout.
+    """Draw a layout. Held-out pictures may show held-out pairs and words, training pictures never do.
 
     Args:
-        rng: where all chance comes from.
-        split: held-out pictures may show held-out pairs and words, training pictures never do.
         objects: fewest and most objects.
         repeated: how often one category appears two to four times.
         words: how often a word is written, too.
@@ -219,6 +204,7 @@ def scene(
     others = max(others, fewest - copies)
     kinds = _categories(rng, 1 + others)
     crowd = copies + others
+    largest = 0.6 * LONG_SIDE if crowd <= 2 else 44 if crowd <= 4 else 34
 
     things: list[Thing] = []
     taken: list[tuple[float, float, float, float]] = []
@@ -237,13 +223,11 @@ def scene(
             things.append(Thing(None, ink, box, text=text, font=font))
             taken.append(box)
     for i, category in enumerate([kinds[0]] * copies + kinds[1:]):
-        if i < copies:
-            colour = shared if one_colour else _colour(rng, split, category, NATURAL, avoid)
-        else:
-            colour = _colour(rng, split, category, NATURAL, avoid)
+        colour = shared if one_colour and i < copies else _colour(rng, split, category, NATURAL, avoid)
         angle, mirrored = rng.choice(ANGLES), rng.random() < 0.5
         stamp = sprites.sprite(category, angle, mirrored)
-        box = _place(rng, (width, height), stamp.width / stamp.height, _side(rng, crowd, tiny), taken)
+        side = rng.uniform(11, PATCH) if rng.random() < tiny else exp(rng.uniform(log(20), log(largest)))
+        box = _place(rng, (width, height), stamp.width / stamp.height, side, taken)
         if box is not None:
             things.append(Thing(category, colour, box, angle, mirrored))
             taken.append(box)

@@ -46,8 +46,6 @@ FONTS = (*(f"DejaVu{face}.ttf" for face in ("Sans", "Sans-Bold", "Serif-Bold", "
 
 @lru_cache(maxsize=1)
 def _sheet() -> Image.Image:
-    if not ATLAS.exists():
-        raise FileNotFoundError(f"no sprite atlas at {ATLAS}: remake it with `python -m training.atlas`")
     with Image.open(ATLAS) as sheet:
         return sheet.convert("RGBA")
 
