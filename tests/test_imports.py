@@ -14,7 +14,7 @@ import embedlens
 MODULES = ["errors", "pictures", "patches", "families", "vlm", "words", "lenses", "probe", "__main__"]
 # The house, lowest floor first: a module imports from floors below, or from one that stands before it on its own.
 HOUSE = [
-    "errors model_names words printed pictures patches stats rules processes interventions",
+    "errors model_names batches words printed pictures patches stats rules processes interventions",
     "samples families prompts",
     "checks vlm loading",
     "lenses context tracing attention_maps engine cues readings",

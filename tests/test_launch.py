@@ -1,5 +1,7 @@
 """A notebook's first cell installs what is missing and does nothing elsewhere; buttons appear with the address."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,12 +79,47 @@ def test_where_it_is_missing_it_is_installed_from_the_checkout_or_the_repository
     monkeypatch.chdir(tmp_path / "notebooks")
     code = compile(launch.installing(address), "first cell", "exec")
     if installs is None:
-        with pytest.raises(ModuleNotFoundError, match="pip install it from the repository"):
+        with pytest.raises(ModuleNotFoundError, match="in a checkout .* or pip install .embedlens.notebook"):
             exec(code, {})
         return
     exec(code, {})
     ((python, *_, what),) = called
-    assert python == sys.executable and what.startswith("embedlens[book] @ ") and installs in what
+    assert python == sys.executable and what.startswith("embedlens[notebook] @ ") and installs in what
+
+
+def test_with_a_mounted_drive_what_is_measured_is_kept_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("EMBEDLENS_ROWS", "")  # so that it is put back as it was
+    monkeypatch.delenv("EMBEDLENS_ROWS")
+    code = launch.installing(ADDRESS)
+    exec(compile(code, "first cell", "exec"), {})
+    assert "EMBEDLENS_ROWS" not in os.environ
+    drive = tmp_path / "MyDrive"
+    drive.mkdir()
+    code = code.replace("/content/drive/MyDrive", str(drive))
+    exec(compile(code, "first cell", "exec"), {})
+    assert os.environ["EMBEDLENS_ROWS"] == str(drive / "embedlens-rows")
+    monkeypatch.setenv("EMBEDLENS_ROWS", "mine")
+    exec(compile(code, "first cell", "exec"), {})
+    assert os.environ["EMBEDLENS_ROWS"] == "mine"
+
+
+def test_what_a_page_alone_installs_leaves_the_kernel_and_what_builds_the_book_alone():
+    """The rest of the extra that builds the book is not needed to run a page: its modules are kept from importing."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = (re.search(rf"^{extra} = \[(.*?)\]", project, re.S | re.M)[1] for extra in ("notebook", "book"))
+    own, book_only = (set(re.findall('"([a-z0-9-]+)', each)) for each in lists)
+    assert not own & {"ipykernel", "jupyter-client", "jupyter-book", "torch", "transformers", "numpy"}
+    brought = {"ipykernel", "jupyter-client", "nbformat", "nbclient"}  # by myst-nb, in whatever version is there
+    modules = {"beautifulsoup4": "bs4", "jupyter-book": "jupyter_book"}
+    absent = [modules.get(name, name) for name in book_only - own - brought]
+    assert "papermill" in absent
+    program = f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+    program += "from embedlens import claims, figures, parameters\nfrom embedlens.book import glue\n"
+    program += (
+        'parameters.check({"n_images": 4}, ["", "n_images: int = 4", "# Parameters\\nn_images = 4"])\nglue("a", 1)'
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_setting_says_the_address(tmp_path):

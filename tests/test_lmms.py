@@ -8,14 +8,16 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import lmms_task
 import pytest
 import torch
 import yaml
+from lmms_task import TASK, write_task
 
 from embedlens import EmbedLensError, Prune, intervene, lmms, tasks
 from embedlens.groups import token_groups
 from embedlens.interventions import Silence
-from embedlens.lmms import Answerer, Asked, arm_of, batch_size_of, generation, one_question, until, write_task
+from embedlens.lmms import Answerer, Asked, arm_of, batch_size_of, generation, one_question, until
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms_eval = pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed: pip install lmms-eval")
@@ -168,10 +170,10 @@ def test_the_task_asks_the_questions_of_tasks_and_scores_as_it_does(tmp_path):
     file = write_task(tmp_path, KINDS, N)
     docs = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     for doc, item in zip(docs, asked(), strict=True):
-        assert lmms.text_of(doc) == item.question.text and doc["answer"] == item.question.answer
-        assert lmms.pictures_of(doc)[0].tobytes() == item.sample.image.tobytes()
-        assert lmms.scored(doc, [item.question.answer]) == {"right": 1.0}
-        assert lmms.scored(doc, ["nonsense"]) == {"right": 0.0}
+        assert lmms_task.text_of(doc) == item.question.text and doc["answer"] == item.question.answer
+        assert lmms_task.pictures_of(doc)[0].tobytes() == item.sample.image.tobytes()
+        assert lmms_task.scored(doc, [item.question.answer]) == {"right": 1.0}
+        assert lmms_task.scored(doc, ["nonsense"]) == {"right": 0.0}
     written = yaml.load(file.read_text().replace("!function ", ""), yaml.SafeLoader)
     assert Path(written["dataset_kwargs"]["data_files"]["test"]).is_file()
 
@@ -215,7 +217,7 @@ def test_without_lmms_eval_its_model_names_the_pip_command():
 def evaluate(tmp_path, model_args, *more):
     write_task(tmp_path / "task", KINDS, N)
     command = [sys.executable, "-m", "lmms_eval", "--model", lmms.MODEL, "--model_args", model_args]
-    command += ["--tasks", lmms.TASK, "--include_path", str(tmp_path / "task"), "--batch_size", "auto"]
+    command += ["--tasks", TASK, "--include_path", str(tmp_path / "task"), "--batch_size", "auto"]
     command += ["--log_samples", "--output_path", str(tmp_path / "out"), *more]
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
@@ -228,7 +230,7 @@ def test_lmms_eval_scores_the_answers_that_tasks_scores(tmp_path, intervention, 
     assert "embedlens" in {entry.name for entry in entry_points(group="lmms_eval.models")}
     done = evaluate(tmp_path, f"pretrained=miniature,intervention={intervention},device=cpu")
     assert done.returncode == 0, done.stderr[-3000:]
-    (samples,) = (tmp_path / "out").rglob(f"*samples_{lmms.TASK}.jsonl")
+    (samples,) = (tmp_path / "out").rglob(f"*samples_{TASK}.jsonl")
     rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
     given = [row["filtered_resps"] for row in rows]
     if intervention == "none":
@@ -240,7 +242,7 @@ def test_lmms_eval_scores_the_answers_that_tasks_scores(tmp_path, intervention, 
     assert given == expected
     right = [tasks.score(item.question, answer) for item, answer in zip(asked(), given, strict=True)]
     (results,) = (tmp_path / "out").rglob("*results.json")
-    score = json.loads(results.read_text())["results"][lmms.TASK]["right,none"]
+    score = json.loads(results.read_text())["results"][TASK]["right,none"]
     assert score == pytest.approx(sum(right) / len(right))
 
 

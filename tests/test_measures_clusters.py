@@ -1,12 +1,16 @@
 """Clusters of many pictures against their parts one by one; what the groups hold, counted by hand."""
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 import embedlens as el
 from embedlens import samples
@@ -137,3 +141,42 @@ def test_a_crowd_is_no_object(tiny, pictures, reference):
         by_group(tiny, [one], reference) for one in (sample, replace(sample, annotations=(*sample.annotations, crowd)))
     )
     assert plain == crowded
+
+
+class Wide:
+    """As much of a model as a study needs, of the width of LLaVA-1.5-7B, with few words and few tokens a picture."""
+
+    name, width, tokens, device = "wide", 4096, [str(i) for i in range(50)], torch.device("cpu")
+    input_embeddings = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))
+
+    def prompts(self, images, questions):
+        grid = SimpleNamespace(padded=torch.zeros(12, dtype=torch.bool))
+        rows = [torch.randn(12, self.width, generator=torch.Generator().manual_seed(i)) for i, _ in enumerate(images)]
+        return [SimpleNamespace(embeds=own.repeat(2, 1)[:12], visual=slice(None), grid=grid) for own in rows]
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file holds."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def test_memory_does_not_grow_with_the_pictures():
+    """10,000 pictures of COCO's size in less than 2 GB, at the three thresholds of chapter 01."""
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("memory is read where Linux says it")
+
+    def pictures_of(n):
+        sample = samples.load("miniworld", n=1)[0]
+        listed = [replace(sample, id=i, draw=partial(Image.effect_noise, (640, 480), 50)) for i in range(n)]
+        return list(samples.readable(listed))
+
+    def studied(pictures):
+        return cluster_study(Wide(), pictures, thresholds=(0.95, 0.9, 0.8))[0.9, "greedy"]
+
+    kept = [studied(pictures_of(20))]  # whatever comes once is there
+    before = anonymous_memory()
+    many = pictures_of(220)
+    kept.append(studied(many))
+    kept[-1].similarity(picture_pairs(len(many)), null=True)
+    grown = (anonymous_memory() - before) / len(many)
+    assert grown < 2 * 10**9 / 10_000, f"{grown / 1e6:.2f} MB a picture"

@@ -24,7 +24,7 @@ def test_a_chapter_that_takes_quantize_loads_with_it_and_signs_what_it_measures_
     if "quantize" in book.declared_parameters(ROOT / page):
         lines = [line for cell in book.read(ROOT / page)["cells"] for line in cell["source"].splitlines()]
         assert [line for line in lines if "el.load(" in line] == [
-            "vlm = el.load(model, device=device, quantize=quantize or None)"
+            "vlm = el.load(model, device=device, dtype=dtype, quantize=quantize or None)"
         ]
         assert any(line.startswith("model = vlm.name") for line in lines), "its record would replace the whole model's"
 

@@ -21,6 +21,7 @@ SOUND = {
     "n_images": 4,
     "seed": 0,
     "device": "cpu",
+    "dtype": "auto",
     "quantize": "",
     "out": "",
 }
@@ -43,6 +44,7 @@ def test_sound_parameters_pass():
         ({"seed": -1}, "seed is -1: pass a whole number, 0 or more"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit' or '8bit', or leave it out"),
+        ({"dtype": "int8"}, "dtype is 'int8': pass 'auto' or one of 'float32', 'float16', 'bfloat16'"),
         ({"quantize": 4}, "quantize is 4: pass '4bit' or '8bit', or leave it empty"),
         ({"quantize": "4bit"}, "quantize='4bit' needs a CUDA GPU"),
         ({"quantize": "4bit", "device": "gpu"}, "unknown device 'gpu'"),
@@ -75,6 +77,13 @@ def test_quantisation_needs_a_gpu_to_run_on_and_its_package(device, packages, se
     monkeypatch.setattr(loading, "find_spec", lambda name: object() if name in packages else None)
     with nullcontext() if sentence is None else pytest.raises(EmbedLensError, match=sentence):
         check({**SOUND, "device": device, "quantize": "4bit"})
+
+
+def test_a_chapter_says_what_it_takes_before_it_starts_and_the_miniature_is_small(tiny_folder, capsys):
+    check(SOUND)
+    assert capsys.readouterr().out == ""
+    check({**SOUND, "model": str(tiny_folder)})
+    assert capsys.readouterr().out.startswith("memory: about ")
 
 
 @pytest.mark.parametrize(

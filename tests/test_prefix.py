@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
+from twins import BY_FAMILY
 
 import embedlens as el
 from embedlens import (
@@ -153,6 +154,20 @@ def test_every_kind_of_intervention_answers_the_same(tiny, ids, kernel):
         assert prefix.answers(tiny, cases, N_TOKENS) == [alone(tiny, case) for case in cases]
     finally:
         tiny.hf.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("family", BY_FAMILY)
+def test_every_family_answers_the_same(twin_of, ids, family):
+    _, model = twin_of(BY_FAMILY[family])
+    ids(model)
+    prompts = prompts_of(model, 2, 2)
+    rng = np.random.default_rng(0)
+    masks = {id(p.pixel_values): drawn(rng, len(p.grid)) for p in prompts}
+    plans = [[(), (Prune(masks[id(p.pixel_values)]),), (Silence("mlp"), Rescale(0.5))] for p in prompts]
+    cases = [Case(prompt, plan) for prompt, own in zip(prompts, plans, strict=True) for plan in own]
+    assert prefix.answers(model, cases, 4) == [alone(model, case, 4) for case in cases]
+    plain = prompts[0].positions is None and prompts[0].deep is None
+    assert prefix._SHARING.get(model, False) == plain  # those that can share do
 
 
 def test_answers_that_end_early_change_no_other(tiny, ids, monkeypatch):

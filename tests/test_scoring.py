@@ -61,6 +61,9 @@ choice    | A   | A, B                                            | 0
 choice    | B   | A hot dog.                                      | 0
 choice    | B   | Both                                            | 0
 choice    | B   | not B                                           | 0
+choice    | B   | B. The picture shows a dog.                     | 1
+choice    | B   | B. 0.45, at the top left                        | 0
+choice    | B   | B, 0.45, red, a dog                             | 0
 choice    | D   | There is a bus.                                 | 1
 colour    | red | The car is red.                                 | 1
 colour    | red | red and white                                   | 0
@@ -69,6 +72,7 @@ colour    | red | reddish                                         | 0
 colour    | purple | Violet                                       | 1
 relation  | left | The dog is to the left of the cat.             | 1
 relation  | left | above and to the left                          | 0
+relation  | below | below, 0.38, 0.62, 0.66]                      | 0
 where     | top left | in the top-left corner                     | 1
 where     | left | top left                                       | 0
 object    | dog | It is a dog.                                    | 1
@@ -177,6 +181,8 @@ def test_a_box_is_in_the_frame_and_unit_of_its_family_and_fits_into_the_answer(t
 
 
 def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_testable(tiny, monkeypatch):
+    monkeypatch.setattr(tasks, "GUARD", 8)
+    monkeypatch.setattr(tasks, "MOST_GUARD", 24)
     items = [*tasks.questions("existence", 40), *tasks.questions("colour", 40)]
     right = {(i.sample.id, i.question.text): i.question.answer for i in items}
     asked = []
@@ -198,13 +204,16 @@ def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_test
     monkeypatch.setattr(type(tiny), "answers", answers)
     with pytest.warns(UserWarning, match="'hallucination' rightly.* about another picture"):
         unable = tasks.able(tiny, items)
-    assert list(unable) == ["hallucination"] and len(unable["hallucination"]) == tasks.GUARD
-    assert len(asked) == 2 * 2 * tasks.GUARD
-    assert list(tasks.able(tiny, items)) == ["hallucination"] and len(asked) == 4 * tasks.GUARD  # known by now
+    assert list(unable) == ["hallucination"] and len(unable["hallucination"]) == 24
+    assert len(asked) == 2 * (24 + 8)  # about colours eight are enough
+    assert list(tasks.able(tiny, items)) == ["hallucination"] and len(asked) == 2 * (24 + 8)  # known by now
+    monkeypatch.setattr(type(tiny), "prompts", original)
     monkeypatch.undo()
+    monkeypatch.setattr(tasks, "GUARD", 8)
+    monkeypatch.setattr(tasks, "MOST_GUARD", 24)
     table = run_arms(tiny, items, [BASELINE, everywhere("same", Silence("mlp"))])
     counts = table[table.arm == "same"].groupby("family").agg(asked=("item", "size"), testable=("testable", "all"))
-    assert counts.asked.to_dict() == {"general": 40, "hallucination": tasks.GUARD}
+    assert counts.asked.to_dict() == {"general": 40, "hallucination": 24}
     assert counts.testable.to_dict() == {"general": True, "hallucination": False}
 
 

@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from test_study import LAUNCHED
 from typer.testing import CliRunner
 
-from embedlens import EmbedLensError, records
+from embedlens import EmbedLensError, load, records, sweep, tasks
 from embedlens.__main__ import app
 from embedlens.measures import anatomy
 from embedlens.studies import STUDIES, run_named
 
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 RECORD = "results/miniature/09_other_models.json"
 
 
@@ -28,9 +33,7 @@ def long_sides(model, sample):
 def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
     two = tmp_path / "two"
     two.mkdir()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [*launch, "-m", "embedlens", "run", "other_models", "-n", "5", "--batch-size", "2", "--device", "cpu"]
+    command = [*LAUNCH, "-m", "embedlens", "run", "other_models", "-n", "5", "--batch-size", "2", "--device", "cpu"]
     command += ["--results", "results"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, timeout=600)
@@ -46,6 +49,68 @@ def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
     assert (one / RECORD).read_text() == (two / RECORD).read_text()
     assert (one / "runs/miniature/other_models/table.csv").read_bytes() == (rows / "table.csv").read_bytes()
     assert json.loads((one / RECORD).read_text())["n_images"] == 5
+
+
+@pytest.mark.slow
+def test_a_chapter_in_two_processes_writes_the_record_that_one_writes(tmp_path):
+    """As the page says: the notebook with its parameters, as a script, behind a launcher."""
+    from nbformat import read
+
+    record, parameters = "results/miniature/01_motivation_clustering.json", {"n_images": 4, "out": "results"}
+    cells = read(ROOT / "notebooks/01_motivation_clustering.ipynb", as_version=4)["cells"]
+    lines = [
+        cell["source"] + f"\nglobals().update({parameters})" * ("parameters" in cell["metadata"].get("tags", []))
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    found = {}
+    for name, launch in {"one": [sys.executable], "two": LAUNCH}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "chapter.py").write_text("\n".join(lines), encoding="utf-8")
+        rows = environment | {"EMBEDLENS_ROWS": str(folder / "rows")}
+        done = subprocess.run(
+            [*launch, "chapter.py"], cwd=folder, env=rows, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = (folder / record).read_text(encoding="utf-8")
+    assert found["one"] == found["two"] and json.loads(found["one"])["n_images"] == 4
+
+
+def test_a_sweep_is_dealt_out_to_processes_chunk_by_chunk(tmp_path):
+    """The longest part of chapters 03, 04, 07 and 08."""
+    child = "import sys; from accelerate import debug_launcher; import test_studies as t; "
+    child += "debug_launcher(t.swept, (sys.argv[1],), num_processes=2)"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, alone = (pd.read_pickle(tmp_path / f"{name}.pkl") for name in ("0", "1", swept(tmp_path)))
+    pd.testing.assert_frame_equal(first, alone)
+    pd.testing.assert_frame_equal(second, alone)
+    chunks = [set((tmp_path / f"answered-{rank}").read_text().split()) for rank in (0, 1)]
+    assert all(chunks) and not chunks[0] & chunks[1]
+
+
+def swept(folder: Path | str) -> str:
+    """A sweep of six questions in chunks of two; what this process answered lies beside the table."""
+    rank = str(torch.distributed.get_rank()) if torch.distributed.is_initialized() else "alone"
+    model, items = load("miniature", device="cpu"), tasks.questions("existence", 6, 0)
+    answered: list[str] = []
+
+    def some(model, items, *more):
+        answered.extend(map(str, items))
+        return real(model, items, *more)
+
+    real, sweep._rows_of = sweep._rows_of, some
+    chunk, sweep.CHUNK = sweep.CHUNK, 1
+    try:
+        table = sweep.run_arms(model, items, [sweep.BASELINE], lambda _, prompts: [None] * len(prompts), batch_size=2)
+    finally:
+        sweep._rows_of, sweep.CHUNK = real, chunk
+    table.to_pickle(Path(folder, f"{rank}.pkl"))
+    Path(folder, f"answered-{rank}").write_text(" ".join(answered))
+    return rank
 
 
 def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, monkeypatch):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from dataclasses import replace
 
-import pandas as pd
 import pytest
-from sklearn.metrics import f1_score
 
 from embedlens import EmbedLensError, tasks
 from embedlens.samples import Question
@@ -85,17 +82,6 @@ def test_one_patch_objects_touch_one_cell_only():
         assert max(w, h) == 14
 
 
-def test_scoring():
-    box = Question("Give the box of the dog.", "[0.10, 0.10, 0.50, 0.50]", "grounding", "box")
-    assert tasks.score(box, "[0.12, 0.10, 0.50, 0.52]") == 1
-    assert (
-        tasks.score(box, "[0.60, 0.60, 0.90, 0.90]") == tasks.score(box, "dog") == tasks.score(box, "[0.1, 0.2]") == 0
-    )
-    name = Question("What is it?", "wine glass", "general", "object")
-    assert tasks.score(name, " Wine glass.") == 1
-    assert tasks.score(name, "wine") == tasks.score(name, "") == 0
-
-
 def grounding(width, height, box):
     sample = tasks.questions("box", 1)[0].sample
     question = Question(
@@ -128,28 +114,6 @@ def test_a_perfect_padded_answer_is_right_and_can_be_wrong_in_the_original_frame
     assert tasks.box_score(wide, "dog") == tasks.box_score(wide, "dog", "original") == 0
 
 
-def test_the_family_score_is_the_mean_of_its_metrics_and_avg_the_mean_of_families():
-    rng = random.Random(0)
-    rows = []
-    for family, metrics in tasks.FAMILIES.items():
-        for place, kind in enumerate(kind for metric in metrics for kind in metric.kinds):
-            for _ in range(3 + 2 * place):  # unequal numbers: pooling would give something else
-                answer, prediction = rng.choice(["yes", "no"]), rng.choice(["yes", "No", "Yes.", "red"])
-                correct = float(prediction.lower().rstrip(".") == answer)
-                rows.append((family, kind, answer, prediction, correct))
-    table = pd.DataFrame(rows, columns=["family", "kind", "answer", "prediction", "correct"])
-    found = tasks.family_scores(table)
-    for family in ("general", "ocr", "grounding"):
-        part = table[table.family == family]
-        assert found[family] == pytest.approx(part.groupby("kind").correct.mean().mean())
-    assert found["general"] != pytest.approx(table[table.family == "general"].correct.mean(), abs=1e-6)
-    pope = table[table.family == "hallucination"]
-    said = [prediction.lower().rstrip(".") == "yes" for prediction in pope.prediction]
-    assert found["hallucination"] == pytest.approx(f1_score(pope.answer == "yes", said))
-    assert found["Avg"] == pytest.approx(sum(found[family] for family in tasks.FAMILIES) / 4)
-    assert "Avg" not in tasks.family_scores(table[table.family != "ocr"])
-
-
 def test_swapping_shows_another_picture_for_the_same_question(miniature):
     items = tasks.questions("colour", n=4)
     own, other = tasks.evaluate(miniature, items), tasks.evaluate(miniature, items, swap=True)
@@ -171,12 +135,5 @@ def test_bad_requests_say_what_to_do(miniature):
         tasks.box_score(colour, "red")
     with pytest.raises(EmbedLensError, match="unknown frame 'mine'"):
         tasks.box_score(colour, "red", "mine")
-    answers = pd.DataFrame(
-        {"family": ["ocr"], "kind": ["word"], "answer": ["AB"], "prediction": [""], "correct": [0.0]}
-    )
-    with pytest.raises(EmbedLensError, match="no answer of ocr is to character"):
-        tasks.family_scores(answers)
-    with pytest.raises(EmbedLensError, match="several answers to a question"):
-        tasks.family_scores(pd.concat([answers, answers]).assign(item=0))
     with pytest.raises(EmbedLensError, match="no questions"):
         tasks.evaluate(miniature, [])

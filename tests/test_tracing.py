@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from benchmarks.sweep import eager
 from embedlens import load
 from embedlens.errors import EmbedLensError
-from embedlens.tracing import sublayer_names, trace, traces
+from embedlens.tracing import trace, traces
 
 
 def pictures(n: int) -> list[Image.Image]:
@@ -28,13 +29,8 @@ def random_masks(prompt, seed=0):
 
 def eager_weights(model, prompt):
     """The full attention weights [layers, heads, s, s], by the stock model's own eager kernel."""
-    kernel = model.hf.config.text_config._attn_implementation
-    model.hf.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            output = model.decoder(inputs_embeds=prompt.embeds[None], output_attentions=True, use_cache=False)
-    finally:
-        model.hf.set_attn_implementation(kernel)
+    with eager(model), torch.no_grad():
+        output = model.decoder(inputs_embeds=prompt.embeds[None], output_attentions=True, use_cache=False)
     return torch.cat(output.attentions)
 
 
@@ -72,13 +68,11 @@ def test_many_masks_are_more_than_a_head_is_wide(tiny):
     assert_close(torch.stack(list(seen.attention.values()), -1), weights, atol=1e-5, rtol=1e-4)
 
 
-def test_sublayers_are_named_in_order(tiny):
+def test_sublayers_stand_in_order(tiny):
     seen = trace(tiny, prompts_of(tiny, 1)[0])
-    names = sublayer_names(tiny.n_layers)
-    assert len(names) == len(seen.sublayers)
-    assert torch.equal(seen.sublayers[names.index("MHA-2")], seen.resid_mid[1])
-    assert torch.equal(seen.sublayers[names.index("MLP-2")], seen.resid_post[1])
-    assert torch.equal(seen.sublayers[0], seen.resid_pre[0]) and torch.equal(seen.resid_post[0], seen.resid_pre[1])
+    parts = [part for pair in zip(seen.resid_mid, seen.resid_post, strict=True) for part in pair]
+    assert torch.equal(seen.sublayers, torch.stack([seen.resid_pre[0], *parts]))
+    assert torch.equal(seen.resid_post[0], seen.resid_pre[1])
 
 
 def test_nothing_is_left_behind_even_after_an_exception(tiny):

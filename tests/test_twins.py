@@ -5,13 +5,12 @@ Its numbers and its map of patches are in test_families.py.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
+from chapters import NOTEBOOKS, run_chapter
 from twins import TWINS, save_twin
 
 import embedlens as el
@@ -21,7 +20,6 @@ from embedlens.readings import ARTICLES, Protocol, Reader
 from embedlens.samples import load as load_samples
 from embedlens.words import textless_ids
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 CHAPTERS = ("01_motivation_clustering", "02_embedlens_vs_logitlens")
 INTERNVL = "OpenGVLab/InternVL3-8B-hf"
 
@@ -68,10 +66,6 @@ def test_a_placeholder_beyond_the_embedding_is_no_row_but_a_word_is_refused(tmp_
         el.load(folder, device="cpu")
 
 
-def targets(node):
-    return node.targets if isinstance(node, ast.Assign) else []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_what_the_first_chapters_compute_runs(model, chapter, tmp_path, monkeypatch):
@@ -88,15 +82,6 @@ def test_what_the_first_chapters_compute_runs(model, chapter, tmp_path, monkeypa
             progress_bar=False,
         )  # fmt: skip
     else:
-        monkeypatch.setattr(el, "load", lambda *_, **__: model)
-        monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)  # this is about running, not about what is found
-        names: dict = {}
-        for cell in json.loads((NOTEBOOKS / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code":
-                tree = ast.parse("".join(cell["source"]))
-                tree.body = [node for node in tree.body if "figure" not in [ast.unparse(t) for t in targets(node)]]
-                exec(compile(tree, chapter, "exec"), names)
-                if "parameters" in cell["metadata"].get("tags", ()):
-                    names |= parameters
+        run_chapter(chapter, model, monkeypatch, **parameters)
     (record,) = tmp_path.rglob(f"{chapter}.json")
     assert json.loads(record.read_text())["n_images"] == 5

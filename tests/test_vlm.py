@@ -392,7 +392,8 @@ def test_quantisation_that_is_not_to_run_on_a_gpu_gets_its_sentence(tiny_folder,
 
 
 def test_a_quantised_model_is_called_so_and_has_records_of_its_own(tiny_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "_quantization", lambda quantize, place: None)  # the weights stay whole here
+    monkeypatch.setattr(loading, "check_quantization", lambda *_: None)
+    monkeypatch.setattr(loading, "_quantization", lambda *_: None)  # the weights stay whole here
     whole, packed = (load(tiny_folder, device="cpu", quantize=quantize) for quantize in (None, "4bit"))
     assert (whole.name, packed.name) == (str(tiny_folder), f"{tiny_folder}@4bit")
     files = [claims.write(tmp_path, model.name, "01", 2, 0, {}, {}) for model in (whole, packed)]

@@ -138,8 +138,9 @@ def folded(notebook: Notebook) -> Notebook:
             opens = "All verdicts of this page, and its record"
         elif "hide-input" in tags or "parameters" in tags or judges:
             cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-input"]
-            parameters = "Parameters" if "parameters" in tags else "Code"
-            opens = "Code of this verdict" if judges else "Code of this figure" if draws else parameters
+            other = "Imports" if code.startswith(("import ", "from ")) else "Code"
+            other = "Parameters" if "parameters" in tags else other
+            opens = "Code of this verdict" if judges else "Code of this figure" if draws else other
         else:
             continue
         cell["metadata"].setdefault("mystnb", {}).setdefault("code_prompt_show", opens)

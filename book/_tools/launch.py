@@ -43,16 +43,23 @@ def installing(address: str) -> str:
     if not address:
         home = """
     if not Path("../pyproject.toml").is_file():
-        raise ModuleNotFoundError("embedlens is missing: pip install it from the repository of this notebook")
+        raise ModuleNotFoundError(
+            "embedlens is missing: open this notebook in a checkout of its repository, or pip install "
+            "'embedlens[notebook] @ git+…' with the repository's address"
+        )
     home = Path("..").resolve().as_uri()"""
     return f"""\
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 if importlib.util.find_spec("embedlens") is None:  # as on Colab; elsewhere this cell does nothing{home}
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"embedlens[book] @ {{home}}"], check=True)"""
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"embedlens[notebook] @ {{home}}"], check=True)
+drive = Path("/content/drive/MyDrive")
+if drive.is_dir():  # Colab's, mounted: after a disconnect what was measured is found there
+    os.environ.setdefault("EMBEDLENS_ROWS", str(drive / "embedlens-rows"))"""
 
 
 def stated(notebook: Any) -> str | None:

@@ -153,9 +153,11 @@ def _warn_of_the_miniature(model: str) -> None:
 def models() -> None:
     """List the supported families with sizes, limits and tested versions, and the facts of the shipped miniature."""
     from embedlens.families import FAMILIES, TESTED_WITH
+    from embedlens.memory import CARDS
     from embedlens.released import sizes
 
     table = sizes()
+    typer.echo("Below each model: how many pictures run at a time on a card, in 16 / 8 / 4 bit (–: not one).")
     for family in FAMILIES:
         typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
         for example in family.EXAMPLES:
@@ -164,6 +166,7 @@ def models() -> None:
                 f"  {example}: {size['parameters']} parameters; with one picture about {size['bfloat16']} GiB in "
                 f"bfloat16, {size['4 bit']} GiB in 4 bit"
             )
+            typer.echo("    " + ", ".join(f"{card}: {size[card]}" for card in CARDS))
         for limit in family.LIMITS:
             typer.echo(f"  note: {limit}")
     typer.echo(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import index
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedlens.errors import EmbedLensError
-from embedlens.tracing import attending
+from embedlens.tracing import reading
 from embedlens.vlm import Prompt, VisionLanguageModel
 
 NEUTRAL = "Write a general description of the image."
@@ -99,7 +97,7 @@ def _run(
 ) -> Float[Tensor, "layers *batch n_visual"]:
     """What `read` makes of each layer's attention, given which positions are visual; 0 for tokens that were removed."""
     model.check_length(prompt, len(ids))
-    whole, kept = _followed_by(model, prompt, ids), list[Tensor]()
+    whole, kept = followed_by(model, prompt, ids), list[Tensor]()
     with model.running([whole]) as (entered,):
 
         def take(weights: Float[Tensor, "h q s"]) -> None:
@@ -107,7 +105,12 @@ def _run(
                 raise EmbedLensError("an intervention changes the sequence between layers: read attention without it")
             kept.append(read(weights, entered.visual.to(weights.device)).cpu())
 
-        with _reading(model, queries, take):
+        rows = slice(-queries, None)
+        with reading(
+            model,
+            lambda query, key, mask, scaling: take(_weights(query[:, :, rows], key, mask, scaling)[0]),
+            lambda weights: take(weights[0, :, rows].float()),
+        ):
             model.decoder(inputs_embeds=entered.embeds[None], attention_mask=None, use_cache=False)
     given = torch.stack(kept)
     if len(entered) == len(whole):
@@ -162,7 +165,7 @@ def relative(
     return found / neutral.clamp(min=torch.finfo(neutral.dtype).tiny)
 
 
-def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " tokens"]) -> Prompt:
+def followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " tokens"]) -> Prompt:
     """The prompt with text behind it, which stands at the positions that generation would give it."""
     if not len(ids):
         return prompt
@@ -186,48 +189,12 @@ def _followed_by(model: VisionLanguageModel, prompt: Prompt, ids: Int[Tensor, " 
     )
 
 
-@contextmanager
-def _reading(
-    model: VisionLanguageModel, queries: int, take: Callable[[Float[Tensor, "h q s"]], None]
-) -> Iterator[None]:
-    """Take the attention of the last `queries` rows to all keys, layer by layer, while the forward runs."""
-    kernel = model.decoder.config._attn_implementation
-    owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
-    if kernel == "eager":  # which hands its weights out
-        hooks = [
-            owner.register_forward_hook(lambda module, args, output: take(output[1][0, :, -queries:].float()))
-            for owner in owners
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return
-    if kernel != "sdpa":
-        raise EmbedLensError(
-            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
-        )
-
-    def attend(
-        stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> Any:
-        if module in owners:
-            take(_weights(query[:, :, -queries:], key, mask, options.get("scaling"))[0])
-        return stock(module, query, key, value, mask, **options)
-
-    with attending(attend):
-        yield
-
-
 def _weights(
-    query: Float[Tensor, "b h q c"], key: Float[Tensor, "b kv s c"], mask: Tensor | None, scaling: float | None
+    query: Float[Tensor, "b h q c"], key: Float[Tensor, "b h s c"], mask: Tensor | None, scaling: float
 ) -> Float[Tensor, "b h q s"]:
     """softmax(q k^T) of the last q rows of a causal sequence, float32."""
-    queries, width = query.shape[2:]
-    shared = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # heads that share a key stand together
-    scores = shared @ key.float().mT  # products rounded to bfloat16 are 4 % off
-    scores = scores.unflatten(2, (-1, queries)).flatten(1, 2) * (width**-0.5 if scaling is None else scaling)
+    queries = query.shape[2]
+    scores = query.float() @ key.float().mT * scaling  # products rounded to bfloat16 are 4 % off
     if mask is None:
         last = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
         mask = last.tril(key.shape[2] - queries)
@@ -247,7 +214,7 @@ def generated(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int = 
     ends = set(own) if isinstance(own, (list, tuple)) else {own}
     ids: list[int] = []
     while len(ids) < max_new_tokens:
-        whole = _followed_by(model, prompt, torch.tensor(ids, dtype=torch.long))
+        whole = followed_by(model, prompt, torch.tensor(ids, dtype=torch.long))
         chosen = int(model.logits(whole)[-1].argmax())
         if chosen in ends:
             break

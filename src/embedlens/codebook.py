@@ -283,7 +283,7 @@ def build(
         "recipe": repr(recipe),
         "protocol": repr(protocol),
     }
-    columns = dict(zip(COLUMNS, (part[keep] for part in (ids, *found, labels)), strict=True))
+    columns = {name: part[keep] for name, part in zip(COLUMNS, (ids, *found, labels), strict=True)}
     book = Codebook(pool[keep], **columns, model=model.name, provenance=provenance)
     return book, Stages(sum(len(score.places) for score in scores), candidates, len(pool), len(book))
 

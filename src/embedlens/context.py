@@ -11,12 +11,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError, writing
 from embedlens.lenses import EmbedLens
 from embedlens.vlm import Prompt, VisionLanguageModel
@@ -115,9 +117,8 @@ class ContextLens(EmbedLens):
                     wanted.append((row, token))
             kept_texts += [text for text, _, _ in batch]
             if wanted:
-                rows, at = (torch.tensor(part, device=model.device) for part in zip(*wanted, strict=True))
-                stream = _stream(model, [ids for _, ids, _ in batch])
-                vectors.append(torch.stack([stream[layer].to(model.device)[rows, at].float() for layer in layers]))
+                read = partial(_read, model, layers, wanted)
+                vectors.append(torch.cat(list(in_batches(read, [ids for _, ids, _ in batch])), dim=1))
             if (len(places) + 1) * len(layers) > most:
                 break
         if not vectors:
@@ -229,6 +230,20 @@ def _batches(model: VisionLanguageModel, texts: Iterable[str], size: int):
             batch = []
     if batch:
         yield batch
+
+
+def _read(
+    model: VisionLanguageModel,
+    layers: Sequence[int],
+    wanted: Sequence[tuple[int, int]],
+    start: int,
+    ids: Sequence[Sequence[int]],
+) -> list[Float[Tensor, "layers words d"]]:
+    """Wanted tokens, (row, token), of the texts from row `start` on."""
+    own = [(row - start, token) for row, token in wanted if start <= row < start + len(ids)]
+    rows, at = torch.tensor(own, dtype=torch.long, device=model.device).reshape(-1, 2).T
+    stream = _stream(model, ids)
+    return [torch.stack([stream[layer].to(model.device)[rows, at].float() for layer in layers])]
 
 
 def _stream(model: VisionLanguageModel, ids: Sequence[Sequence[int]]) -> list[Float[Tensor, "b s d"]]:

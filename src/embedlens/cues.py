@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PatchGrid
 from embedlens.tracing import reading
@@ -56,7 +57,8 @@ def features_of(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[F
         for name, module in model.hf.get_submodule(tower).named_modules() if tower else ():
             if found := wanted.search(name):
                 hooks.callback(module.register_forward_hook(partial(_keep, seen, found[0])).remove)
-        states = model.tower_states_of(prompts)
+        inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
+        states = model.family.tower_states(model.hf, inputs)  # all in one pass: of halves the hooks would keep the last
     if any(len(value) != len(prompts) for value in seen.values()):  # tiles: rows of the tower are no pictures
         seen.clear()
     block = model.feature_layer - 1
@@ -143,7 +145,8 @@ def attention_of(
 
     What comes after those layers is not run.
     """
-    for start, batch in model.batches(prompts, batch_size):
+
+    def run(start: int, batch: Sequence[Prompt]) -> Iterator[Tensor]:
         with model.running(batch, start, len(prompts)) as entered:
             layers: list[list[Tensor]] = []
             embeds, mask = model.padded(entered)
@@ -153,6 +156,8 @@ def attention_of(
         for row, prompt in enumerate(entered):
             places = prompt.visual.nonzero()[:, 0]
             yield torch.stack([layer[row][:, places.to(layer[row].device)] for layer in layers])
+
+    return in_batches(run, prompts, batch_size)
 
 
 def raters(prompt: Prompt) -> Int[Tensor, " r"]:

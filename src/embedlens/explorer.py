@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from embedlens.attention_maps import NEUTRAL, attention, generated, question_ids, relative, rollout
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError, writing
 from embedlens.figures import patch_words
 from embedlens.groups import Reference, reference_of, token_groups
@@ -258,14 +259,17 @@ def _scene(
 @torch.no_grad()
 def alone(model: VisionLanguageModel, prompt: Prompt, k: int = 5) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k likeliest first words of the answer for each visual token as the only one: (probabilities, ids)."""
-    n, found = len(prompt.grid), []
+    n = len(prompt.grid)
     singles = [prompt.without(torch.arange(n, device=prompt.ids.device) != place) for place in range(n)]
-    for start, batch in model.batches(singles, AT_ONCE):
+
+    def run(start: int, batch: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:
         with model.running(batch, start, n) as entered:
             embeds, padding = model.padded(entered)
             logits = model.hf(inputs_embeds=embeds, attention_mask=padding, use_cache=False).logits[:, -1]
-        found.append(logits[:, : len(model.tokens)].float().softmax(-1).topk(k))
-    return torch.cat([part.values for part in found]).cpu(), torch.cat([part.indices for part in found]).cpu()
+        return list(zip(*logits[:, : len(model.tokens)].float().softmax(-1).topk(k), strict=True))
+
+    values, indices = zip(*in_batches(run, singles, AT_ONCE), strict=True)
+    return torch.stack(values).cpu(), torch.stack(indices).cpu()
 
 
 def _reading(name: str, unit: str, ids: np.ndarray, scores: Float[Tensor, "layers n k"]) -> dict[str, Any]:

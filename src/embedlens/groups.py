@@ -179,7 +179,7 @@ def discover(
     distant: list[tuple[int, int] | None] = []
     for _, prompts in looked_at(model, samples, batch_size):
         norms += [states[-1].float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
-        for prompt, states in zip(prompts, model.hidden_states_of(prompts, batch_size), strict=True):
+        for prompt, states in zip(prompts, model.streams_of(prompts, batch_size), strict=True):
             ratio = ratios(states).cpu()
             first = ratio[:, 0].numpy()  # the same for every picture: nothing stands before it
             at = np.linspace(0, len(prompt) - 2, 64).round().astype(int)  # as many in every prompt, so that they stack
@@ -364,7 +364,7 @@ def _sinks(
         last = [states[-1] for states in model.tower_states_of(prompts)]
         vit = [rows.float().norm(dim=-1) > reference.vit_norm for rows in last]
     if reference.sink_dims and reference.sink_layer is not None and reference.phi_threshold is not None:
-        streams = model.hidden_states_of(prompts, len(prompts))
+        streams = model.streams_of(prompts, len(prompts))
         llm = [
             phi(stream[reference.sink_layer, prompt.visual], reference.sink_dims) >= reference.phi_threshold
             for stream, prompt in zip(streams, prompts, strict=True)

@@ -10,19 +10,18 @@ This module does not need lmms-eval; `lmms_model`, which the entry point leads t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from embedlens import memory, samples, study, sweep, tasks
+from embedlens import batches, samples, study, sweep
 from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
 from embedlens.interventions import EnterAt, Intervention, Rescale, Silence
@@ -35,10 +34,8 @@ if TYPE_CHECKING:
     from embedlens.vlm import Prompt, VisionLanguageModel
 
 MODEL = "embedlens"  # the name that lmms-eval knows the model by
-TASK = "embedlens_miniature"
 CALIBRATION = 64  # pictures in which a model's groups are found
 NEW_TOKENS = 128  # where a task does not say
-BOX_TOKENS = 64  # as Qwen-VL writes a box
 DEAD, SINKS = ("dead",), ("LLM sink", "ViT sink")
 
 #: Name → the arm, of a seed, a layer and a factor.
@@ -158,7 +155,7 @@ class Answerer:
                 batch = left[: self.batch_size]
                 said = self._said_if_it_fits(batch)
                 if said is None:
-                    memory.release()
+                    batches.release()
                     self.batch_size = len(batch) // 2
                 else:
                     yield from said
@@ -168,7 +165,7 @@ class Answerer:
         try:
             return self._said(batch)
         except RuntimeError as error:
-            if len(batch) == 1 or not memory.out_of_memory(error):
+            if len(batch) == 1 or not batches.out_of_memory(error):
                 raise
         return None
 
@@ -325,95 +322,3 @@ def manifests() -> Any:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [ModelManifest(MODEL, chat_class_path="embedlens.lmms_model.EmbedLensModel")]
-
-
-# --- a task on the miniature's questions -----------------------------------------------------------------------------
-
-YAML = """\
-# A task of lmms-eval: {n} held-out questions of each kind about drawn pictures, seed {seed}. Run it with
-#   python -m lmms_eval --model embedlens --tasks {task} --include_path <this folder>
-task: {task}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {questions}
-test_split: test
-output_type: generate_until
-doc_to_visual: !function utils.pictures_of
-doc_to_text: !function utils.text_of
-doc_to_target: answer
-process_results: !function utils.scored
-generation_kwargs:
-  max_new_tokens: {tokens}
-  temperature: 0
-  do_sample: false
-metric_list:
-  - metric: right
-    aggregation: !function utils.mean
-    higher_is_better: true
-metadata:
-  - version: 1.0
-"""
-
-
-def write_task(folder: Path | str, kinds: Sequence[str], n: int = 20, seed: int = 0) -> Path:
-    """Write a task for `--include_path`: YAML, questions, and the functions that it names; pictures are drawn on use.
-
-    The questions stand in the words of the miniature. Other models, whose authors ask and write boxes in other words,
-    are asked in theirs by `tasks.evaluate` and `sweep.run_arms`, not here.
-
-    Args:
-        kinds: of `tasks.KINDS`.
-        n: questions of each.
-
-    Returns:
-        The YAML file.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    questions = folder / "questions.jsonl"
-    docs = [
-        {
-            "kind": kind,
-            "n": n,
-            "seed": seed,
-            "place": place,
-            "question": item.question.text,
-            "answer": item.question.answer,
-        }
-        for kind in kinds
-        for place, item in enumerate(tasks.questions(kind, n, seed))
-    ]
-    questions.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
-    names = "mean, pictures_of, scored, text_of"
-    (folder / "utils.py").write_text(f"from embedlens.lmms import {names}  # noqa: F401\n", encoding="utf-8")
-    tokens = BOX_TOKENS if "box" in kinds else tasks.ANSWER_TOKENS
-    text = YAML.format(task=TASK, n=n, seed=seed, questions=questions.resolve(), tokens=tokens)
-    file = folder / f"{TASK}.yaml"
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-@cache
-def _items(kind: str, n: int, seed: int) -> tuple[tasks.Item, ...]:
-    return tuple(tasks.questions(kind, n, seed))
-
-
-def pictures_of(doc: Mapping[str, Any]) -> list[Image]:
-    """doc_to_visual: the picture of a question."""
-    return [_items(doc["kind"], doc["n"], doc["seed"])[doc["place"]].sample.image]
-
-
-def text_of(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
-    """doc_to_text: the question."""
-    return doc["question"]
-
-
-def scored(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """process_results: 1 for a right answer, as `tasks.score` has it."""
-    return {"right": tasks.score(_items(doc["kind"], doc["n"], doc["seed"])[doc["place"]].question, results[0])}
-
-
-def mean(values: Sequence[float]) -> float:
-    """aggregation."""
-    return sum(values) / len(values)

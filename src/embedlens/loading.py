@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from embedlens import processes
 from embedlens.errors import EmbedLensError
 from embedlens.families.plain import OWN
 from embedlens.model_names import MINIATURE, signed
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 else:  # transformers takes seconds to import and is not needed before a model is loaded
     BitsAndBytesConfig = PreTrainedModel = object
 
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -43,9 +45,10 @@ def load(
             `llava-hf/llava-1.5-7b-hf`.
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or `"auto"` to spread the layers over all GPUs.
             Default: the first GPU if there is one, else the CPU.
-        dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default: float32 for the miniature and on the CPU, the
-            checkpoint's own on a GPU.
-        quantize: `"4bit"` or `"8bit"` weights through bitsandbytes (needs a CUDA GPU).
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default, `"auto"`: float32 for the miniature and on the CPU,
+            the checkpoint's own on a GPU. Any other becomes part of the model's name.
+        quantize: `"4bit"` or `"8bit"` matrices of the decoder through bitsandbytes (needs a CUDA GPU). The vision
+            tower, the projector and the head, whose numbers are what is studied, stay as they are.
         preprocessing: how LLaVA-1.5 makes a picture a square. It was trained with `"letterbox"`, the default; the
             stock processor of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
             Other families cut pictures in their own way, `"own"`; the three make a picture square before that.
@@ -57,20 +60,31 @@ def load(
     with warnings.catch_warnings():  # in a notebook without ipywidgets its first import prints a path of this machine
         warnings.simplefilter("ignore")
         import_module("tqdm.auto")
+    own = processes.own_device()
+    if own is not None:  # a launcher started several, each with a GPU of its own, or all on the CPU
+        if device == AUTO:
+            raise EmbedLensError(processes.SPREAD)
+        device = own if device in (None, "cuda") else device
+        processes.processes("cpu" if device == "cpu" else "cuda")  # before anything else looks for devices
     place = _device(device)
     if preprocessing is not None and preprocessing not in (*PREPROCESSINGS, OWN):
         raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
-    own_dtype = "auto" if place != "cpu" and name_or_folder != MINIATURE else torch.float32
-    weights_dtype = own_dtype if dtype is None else _dtype(dtype)
-    quantization = _quantization(quantize, place)
+    whole = place == "cpu" or name_or_folder == MINIATURE
+    asked = None if dtype in (None, AUTO) else _dtype(cast("str | torch.dtype", dtype))
+    check_quantization(quantize, place)
     source = _locate(name_or_folder)
     name = str(name_or_folder)
-    family = family_named(_class_name(source, name), name)
+    config = _config(source, name)
+    stored = _stored_dtype(config)
+    family = family_named((config.get("architectures") or ["model of unnamed class"])[0], name)
     preprocessing_of(preprocessing, family)
     if isinstance(source, Path):
         _check_weight_files(source, name)
-    hf = _load_weights(source, name, place, weights_dtype, quantization)
-    return VisionLanguageModel(hf, _load_processor(source, name, family), signed(name, quantize), preprocessing)
+    usual = torch.float32 if whole else stored
+    quantization = _quantization(quantize, family, asked or usual)
+    hf = _load_weights(source, name, place, asked or (usual if whole else AUTO), quantization)
+    other = str(asked).removeprefix("torch.") if asked not in (None, usual, stored) else None
+    return VisionLanguageModel(hf, _load_processor(source, name, family), signed(name, quantize, other), preprocessing)
 
 
 def _device(device: str | torch.device | None) -> str:
@@ -105,9 +119,14 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return known
 
 
-def _quantization(quantize: str | None, place: str) -> BitsAndBytesConfig | None:
+def check_quantization(quantize: str | None, place: str) -> None:
+    """Refuse what this machine cannot do, before anything is loaded; nothing, for no quantisation.
+
+    Raises:
+        EmbedLensError: another word than "4bit" or "8bit", no CUDA GPU, a package that is missing.
+    """
     if quantize is None:
-        return None
+        return
     if quantize not in ("4bit", "8bit"):
         raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit' or '8bit', or leave it out")
     if not torch.cuda.is_available():
@@ -119,11 +138,24 @@ def _quantization(quantize: str | None, place: str) -> BitsAndBytesConfig | None
     absent = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
     if absent:
         raise EmbedLensError(f"quantize={quantize!r} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+
+
+def unpacked(family: ModuleType) -> list[str]:
+    """Modules that quantisation leaves alone: what makes visual tokens, and the head that lenses read with."""
+    return [family.MODULES[role] for role in ("vision_tower", "projector", "head")]
+
+
+def _quantization(quantize: str | None, family: ModuleType, computed: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantize is None:
+        return None
     from transformers import BitsAndBytesConfig
 
-    # The head stays unquantised, which lenses rely on; transformers' default does that too.
     return BitsAndBytesConfig(
-        load_in_4bit=quantize == "4bit", load_in_8bit=quantize == "8bit", bnb_4bit_compute_dtype=torch.float16
+        load_in_4bit=quantize == "4bit",
+        load_in_8bit=quantize == "8bit",
+        llm_int8_skip_modules=unpacked(family),
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=computed,  # a model of bfloat16 overflows in float16
     )
 
 
@@ -152,8 +184,8 @@ def _locate(name_or_folder: str | Path) -> Path | str:
     )
 
 
-def _class_name(source: Path | str, name: str) -> str:
-    """The model class that config.json names."""
+def _config(source: Path | str, name: str) -> dict[str, Any]:
+    """What config.json says."""
     if isinstance(source, Path):
         config = source / "config.json"
         if not config.is_file():
@@ -171,10 +203,15 @@ def _class_name(source: Path | str, name: str) -> str:
                 f"and the connection, or pass a folder ({_first_line(error)})"
             ) from None
     try:
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return dict(json.loads(config.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError):
         raise EmbedLensError(f"config.json of {name} is not a JSON object: download or save the model again") from None
-    return architectures[0] if architectures else "model of unnamed class"
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Of the weights as published; bfloat16, which does not overflow, where the config does not say."""
+    said = [part.get(key) for part in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
+    return next((DTYPES[dtype] for dtype in said if dtype in DTYPES), torch.bfloat16)
 
 
 def _check_weight_files(folder: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a model will take, from its config alone, and what to do where a batch takes too much.
+"""How much memory a model will take, from its config alone.
 
 Weights are counted exactly, on an architecture without storage; the rest is an estimate, before anything is loaded.
 
@@ -10,17 +10,17 @@ Weights are counted exactly, on an architecture without storage; the rest is an 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from embedlens.errors import EmbedLensError
-from embedlens.loading import DTYPES, _locate
+from embedlens.families import family_of
+from embedlens.loading import AUTO, DTYPES, _locate, unpacked
+from embedlens.model_names import MINIATURE
 
-T = TypeVar("T")
 GIB = 2**30
 TEXT = 64  # positions of template and question, beside the visual ones
 RESERVE = GIB  # what driver, kernels and fragments take on a GPU; on a CPU, Python with its libraries
@@ -29,12 +29,16 @@ TILES = {"llava_next": 5, "llava_onevision": 10, "internvl": 13, "idefics3": 17}
 MEGAPIXEL, UNKNOWN = 10**6, 2048  # a picture of a family that keeps its size; visual tokens where nothing says how many
 #: Bytes per weight of a quantised matrix: four bits, and one float32 scale for 64 of them; eight bits.
 QUANTIZED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
+LENSES = 3  # float32 copies of the vocabulary: a study's lens, and one more with what it is made from
+#: Cards that people have → GiB that PyTorch sees on them.
+CARDS = {"T4 16 GB": 14.7, "L4 24 GB": 22.0, "A100 40 GB": 39.4, "H100 80 GB": 79.1}
+MOST = 64  # pictures in a batch; more are not asked for
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a model takes, in parts; `parameters` is a count, `vocabulary` EmbedLens's float32 copy of the input
-    embedding, `sample` one prompt in a batch with the residual stream of every layer."""
+    """Bytes that a model takes, in parts; `parameters` is a count, `vocabulary` EmbedLens's float32 copies of the input
+    embedding, `sample` one prompt in a batch with the residual stream of every layer and its keys and values."""
 
     parameters: int
     weights: int
@@ -44,6 +48,14 @@ class Memory:
     def total(self, batch_size: int = 1) -> int:
         """Everything, with a reserve of 1 GiB for what is not the model's."""
         return self.weights + self.vocabulary + batch_size * self.sample + RESERVE
+
+    def pictures(self, gib: float) -> int:
+        """How many run at a time in so many GiB, up to 64; 0: not even one.
+
+        >>> Memory(7 * 10**9, 14 * GIB, GIB // 2, GIB // 4).pictures(22), Memory(1, 14 * GIB, 0, GIB).pictures(14.7)
+        (26, 0)
+        """
+        return int(max(0, min(MOST, (gib * GIB - self.total(0)) // self.sample)))
 
     def told(self, batch_size: int = 1) -> str:
         """
@@ -91,9 +103,13 @@ def needed(
             f"{type(config).__name__} is no config of a vision-language model: pass a checkpoint that embedlens.load "
             "takes"
         ) from None
-    head, size = model.get_output_embeddings(), torch.empty((), dtype=DTYPES[dtype]).element_size()
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    packed = sum(module.weight.numel() for module in linear)  # the matrices that quantisation packs
+    family, size = family_of(type(model).__name__), DTYPES[dtype].itemsize
+    left = tuple(unpacked(family)) if family else ()
+    packed = sum(  # the matrices that quantisation packs
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith(left)
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     text = config.get_text_config()
     width, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
@@ -104,7 +120,7 @@ def needed(
     return Memory(
         parameters=parameters,
         weights=int((parameters - packed) * size + packed * (size if quantize is None else QUANTIZED[quantize])),
-        vocabulary=4 * model.get_input_embeddings().weight.numel(),
+        vocabulary=LENSES * 4 * model.get_input_embeddings().weight.numel(),
         sample=positions * (((layers + 1) * width + cached + widest + text.vocab_size) * size + 4 * text.vocab_size),
     )
 
@@ -123,40 +139,24 @@ def visual_tokens_of(config: Any) -> int:
     return round(TILES.get(config.model_type, 1) * (image // patch) ** 2 * ratio**2)
 
 
-def halving(run: Callable[[int], T], batch_size: int) -> tuple[T, int]:
-    """What `run(batch_size)` gives, with half the batch as often as it does not fit on the device, and the last size.
-
-    accelerate's find_executable_batch_size shrinks by a tenth, so that rounding moves; and it does not say the size.
-
-    >>> halving(lambda batch_size: "so many at a time", 8)
-    ('so many at a time', 8)
-    """
-    while True:
-        try:
-            return run(batch_size), batch_size
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not out_of_memory(error):
-                raise
-        release()  # out of the clause, whose traceback holds what filled the memory
-        batch_size //= 2
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that a batch is too large for the device, or for main memory."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error)
-
-
-def release() -> None:
-    """Give back to the device what a failed attempt held."""
-    from accelerate.utils import release_memory
-
-    release_memory()
-
-
 def available(device: str) -> int | None:
     """Bytes that are free on a device, or None where it cannot be asked."""
     if device.startswith("cuda") and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info(torch.device(device))[0])
     return None
+
+
+def foretold(
+    model: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None, batch_size: int = 1
+) -> str:
+    """What a run on this model will take, and what is free where it is to run, in one sentence.
+
+    Raises:
+        EmbedLensError: as `config_of` and `needed`.
+    """
+    if dtype in (None, AUTO):  # as `load` chooses; of the two half precisions both are of a size
+        on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
+        dtype = "bfloat16" if on_gpu and model != MINIATURE else "float32"
+    need, free = needed(config_of(model), str(dtype), quantize), available(device or "cuda")
+    there = f"; {free / GIB:.1f} GiB are free" if free else ""
+    return f"memory: {need.told(batch_size)} on each device{there}"

@@ -13,11 +13,13 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from embedlens import loading, tasks
+from embedlens import loading, memory, tasks
 from embedlens.errors import EmbedLensError
+from embedlens.model_names import MINIATURE, unsigned
 from embedlens.pictures import open_picture
 from embedlens.samples import coco
 
@@ -53,9 +55,14 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
             faults[name] = f"{name} is {namespace[name]!r}: {fault}" if fault.startswith("pass ") else fault
     if not faults and namespace.get("quantize"):
         device = namespace.get("device") or "cuda"
-        faults["quantize"] = _said(lambda how: loading._quantization(how, device), namespace["quantize"])
+        faults["quantize"] = _said(lambda how: loading.check_quantization(how, device), namespace["quantize"])
     if any(faults.values()):
         raise EmbedLensError("; ".join(filter(None, faults.values())))
+    if {"model", "device"} <= {*namespace} and unsigned(str(namespace["model"])) != MINIATURE:
+        device, dtype, quantize = (namespace.get(name) or None for name in ("device", "dtype", "quantize"))
+        with suppress(EmbedLensError):  # `load` says what is wrong with a model
+            print(memory.foretold(str(namespace["model"]), device, dtype, quantize))
+            print("Larger batches are halved where they do not fit; bars say how long each study will take.")
 
 
 def assigned(source: str) -> dict[str, str]:
@@ -111,6 +118,7 @@ def _folder(value: Any) -> str:
 
 
 DATASET = "pass 'miniworld' or a COCO folder such as 'coco:/data/coco/val2017'"
+DTYPE = f"pass 'auto' or one of {', '.join(map(repr, loading.DTYPES))}"
 QUANTIZE = "pass '4bit' or '8bit', or leave it empty"
 OF_EACH_KIND = _whole(KINDS, ", one for each kind of question in a family")
 RULES: Mapping[str, Callable[[Any], str]] = {
@@ -123,7 +131,8 @@ RULES: Mapping[str, Callable[[Any], str]] = {
     "scale": lambda value: "" if _is_a(value, float) and 0 < value < math.inf else "pass a number above 0",
     "seed": _whole(0),
     "device": lambda value: _said(loading._device, value),
-    "quantize": lambda value: _said(lambda how: how and loading._quantization(how, "cuda"), value, QUANTIZE),
+    "quantize": lambda value: _said(lambda how: loading.check_quantization(how or None, "cuda"), value, QUANTIZE),
+    "dtype": lambda value: "" if value in (loading.AUTO, *loading.DTYPES) else DTYPE,
     "picture": lambda value: _said(lambda file: file and open_picture(file), value, "pass a picture file, or nothing"),
     "question": lambda value: "" if isinstance(value, str) and value.strip() else "pass a question",
     "out": _folder,

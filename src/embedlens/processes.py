@@ -10,6 +10,10 @@ import torch
 
 from embedlens.errors import EmbedLensError
 
+SPREAD = (
+    "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or leave "
+    "device out so that each takes a GPU of its own"
+)
 ALONE = "run `unset WORLD_SIZE` to work in one process, or start several with accelerate launch or torchrun"
 
 

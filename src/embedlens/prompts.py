@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from embedlens.batches import watched
 from embedlens.errors import EmbedLensError
 from embedlens.families.instructions import instructions_of
 from embedlens.families.plain import OWN, Features
@@ -105,7 +106,7 @@ def looked_at(
     model: Any, samples: Iterable[Sample], batch_size: int = 8
 ) -> Iterator[tuple[list[Sample], list[Prompt]]]:
     """Batches of the samples that can be read, with `prompts_of` them; pictures are opened batch by batch."""
-    stream, some = readable(samples), False
+    stream, some = readable(watched(samples, model.name, "pictures"), opened=True), False
     while batch := list(islice(stream, batch_size)):
         some = True
         yield batch, prompts_of(model, batch)

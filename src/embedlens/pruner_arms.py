@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from embedlens.arms import BASELINE, SEEDS, Arm, Plan
+from embedlens.batches import in_batches
 from embedlens.codebook import Codebook, checked_budget
 from embedlens.cues import Features, attended, attention_of, features_of
 from embedlens.engine import intervene
@@ -234,7 +235,7 @@ def seen(
     Args:
         share: of its tokens that a picture keeps, for the rules of INSIDE; None: these are not read.
     """
-    features = [one for _, batch in model.batches(prompts, batch_size) for one in features_of(model, batch)]
+    features = list(in_batches(lambda _, some: features_of(model, some), prompts, batch_size))
     weights = attended(model, prompts)
     groups = token_groups_of(model, prompts, reference=reference)
     inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from embedlens.attention_maps import _followed_by
+from embedlens.attention_maps import followed_by
+from embedlens.batches import halving
 from embedlens.errors import EmbedLensError
 from embedlens.model_names import MINIATURE, unsigned
 from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
@@ -118,6 +119,13 @@ class Reader:
     def read(
         self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
+        """`_read`, in batches of half the size from where one does not fit on the device."""
+        found, self.batch_size = halving(partial(self._read, at, source, gone), self.batch_size)
+        return found
+
+    def _read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
+    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
         """Logits at the first content word: of prompts with some visual tokens, and of the same with some replaced.
 
         Args:
@@ -129,12 +137,12 @@ class Reader:
         lost = torch.zeros(len(source), tails.shape[1], dtype=torch.bool).scatter_(1, columns[source], gone)
         first = lost.int().argmax(1)
         intact, without = (self._empty(len(rows)) for rows in (at, source))
-        for batch in _batches(torch.arange(len(at)), self.batch_size):
+        for batch in _batches(torch.arange(len(at)), batch_size):
             found, bank = self._run(tails[batch], [self.prefix])
             intact[batch], wrote = self._content(found, partial(self._after, tails[batch], [self.prefix], None), None)
             own = torch.isin(source, batch).nonzero()[:, 0]
             own = own[first[own].argsort(stable=True)]  # those that differ early run together
-            for rows in _batches(own, max(1, TAIL * self.batch_size // tails.shape[1])):
+            for rows in _batches(own, max(1, TAIL * batch_size // tails.shape[1])):
                 of, shared = source[rows] - batch[0], int(first[rows].min())
                 tail = tails[source[rows], shared:]
                 tail[lost[rows, shared:].to(tail.device)] = self.blank
@@ -214,12 +222,12 @@ class PromptReader(Reader):
     Models whose visual rows have positions of their own, or features that are added at depth, are read like this.
     """
 
-    def read(
-        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
+    def _read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
-        intact, wrote = self._prompts([self._shorter(places) for places in at], None)
+        intact, wrote = self._prompts([self._shorter(places) for places in at], None, batch_size)
         shorter = [self._shorter(at[row], lost) for row, lost in zip(source, gone, strict=True)]
-        return intact, self._prompts(shorter, wrote[source] if self.protocol.aligned else None)[0]
+        return intact, self._prompts(shorter, wrote[source] if self.protocol.aligned else None, batch_size)[0]
 
     def _shorter(self, places: Int[Tensor, " w"], gone: Bool[Tensor, " w"] | None = None) -> Prompt:
         """The prompt with some of its tokens, of which some are replaced."""
@@ -236,16 +244,18 @@ class PromptReader(Reader):
             deep = prompt.deep * (rows != self.blank).any(-1)[:, None].to(prompt.deep)
         return replace(prompt, embeds=embeds, deep=deep)
 
-    def _prompts(self, prompts: list[Prompt], wrote: Int[Tensor, " m"] | None) -> tuple[Float[Tensor, "m V"], Tensor]:
+    def _prompts(
+        self, prompts: list[Prompt], wrote: Int[Tensor, " m"] | None, batch_size: int
+    ) -> tuple[Float[Tensor, "m V"], Tensor]:
         logits, articles = self._empty(len(prompts)), torch.full((len(prompts),), -1)
-        for keep in _batches(torch.arange(len(prompts)), self.batch_size):
+        for keep in _batches(torch.arange(len(prompts)), batch_size):
             own = [prompts[row] for row in keep]
             given = None if wrote is None else wrote[keep]
             logits[keep], articles[keep] = self._content(self._whole(own), partial(self._longer, own), given)
         return logits, articles
 
     def _longer(self, prompts: list[Prompt], rows: Int[Tensor, " b"], words: Int[Tensor, " b"]) -> Tensor:
-        own = [_followed_by(self.model, prompts[row], word[None]) for row, word in zip(rows, words, strict=True)]
+        own = [followed_by(self.model, prompts[row], word[None]) for row, word in zip(rows, words, strict=True)]
         return self._whole(own)
 
     def _whole(self, prompts: list[Prompt]) -> Float[Tensor, "b V"]:

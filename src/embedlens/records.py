@@ -170,7 +170,8 @@ def write(
     }
     main = results(folder) / _folder_of(model) / f"{chapter}.json"
     file = _without_replacing(main, _checked(content, f"{model}/{chapter}"))
-    whole = file.with_name(f"{file.name}.new")  # a disk that fills up must not leave half a record
+    # a disk that fills up must not leave half a record, nor must other processes that write the same
+    whole = file.with_name(f"{file.name}.{os.getpid()}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         whole.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

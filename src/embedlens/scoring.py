@@ -130,7 +130,7 @@ def letter_of(text: str, options: Sequence[str]) -> str | None:
     """
     letters = LETTERS[: len(options)]
     words = _LEAD.sub("", text)
-    found = re.match(rf"\(?([{letters}{letters.lower()}])(?:[).:,]+|$)\s*", words)
+    found = re.match(rf"\(?([{letters}{letters.lower()}])(?:[).:]+|$)\s*", words)
     rest = words[found.end() :] if found else words
     named = one_of(rest, options)
     if found is None:
@@ -141,17 +141,20 @@ def letter_of(text: str, options: Sequence[str]) -> str | None:
     others = [option for option in options if option != options[letters.index(letter)]]
     # "A" may be an article behind its own letter, the other letters stand for themselves
     another = set(re.findall(rf"\b([{letters[1:]}])\b|\(([{letters}])\)|\b([{letters}])[).:]", rest))
-    return None if _named(rest, others) or {one for group in another for one in group if one} - {letter} else letter
+    mixed = _named(rest, others) or {one for group in another for one in group if one} - {letter}
+    return None if mixed or (rest and named is None) else letter
 
 
 def one_of(text: str, options: Sequence[str]) -> str | None:
     """The one option that is named, in singular or plural or by a synonym; None for several, and where one is denied.
 
+    Nor is anything named in numbers, as broken models mix them into words.
+
     >>> [one_of(text, ("red", "blue")) for text in ("The car is red.", "red and blue", "not red", "reddish")]
     ['red', None, None, None]
     """
     named = _named(text, options)
-    return named.pop() if len(named) == 1 and not _DENIES.search(text.lower()) else None
+    return named.pop() if len(named) == 1 and not re.search(r"\d", text) and not _DENIES.search(text.lower()) else None
 
 
 def _named(text: str, options: Sequence[str]) -> set[str]:

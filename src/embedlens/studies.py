@@ -126,10 +126,7 @@ def run_named(
         raise EmbedLensError(f"n is {n}: pass at least one picture")
     place = processes.own_device()
     if place is not None and device == "auto":
-        raise EmbedLensError(
-            "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
-            "leave device out so that each takes a GPU of its own"
-        )
+        raise EmbedLensError(processes.SPREAD)
     if place is not None and device in (None, "cuda"):
         device = place
     if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
@@ -138,10 +135,7 @@ def run_named(
     aloud: Callable[[str], object] = say if together.rank == 0 else (lambda line: None)
     several = "es" * (together.count > 1)
     aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together.count} process{several}")
-    need = memory.needed(memory.config_of(model), dtype or _dtype_on(device, model), quantize)
-    size = batch_size if isinstance(batch_size, int) else 1
-    free = memory.available(device or "cuda")
-    aloud(f"memory: {need.told(size)} on each device" + (f"; {free / memory.GIB:.1f} GiB are free" if free else ""))
+    aloud(memory.foretold(model, device, dtype, quantize, batch_size if isinstance(batch_size, int) else 1))
     loaded = load(model, device=device, dtype=dtype, quantize=quantize, preprocessing=preprocessing)
     if named is not None:
         function, measured = named.prepare(loaded, dataset, n, seed)
@@ -168,14 +162,6 @@ def run_named(
         elif named is not None:
             aloud(f"no record: {name} is {named.about}")
     return table
-
-
-def _dtype_on(device: str | None, model: str) -> str:
-    """What `load` takes where no dtype is asked for: float32 on a CPU and for the miniature, else, as a rule, half."""
-    import torch
-
-    on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
-    return "bfloat16" if on_gpu and model != MINIATURE else "float32"
 
 
 def _duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from embedlens import kept, memory
+from embedlens import batches, kept
 from embedlens.errors import EmbedLensError, writing
 from embedlens.processes import processes
 from embedlens.samples import Sample
@@ -53,10 +53,7 @@ def run(
 
     Without `out`, rows are kept where the environment variable EMBEDLENS_ROWS names a folder, and found again by what
     was run on what: every study of a notebook goes on after a kill, and nothing in it has to be changed for that.
-    `embedlens book` sets it. On Colab, whose machines come and go, name a mounted drive before the first cell:
-
-        from google.colab import drive; drive.mount("/content/drive")
-        %env EMBEDLENS_ROWS=/content/drive/MyDrive/rows
+    `embedlens book` sets it, and so does the first cell of a notebook on Colab where a drive is mounted.
 
     A sample that raises EmbedLensError or OSError (a damaged picture) is left out of the table; one warning at the end
     says how many, `table.attrs["failed"]` which. Calling again tries them again. Any other exception is a bug of the
@@ -72,7 +69,7 @@ def run(
         batch_size: samples at a time; batches are the same whatever the number of processes. "auto": as many as fit,
             found by halving from 64 on a GPU, 8 on a CPU; a resumed run keeps what was found. A batch that does not
             fit after all is measured in halves.
-        progress: show a bar on stderr; None: if that is a terminal.
+        progress: show a bar on stderr; None: if that is a terminal, or the model is not the miniature.
 
     Returns:
         The rows in the order of the samples. Column `id`, the sample's, comes first unless the study writes its own.
@@ -107,8 +104,8 @@ def run(
     def measured(chunk: list[Sample]) -> list[Answer]:
         # a list of samples must not fill up with decoded pictures
         chunk = [sample if "image" in vars(sample) else replace(sample) for sample in chunk]
-        batches = [chunk] if size else [[sample] for sample in chunk]
-        return [answer for batch in batches for answer in _answers(study, model, batch, size)]
+        parts = [chunk] if size else [[sample] for sample in chunk]
+        return [answer for batch in parts for answer in _answers(study, model, batch, size)]
 
     def known(chunk: list[Sample]) -> list[Answer]:
         """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
@@ -119,8 +116,10 @@ def run(
 
     stream, count, found = iter(samples), 0, dict[int, "list[Answer]"]()
     total = len(samples) if isinstance(samples, Sized) else None
-    hidden = True if together.rank != 0 else (None if progress is None else not progress)
-    with tqdm(total=total, disable=hidden, unit="sample", leave=False) as bar:
+    quiet = batches.quiet(model.name, together.rank != 0)
+    if together.rank == 0 and progress is not None:
+        quiet = {"disable": not progress}
+    with tqdm(total=total, unit="sample", leave=False, **quiet) as bar:
         for number, chunk in enumerate(iter(lambda: list(islice(stream, size or SINGLE)), [])):
             if number % together.count == together.rank:
                 found[number] = known(chunk)
@@ -162,9 +161,9 @@ def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, sa
             pass  # a damaged picture, which the run records
 
     try:
-        return memory.halving(tried, 2 ** (min(LARGEST, len(samples)).bit_length() - 1))[1]
+        return batches.halving(tried, 2 ** (min(LARGEST, len(samples)).bit_length() - 1))[1]
     except (RuntimeError, MemoryError) as error:
-        if memory.out_of_memory(error):
+        if batches.out_of_memory(error):
             raise EmbedLensError(_too_little(model)) from None
         raise
 
@@ -225,12 +224,12 @@ def _answers(
             return [{"id": batch[0].id, "error": _sentence(error)}]
         parts = [[sample] for sample in batch]
     except (RuntimeError, MemoryError) as error:
-        if not memory.out_of_memory(error):
+        if not batches.out_of_memory(error):
             raise
         parts = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
     else:
         return _checked(given, batch)
-    memory.release()  # out of the clause, whose traceback holds what filled the memory
+    batches.release()  # out of the clause, whose traceback holds what filled the memory
     if len(batch) == 1:
         return [{"id": batch[0].id, "error": _too_little(model)}]
     return [answer for part in parts for answer in _answers(study, model, part, batch_size)]

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from embedlens import kept, memory
+from embedlens import batches, kept
 from embedlens.arms import (  # noqa: F401 - arms are named as of this module, too
     BASELINE,
     Arm,
@@ -37,11 +37,13 @@ from embedlens.arms import (  # noqa: F401 - arms are named as of this module, t
     sink_arms,
     skipping,
 )
+from embedlens.batches import watched
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention
 from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, identity
+from embedlens.processes import Processes, processes
 from embedlens.samples import Sample
 from embedlens.tasks import Item, able, answer_tokens, box_score, in_words_of, score
 from embedlens.vlm import Prompt, VisionLanguageModel
@@ -86,16 +88,20 @@ def run_arms(
     items, max_new_tokens = in_words_of(model, items), max_new_tokens or answer_tokens(model)
     rows: list[dict[str, Any]] = []
     common = arms, groups, max_new_tokens
+    together = processes(model.device.type) if halve else Processes()  # a caller that halves has dealt out its own
     what = {"model": kept.of_model(model), "asked": common} if halve and kept.ROWS in os.environ else None
-    for places in _chunks(items, CHUNK * batch_size):
+    for number, places in enumerate(watched(list(_chunks(items, CHUNK * batch_size)), model.name, "questions")):
+        if number % together.count != together.rank:
+            continue
         own = {place: items[place] for place in places}
         if not halve:  # the caller keeps rows
             rows += _rows_of(model, own, *common, batch_size)
             continue
-        run = partial(memory.halving, partial(_rows_of, model, own, *common), batch_size)
+        run = partial(batches.halving, partial(_rows_of, model, own, *common), batch_size)
         key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()}
         found, batch_size = kept.remembered({**what, "items": key}, run) if what else run()
         rows += found
+    rows = [row for part in together.gathered(rows) for row in part]
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
     rows.sort(key=lambda row: (row["item"], order[row["arm"], row["seed"]]))
     table = pd.DataFrame(rows)

@@ -25,7 +25,8 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
-from embedlens import memory
+import numpy as np
+
 from embedlens.asking import ANSWER_TOKENS, answer_tokens, asked_with, in_words_of  # noqa: F401
 from embedlens.errors import EmbedLensError
 from embedlens.samples import Question
@@ -53,7 +54,8 @@ POPULAR = 10  # so many most frequent categories are asked for in POPE's "popula
 CENSUS = 1000  # training pictures in which they are counted
 FIRST = 950_000  # pictures of a seed that `questions` does not reach with its kinds
 MOST_DRAWN = 50_000  # and how many of them there are
-GUARD = 32  # questions of each family that tell whether it can be asked here
+GUARD = 32  # questions at a time, of each family, that tell whether it can be asked here
+MOST_GUARD = 128  # and in all
 
 Quotas = dict[str, Counter[str]]
 """Kind → answer → how many questions are still wanted; the answer "" stands for any."""
@@ -296,9 +298,10 @@ _ABLE: WeakKeyDictionary[VisionLanguageModel, dict[tuple[Any, ...], bool]] = Wea
 def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) -> dict[str, list[Item]]:
     """The guard before a sweep: families that are not testable here, with the few questions that showed it.
 
-    GUARD questions of each family are asked about their own pictures and about others'. A family whose answers are not
-    more often right about their own (sign test, 5 %) cannot show what an intervention costs. Families with no more
-    questions than that are not asked beforehand; where the baseline is never right, `paired.compare` says so of them.
+    Questions of each family are asked about their own pictures and about others', GUARD at a time, until answers are
+    more often right about their own (sign test, 1 % at each of four looks). A family that never gets there cannot show
+    what an intervention costs. Families with no more than GUARD questions are not asked beforehand; where the baseline
+    is never right, `paired.compare` says so of them.
 
     Args:
         ask: False: tell what is known of the model from an earlier sweep over the same questions.
@@ -309,7 +312,8 @@ def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) ->
         own = [item for item in items if item.question.family == family]
         if len(own) <= GUARD:
             continue
-        few = [own[place * len(own) // GUARD] for place in range(GUARD)]
+        spread = sorted(range(len(own)), key=lambda place: place * 0.618034 % 1)  # evenly, however many are asked
+        few = [own[place] for place in spread[:MOST_GUARD]]
         key = tuple((item.sample.id, item.question) for item in few)
         if key not in known and ask:
             known[key] = _beats_another_picture(model, few, family)
@@ -321,13 +325,18 @@ def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) ->
 def _beats_another_picture(model: VisionLanguageModel, few: Sequence[Item], family: str) -> bool:
     from scipy.stats import binomtest  # takes a second to import
 
-    own, other = (evaluate(model, few, swap).correct.to_numpy() for swap in (False, True))
-    better, worse = int((own > other).sum()), int((own < other).sum())
-    if better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.05:
-        return True
+    own, other = np.zeros(0), np.zeros(0)
+    for start in range(0, len(few) - 1, GUARD):
+        part = few[start : start + GUARD]
+        own, other = (
+            np.append(so_far, evaluate(model, part, swap).correct) for so_far, swap in ((own, False), (other, True))
+        )
+        better, worse = int((own > other).sum()), int((own < other).sum())
+        if better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.01:
+            return True
     warnings.warn(
-        f"{model.name} answers {own.sum():.0f} of {len(few)} questions of {family!r} rightly, and {other.sum():.0f} "
-        f"about another picture: {family} is not testable here, so only these {len(few)} are asked under every arm",
+        f"{model.name} answers {own.sum():.0f} of {len(own)} questions of {family!r} rightly, and {other.sum():.0f} "
+        f"about another picture: {family} is not testable here, so only these are asked under every arm",
         stacklevel=2,
     )
     return False
@@ -361,7 +370,7 @@ def evaluate(
     for start in range(0, len(items), batch_size):
         part = slice(start, start + batch_size)
         prompts = model.prompts([sample.image for sample in shown[part]], [item.question.text for item in items[part]])
-        texts += memory.halving(partial(model.answers, prompts, most), batch_size)[0]
+        texts += model.answers(prompts, most, batch_size)
     return pd.DataFrame(
         {
             "id": sample.id,
@@ -372,27 +381,6 @@ def evaluate(
         }
         for item, sample, text in zip(items, shown, texts, strict=True)
     )
-
-
-def metric_scores(table: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Family → metric → score from 0 to 1, of the families that are there.
-
-    Args:
-        table: one row per question, with columns family, kind, answer, prediction and correct; one arm.
-
-    Raises:
-        EmbedLensError: several answers to one question, or a family of which a metric was not asked.
-    """
-    if "item" in table and table["item"].duplicated().any():
-        raise EmbedLensError("the table holds several answers to a question: choose the rows of one arm and seed")
-    found: dict[str, dict[str, float]] = {}
-    for family in [family for family in FAMILIES if (table["family"] == family).any()]:
-        found[family] = {}
-        for metric in FAMILIES[family]:
-            rows = rows_of(table, family, metric)
-            hits, asked = metric_parts(rows, metric)
-            found[family][metric.name] = sum(hits) / sum(asked) if sum(asked) else 0.0
-    return found
 
 
 def rows_of(table: pd.DataFrame, family: str, metric: Metric) -> pd.DataFrame:
@@ -416,17 +404,3 @@ def metric_parts(rows: pd.DataFrame, metric: Metric, correct: str = "correct") -
         [2.0 * (a and b) for a, b in zip(yes, said, strict=True)],
         [float(a) + float(b) for a, b in zip(yes, said, strict=True)],
     )
-
-
-def family_scores(table: pd.DataFrame) -> dict[str, float]:
-    """Family → unweighted mean of its metrics; "Avg" → mean of the four families, where all are there (Appendix A).
-
-    The paper's Avg is the mean of the four family means, not of its twelve scores.
-
-    >>> import pandas as pd
-    >>> rows = [("box", "[0.1, 0.1, 0.2, 0.2]", 1.0), ("box", "none", 0.0)]
-    >>> family_scores(pd.DataFrame(rows, columns=["kind", "prediction", "correct"]).assign(family="grounding"))
-    {'grounding': 0.5}
-    """
-    found = {family: sum(parts.values()) / len(parts) for family, parts in metric_scores(table).items()}
-    return found | ({"Avg": sum(found.values()) / len(found)} if len(found) == len(FAMILIES) else {})

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.vlm import Prompt, VisionLanguageModel
 
@@ -48,18 +49,9 @@ class Trace:
 
     @property
     def sublayers(self) -> Float[Tensor, "sublayers s d"]:
-        """The stream after every sublayer, input first; `sublayer_names` names the rows."""
+        """The stream after every sublayer: input, MHA-1, MLP-1, MHA-2 ... as the paper counts, from 1."""
         between = torch.stack([self.resid_mid, self.resid_post], dim=1).flatten(0, 1)
         return torch.cat([self.stream[:1], between])
-
-
-def sublayer_names(n_layers: int) -> list[str]:
-    """Names as the paper prints them, which counts from 1; in code MHA-2 is 1 and MLP-2 is 1.5.
-
-    >>> sublayer_names(2)
-    ['input', 'MHA-1', 'MLP-1', 'MHA-2', 'MLP-2']
-    """
-    return ["input", *(f"{part}-{layer + 1}" for layer in range(n_layers) for part in ("MHA", "MLP"))]
 
 
 def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
@@ -87,7 +79,8 @@ def traces(
     """
     if masks is not None and len(masks) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
-    for start, batch in model.batches(prompts, batch_size):
+
+    def run(start: int, batch: Sequence[Prompt]) -> Iterator[Trace]:
         named = [] if masks is None else list(masks[start : start + len(batch)])
         middle: list[Tensor] = []
         mass: list[Tensor] = []
@@ -104,6 +97,8 @@ def traces(
         for row, prompt in enumerate(entered):
             attention = {name: torch.stack([m[row, : len(prompt), g] for m in mass]) for g, name in enumerate(names)}
             yield Trace(stream[row, :, : len(prompt)], mid[row, :, : len(prompt)], attention)
+
+    yield from in_batches(run, prompts, batch_size)
 
 
 def _indicators(

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from embedlens.batches import in_batches
 from embedlens.checks import check, real_rows
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of, supported_classes
@@ -236,7 +237,7 @@ class VisionLanguageModel:
     @torch.no_grad()
     def _features(self, inputs: Sequence[Mapping[str, Tensor]]) -> list[Features]:
         with self.lock:
-            return self.family.visual_features(self.hf, inputs)
+            return list(in_batches(lambda _, some: self.family.visual_features(self.hf, some), inputs))
 
     def check_length(self, prompt: Prompt, new: int = 0) -> None:
         """Refuses a prompt and new tokens beyond the config's positions: there it writes nothing, or anything."""
@@ -273,7 +274,7 @@ class VisionLanguageModel:
         """
         with self.lock:
             inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
-            return self.family.tower_states(self.hf, inputs)
+            return list(in_batches(lambda _, some: self.family.tower_states(self.hf, some), inputs))
 
     @property
     def projector(self) -> nn.Module:
@@ -309,15 +310,20 @@ class VisionLanguageModel:
 
     def hidden_states_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> list[Float[Tensor, "layers s d"]]:
         """`hidden_states` of several prompts, run together and padded on the right."""
-        streams: list[Tensor] = []
-        for start, batch in self.batches(prompts, batch_size):
+        return list(self.streams_of(prompts, batch_size))
+
+    def streams_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> Iterator[Float[Tensor, "layers s d"]]:
+        """`hidden_states_of`, one after the other: a batch is run when its first is asked for, and held until then."""
+
+        def run(start: int, batch: Sequence[Prompt]) -> list[Tensor]:
             with self.running(batch, start, len(prompts)) as entered, self.recording() as layers, torch.no_grad():
                 embeds, mask = self.padded(entered)
                 self.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
             # one device for all layers: with device_map the blocks may live on several
             stacked = torch.stack([layer.to(embeds.device) for layer in layers], dim=1)
-            streams += [stream[:, : len(prompt)] for stream, prompt in zip(stacked, entered, strict=True)]
-        return streams
+            return [stream[:, : len(prompt)] for stream, prompt in zip(stacked, entered, strict=True)]
+
+        return in_batches(run, prompts, batch_size)
 
     @staticmethod
     def batches(prompts: Sequence[Any], batch_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -390,9 +396,9 @@ class VisionLanguageModel:
             raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
         for prompt in prompts:
             self.check_length(prompt, max_new_tokens)
-        texts: list[str] = []
         own, greedy = self.hf.generation_config, self.greedy(max_new_tokens)
-        for start, batch in self.batches(prompts, batch_size):
+
+        def run(start: int, batch: Sequence[Prompt]) -> list[str]:
             with self.running(batch, start, len(prompts), side="left") as entered:
                 embeds, mask = self.padded(entered, side="left")
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
@@ -402,8 +408,9 @@ class VisionLanguageModel:
                     new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask)
                 finally:
                     self.hf.generation_config = own
-            texts += [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
-        return texts
+            return [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+
+        return list(in_batches(run, prompts, batch_size))
 
     def greedy(self, max_new_tokens: int) -> GenerationConfig:
         """How answers are written. Of the checkpoint's own generation config only the tokens that end one are kept."""

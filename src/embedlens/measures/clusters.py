@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -26,10 +29,16 @@ from embedlens.samples import Sample
 from embedlens.sweep import generator
 from embedlens.vlm import VisionLanguageModel
 
+CENTROIDS = ("means", "null_means")
+
 
 @dataclass(frozen=True, eq=False)
 class ClusterStudy:
-    """The clusters of many pictures at one threshold. Per picture two centroids of each rank are kept, no tokens."""
+    """The clusters of many pictures at one threshold. Per picture some centroids of each rank are kept, no tokens.
+
+    Centroids lie in a temporary file, so that memory does not grow with the pictures: at width 4096 and three repeats
+    0.4 MB a picture.
+    """
 
     ids: tuple[int, ...]  #: Of the pictures
     sizes: Int[np.ndarray, "pictures k"]  #: Tokens in the cluster of each rank; 0 where a picture has no such cluster
@@ -77,12 +86,14 @@ class ClusterStudy:
         `mean_removed` takes `center` from all centroids first, `null` compares the random sets, mean over repeats.
         """
         means = self.null_means if null else self.means[:, None]  # [pictures, repeats, k, d]
-        units = unit_vectors(means - self.center if mean_removed else means)
         there = torch.from_numpy(self.sizes > 0)
         parts = []
         for some in np.array_split(pairs, max(1, len(pairs) // 512)):
             first, second = torch.from_numpy(some).unbind(1)
-            cosines = units[first] @ units[second].mT  # [pairs, repeats, k, k]
+            needed, places = np.unique(some, return_inverse=True)
+            units = unit_vectors(means[needed] - self.center if mean_removed else means[needed])
+            at_first, at_second = torch.from_numpy(places.reshape(some.shape)).unbind(1)
+            cosines = units[at_first] @ units[at_second].mT  # [pairs, repeats, k, k]
             cosines = cosines.masked_fill(~there[second][:, None, None], -torch.inf)
             best = cosines.amax(-1).mean(1)
             parts.append(best.masked_fill(~there[first], torch.nan))
@@ -114,6 +125,7 @@ def cluster_study(
     """
     lens, center = EmbedLens.from_model(model), torch.zeros(model.width, dtype=torch.float64)
     parts: dict[tuple[float, str], list[dict[str, Any]]] = {key: [] for key in product(thresholds, orders)}
+    files: dict[Any, IO[bytes]] = defaultdict(TemporaryFile)
     for batch, prompts in looked_at(model, samples, batch_size):
         for sample, prompt in zip(batch, prompts, strict=True):
             tokens, padded = prompt.embeds[prompt.visual].float(), prompt.grid.padded.double()
@@ -136,14 +148,25 @@ def cluster_study(
                     "bars": float(padded.mean()),
                     "largest": (of == 0).numpy(),
                 }
+                for name in CENTROIDS:
+                    files[key, name].write(part[name].numpy().tobytes())
+                    part[name] = part[name].shape
                 found.append(part)
     studies = {}
     for key, found in parts.items():
         columns: dict[str, Any] = {name: tuple(part[name] for part in found) for name in found[0]}
-        for name in columns.keys() - {"ids", "largest"}:
-            columns[name] = torch.stack(columns[name]) if name.endswith("means") else np.array(columns[name])
+        for name in columns.keys() - {"ids", "largest", *CENTROIDS}:
+            columns[name] = np.array(columns[name])
+        columns |= {name: _mapped(files[key, name], columns[name]) for name in CENTROIDS}
         studies[key] = ClusterStudy(**columns, center=(center / len(found)).float())
     return studies
+
+
+def _mapped(file: IO[bytes], shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """What was written to a file, picture by picture, read from it where it is used."""
+    file.flush()
+    shape = (len(shapes), *shapes[0])
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape)) if math.prod(shape) else torch.zeros(shape)
 
 
 def by_group(

@@ -91,7 +91,7 @@ def common(
     counts = torch.zeros(len(names), dtype=torch.float64)
     for batch, prompts in looked_at(model, samples, batch_size):
         named = masks_of(model, batch, prompts, reference, seed)
-        towers, streams = model.tower_states_of(prompts), model.hidden_states_of(prompts, len(prompts))
+        towers, streams = model.tower_states_of(prompts), model.streams_of(prompts, len(prompts))
         for prompt, groups, tower, states in zip(prompts, named, towers, streams, strict=True):
             members = torch.stack([*(groups[name] for name in GROUPS), torch.ones_like(groups["dead"])]).float()
             counts += members.sum(-1)

@@ -169,7 +169,7 @@ def label_hits(
     parts: dict[tuple[str, int, str], list[dict[str, np.ndarray]]] = {}
     for batch, prompts in looked_at(model, samples, batch_size):
         tables = tables or {rule: _table(model, batch[0].category_names, rule) for rule in rules}
-        for sample, prompt, states in zip(batch, prompts, model.hidden_states_of(prompts, batch_size), strict=True):
+        for sample, prompt, states in zip(batch, prompts, model.streams_of(prompts, batch_size), strict=True):
             shown = objects(sample, prompt.grid)
             for reader, lens in lenses.items():
                 if isinstance(lens, Lens):

@@ -52,7 +52,7 @@ def by_layer(
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for scale in scales:
         scaled = [prompt.rescaled(scale) for prompt in prompts]
-        for own, named, states in zip(rows, masks, model.hidden_states_of(scaled, len(scaled)), strict=True):
+        for own, named, states in zip(rows, masks, model.streams_of(scaled, len(scaled)), strict=True):
             for name, mask in named.items():
                 h = states[:, mask.to(states.device)].float()
                 columns = _course(h)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import Lens
 from embedlens.measures.labels import label_ids
@@ -71,15 +73,16 @@ def ask(
         asked += [(other.image, own)] if own else []
     if not asked:
         raise EmbedLensError("no question to ask: pass at least one picture that has a question on these axes")
-    said: list[str] = []
     together = max(1, batch_size // 4)  # what is remembered of so many takes the memory of batch_size prompts
-    for start in range(0, len(asked), batch_size):  # a picture runs once for all its questions
-        part = asked[start : start + batch_size]
+
+    def run(start: int, part: Sequence[Any]) -> list[str]:  # a picture runs once for all its questions
         firsts = model.prompts([image for image, _ in part], [own[0][2].text for _, own in part])
         cases = []
         for first, (_, own) in zip(firsts, part, strict=True):
             cases += [Case(first), *(Case(model.asked(first, question.text)) for _, _, question in own[1:])]
-        said += answers(model, cases, ANSWER_TOKENS, together)
+        return answers(model, cases, ANSWER_TOKENS, together)
+
+    said = list(in_batches(run, asked, batch_size))
     rows = (row for _, own in asked for row in own)
     return pd.DataFrame(
         {
@@ -203,7 +206,7 @@ def content_states(
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
         prompts = model.prompts([picture.image for picture in batch], [QUESTION] * len(batch))
-        streams = model.hidden_states_of(prompts, batch_size)
+        streams = model.streams_of(prompts, batch_size)
         for picture, prompt, stream in zip(batch, prompts, streams, strict=True):
             x0, y0, x1, y1 = picture.box
             index = prompt.grid.patch_at((x0 + x1) / 2, (y0 + y1) / 2)

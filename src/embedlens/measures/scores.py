@@ -23,6 +23,7 @@ from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.codebook import AS_SHARES, Codebook, Recipe, Stages, build, quantile_thresholds
 from embedlens.cues import attended, cls_similarity, features_of
 from embedlens.errors import EmbedLensError
@@ -84,7 +85,7 @@ def scored(
         raise EmbedLensError(f"{len(samples)} pictures: pass at least two, better 24")
     protocol = protocol or Protocol(question=describing(model))
     prompts = model.prompts([sample.image for sample in samples], [protocol.question] * len(samples))
-    features = [one for _, batch in model.batches(prompts, 16) for one in features_of(model, batch)]
+    features = list(in_batches(lambda _, some: features_of(model, some), prompts, 16))
     attention = [part.double().sum(0).cpu() for part, _ in attended(model, prompts)]
     similarity = [cls_similarity(one).double().cpu() for one in features if one.cls is not None]
     order = similarity if len(similarity) == len(samples) else attention

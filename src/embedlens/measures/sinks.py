@@ -84,7 +84,7 @@ def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: in
     norms, largest, first = [], [], np.zeros((0, 0))
     for _, prompts in looked_at(model, samples, batch_size):
         norms += [states.float().norm(dim=-1).cpu().numpy() for states in model.tower_states_of(prompts)]
-        for states in model.hidden_states_of(prompts, batch_size):
+        for states in model.streams_of(prompts, batch_size):
             ratio = ratios(states).cpu()
             first = first if len(first) else ratio[:, 0].numpy()  # one for all pictures: nothing stands before it
             largest.append(ratio[:, 1:].amax(-1).numpy())

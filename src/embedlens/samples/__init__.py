@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,10 @@ class Sample:
         return tuple(name for category, name in self.category_names.items() if category in present)
 
 
-def readable(samples: Iterable[Sample]) -> Iterator[Sample]:
+def readable(samples: Iterable[Sample], opened: bool = False) -> Iterator[Sample]:
     """The samples whose pictures can be read, one after the other; a warning says how many cannot and why the first.
+
+    A list of them holds no pictures: each is opened again where it is used. `opened`: copies that hold theirs.
 
     What reads many pictures outside `embedlens.run`, which keeps such a list itself, reads these. Where pictures stand
     beside what was found of them, choose them first: `pictures = list(readable(load("coco:/data/coco/val2017", 100)))`.
@@ -59,11 +61,12 @@ def readable(samples: Iterable[Sample]) -> Iterator[Sample]:
     for sample in samples:
         count += 1
         try:
-            sample.image  # noqa: B018
+            held = sample if "image" in vars(sample) else replace(sample)
+            held.image  # noqa: B018
         except (EmbedLensError, OSError) as error:
             lost.append(f"sample {sample.id}: {error}")
         else:
-            yield sample
+            yield held if opened else sample
     if lost and len(lost) == count:
         raise EmbedLensError(f"none of {count} pictures can be read; the first is {lost[0]}")
     if lost:
