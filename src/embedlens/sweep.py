@@ -68,7 +68,7 @@ def run_arms(
         items: from `tasks.family_questions`; several questions on one picture share what is computed for it.
         arms: `sink_arms()`, `dead_arms()`, or your own. With `BASELINE` among them, `embedlens.paired` compares.
         groups: (model, prompts) → what arms choose by, of each prompt's picture: its groups, bind a reference or
-            membership with `partial`, or `pruners.seen` for the arms of pruners.
+            membership with `partial`, or `pruner_arms.seen` for the arms of pruners.
         batch_size: pictures that run together, each with up to eight questions.
         max_new_tokens: of an answer; by default as many as the model needs to write the longest expected one.
         halve: run fewer pictures together where they do not fit on the device; False: raise, the caller halves.
