@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from embedlens.batches import in_batches
 from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
@@ -383,8 +384,8 @@ def token_groups_of(
             f"{model.name} (width {model.width}, {len(model.tokens)} words): run discover on this model"
         )
     lens = EmbedLens.from_model(model)
-    found = []
-    for _, batch in model.batches(prompts, batch_size):
+
+    def run(_: int, batch: Sequence[Prompt]) -> Iterator[TokenGroups]:
         vit, llm = _sinks(model, batch, reference, lens, sinks)
         for prompt, of_tower, of_model in zip(batch, vit, llm, strict=True):
             tokens = prompt.embeds[prompt.visual]
@@ -392,8 +393,9 @@ def token_groups_of(
             met = {"LLM sink": of_model.cpu(), "ViT sink": of_tower.cpu(), "dead": dead}
             vit_sink = met["ViT sink"] & ~met["LLM sink"]
             alive = ~(met["LLM sink"] | met["ViT sink"] | dead)  # sinks come before dead ones
-            found.append(TokenGroups(vit_sink, met["LLM sink"], ~alive & ~vit_sink & ~met["LLM sink"], alive, met))
-    return found
+            yield TokenGroups(vit_sink, met["LLM sink"], ~alive & ~vit_sink & ~met["LLM sink"], alive, met)
+
+    return list(in_batches(run, prompts, batch_size))
 
 
 def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None, k: int = WORDS) -> Bool[Tensor, " n"]:
