@@ -91,7 +91,8 @@ def _setting(
 def _prefilling(model: VisionLanguageModel, prompts: Sequence[el.Prompt], batch_size: int) -> Callable[[], None]:
     @torch.no_grad()
     def run() -> None:
-        for start, batch in model.batches(prompts, batch_size):
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
             with model.running(batch, start, len(prompts)) as entered:
                 embeds, mask = model.padded(entered)
                 model.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=True)

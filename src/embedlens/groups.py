@@ -17,7 +17,7 @@ For LLaVA-1.5-7B the paper found norm 75, phi 20 in dimensions 1415 and 2533, an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from embedlens.batches import in_batches
 from embedlens.clusters import anchor_clusters, centroids, text_centroid
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import EmbedLens
@@ -332,8 +333,8 @@ def token_groups_of(
             f"{model.name} (width {model.width}, {len(model.tokens)} words): run discover on this model"
         )
     lens = EmbedLens.from_model(model)
-    found = []
-    for _, batch in model.batches(prompts, batch_size):
+
+    def run(_: int, batch: Sequence[Prompt]) -> Iterator[TokenGroups]:
         for prompt, vit, llm in zip(batch, *_sinks(model, batch, reference), strict=True):
             tokens = prompt.embeds[prompt.visual]
             dead = near_word(tokens, lens, reference.dead_id)
@@ -343,8 +344,9 @@ def token_groups_of(
             met = {"LLM sink": llm.cpu(), "ViT sink": vit.cpu(), "dead": dead.cpu()}
             sink = met["LLM sink"] | met["ViT sink"]  # sinks come before dead ones
             own = met["ViT sink"] & ~met["LLM sink"], met["LLM sink"], met["dead"] & ~sink, ~(met["dead"] | sink)
-            found.append(TokenGroups(*own, met))
-    return found
+            yield TokenGroups(*own, met)
+
+    return list(in_batches(run, prompts, batch_size))
 
 
 def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None, k: int = WORDS) -> Bool[Tensor, " n"]:

@@ -90,7 +90,9 @@ def run_arms(
     common = arms, groups, max_new_tokens
     together = processes(model.device.type) if halve else Processes()  # a caller that halves has dealt out its own
     what = {"model": kept.of_model(model), "asked": common} if halve and kept.ROWS in os.environ else None
-    for number, places in enumerate(watched(list(_chunks(items, CHUNK * batch_size)), model.name, "questions")):
+    for number, places in enumerate(
+        watched(list(_chunks(items, CHUNK * batch_size)), model.name, "groups of questions")
+    ):
         if number % together.count != together.rank:
             continue
         own = {place: items[place] for place in places}

@@ -253,8 +253,8 @@ class VisionLanguageModel:
 
     def visual_features_of(self, images: Sequence[Picture], batch_size: int = 32) -> list[Float[Tensor, "n d"]]:
         """Projected visual tokens of several pictures, without any text: what they bring to layer 0."""
-        rows: list[Tensor] = []
-        for _, batch in self.batches(images, batch_size):
+
+        def run(_: int, batch: Sequence[Picture]) -> Iterator[Tensor]:
             pictures, inputs = [open_picture(image) for image in batch], []
             for image, picture in zip(batch, pictures, strict=True):
                 with in_memory(image):
@@ -262,8 +262,9 @@ class VisionLanguageModel:
                     inputs.append(placed(self, made))
             for picture, features in zip(pictures, self._features(inputs), strict=True):
                 shows = self.family.shows_patch(grid_of(self, picture))
-                rows.append(features.tokens[shows.to(features.tokens.device)])
-        return rows
+                yield features.tokens[shows.to(features.tokens.device)]
+
+        return list(in_batches(run, images, batch_size))
 
     @torch.no_grad()
     def tower_states_of(self, prompts: Sequence[Prompt]) -> list[Float[Tensor, "layers n v"]]:
@@ -324,14 +325,6 @@ class VisionLanguageModel:
             return [stream[:, : len(prompt)] for stream, prompt in zip(stacked, entered, strict=True)]
 
         return in_batches(run, prompts, batch_size)
-
-    @staticmethod
-    def batches(prompts: Sequence[Any], batch_size: int) -> Iterator[tuple[int, Sequence[Any]]]:
-        """(index of the first, prompts) of each batch."""
-        if batch_size < 1:
-            raise EmbedLensError(f"batch_size is {batch_size}: pass at least 1")
-        for start in range(0, len(prompts), batch_size):
-            yield start, prompts[start : start + batch_size]
 
     @contextmanager
     def running(
