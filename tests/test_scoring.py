@@ -36,6 +36,11 @@ existence | no  | No idea                                         | 0
 existence | yes | There is a hot dog in the picture.              | 0
 existence | yes | There is a cat in the picture.                  | 0
 existence | yes | yesterday                                       | 0
+existence | no  | No, there is a dog.                             | 0
+existence | no  | No, there is a hot dog.                         | 1
+existence | yes | Yes — a dog.                                    | 1
+existence | yes | "Yes"                                           | 1
+existence | yes | Yes, but it isn’t a dog.                        | 0
 count     | two | 2                                               | 1
 count     | two | There are two dogs in the picture.              | 1
 count     | two | Two (2)                                         | 1
@@ -46,6 +51,14 @@ count     | two | There are not two dogs.                         | 0
 count     | two | 12                                              | 0
 count     | one | One is left, one is right.                      | 0
 count     | zero | There are no dogs.                             | 1
+count     | two | 2nd                                             | 0
+count     | two | 2+                                              | 0
+count     | two | over two                                        | 0
+count     | two | approximately two                               | 0
+count     | two | twenty-two                                      | 0
+count     | two | two hundred                                     | 0
+count     | two | none of the two                                 | 0
+count     | one | no one                                          | 0
 choice    | B   | B                                               | 1
 choice    | B   | (B)                                             | 1
 choice    | B   | b.                                              | 1
@@ -65,16 +78,25 @@ choice    | B   | B. The picture shows a dog.                     | 1
 choice    | B   | B. 0.45, at the top left                        | 0
 choice    | B   | B, 0.45, red, a dog                             | 0
 choice    | D   | There is a bus.                                 | 1
+choice    | B   | B - dog                                         | 1
+choice    | B   | C - dog                                         | 0
+choice    | B   | [B]                                             | 1
 colour    | red | The car is red.                                 | 1
 colour    | red | red and white                                   | 0
 colour    | red | not red                                         | 0
 colour    | red | reddish                                         | 0
 colour    | purple | Violet                                       | 1
+colour    | red | It isn’t red.                                   | 0
+colour    | red | red or maroon                                   | 0
+colour    | red | anything but red                                | 0
 relation  | left | The dog is to the left of the cat.             | 1
 relation  | left | above and to the left                          | 0
 relation  | below | below, 0.38, 0.62, 0.66]                      | 0
 where     | top left | in the top-left corner                     | 1
 where     | left | top left                                       | 0
+where     | top | at the top center                               | 1
+where     | center | top center                                   | 0
+where     | left | middle left                                    | 1
 object    | dog | It is a dog.                                    | 1
 object    | dog | A hot dog                                       | 0
 object    | dog | a dog and a cat                                 | 0
@@ -85,11 +107,17 @@ word      | STOP | stop                                           | 1
 word      | STOP | A sign that says STOP                          | 1
 word      | STOP | STOP or GO                                     | 0
 word      | STOP | STOPPED                                        | 0
+word      | STOP | It does not say "STOP".                        | 0
+word      | STOP | I cannot read STOP                             | 0
+word      | NO   | The word is NO.                                | 1
 character | A   | A                                               | 1
 character | A   | A letter B is written                           | 0
 character | A   | The letter is 'A'.                              | 1
 character | 7   | 17                                              | 0
+character | I   | I'm sorry.                                      | 0
+character | I   | I’m not sure                                    | 0
 box       | [0.10, 0.20, 0.50, 0.60] | It is at [0.1, 0.2, 0.5, 0.6].   | 1
+box       | [0.00, 0.20, 1.00, 0.60] | [0., 0.2, 1., 0.6]               | 1
 box       | [0.10, 0.20, 0.50, 0.60] | [100, 200, 500, 600]             | 0
 box       | [0.10, 0.20, 0.50, 0.60] | [0.10, 0.20, 0.50,               | 0
 box       | [100, 200, 500, 600] | the dog[[101, 199, 505, 590]]         | 1

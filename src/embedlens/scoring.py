@@ -39,10 +39,17 @@ NUMBERS = (*language.NUMBERS, "six", "seven", "eight", "nine", "ten", "eleven", 
 ALIKE = {"centre": "center", "middle": "center", "over": "above", "on top of": "above", "under": "below"}
 ALIKE |= {"beneath": "below", "underneath": "below"} | {f"upper {side}": f"top {side}" for side in ("left", "right")}
 ALIKE |= {f"lower {side}": f"bottom {side}" for side in ("left", "right")}
-_LEAD = re.compile(r"^(?:so,? )?(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? +", re.IGNORECASE)
+ALIKE |= {f"{side} {other}": side for side in ("top", "bottom", "left", "right") for other in ("center", "middle")}
+ALIKE |= {f"{other} {side}": side for side in ("top", "bottom", "left", "right") for other in ("center", "middle")}
+_LEAD = re.compile(r"^(?:so,? )?(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?(?:: *| +)", re.IGNORECASE)
 _DENIES = re.compile(r"\b(?:no|not|none|neither|nor|cannot|never|without|unsure|unclear)\b|n't\b")
-_VAGUE = re.compile(r"\b(?:than|least|most|about|around|or)\b")
-_NUMBER = r"\s*(\d*\.?\d+)\s*"
+_HEDGES = re.compile(r"\b(?:or|but|hardly)\b")
+_VAGUE = re.compile(
+    r"\b(?:than|least|most|about|around|approximately|roughly|nearly|almost|up to|maybe|perhaps|plus|half|or)\b"
+    r"|\bover (?:\d+|[a-z]+)$|[+<>~%½]"
+)
+_LARGE = ("dozen", "hundred", "thousand", *(f"{ten}ty" for ten in "twen thir for fif six seven eigh nine".split()))
+_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
 _BOX = re.compile(rf"[\[(]{_NUMBER},{_NUMBER}(?:,|[\])]\s*,?\s*[\[(]){_NUMBER},{_NUMBER}[\])]")
 
 
@@ -63,7 +70,9 @@ def score(question: Question, prediction: str) -> float:
 
 def said(question: Question, prediction: str) -> str | None:
     """The answer that a prediction gives to a question, in the words of its answers; None where it is undecided."""
-    plain = " ".join(prediction.replace("*", "").split())
+    plain = " ".join(prediction.replace("*", "").replace("’", "'").split())
+    wrapped = re.fullmatch(r"[\"'`“‘\[(]([^\"'`“”‘\[\]()]+)[\"'`”\])]\.?", plain)
+    plain = wrapped[1].strip() if wrapped else plain
     if plain.rstrip(".").lower() == question.answer.lower():
         return question.answer
     if question.choices == YES_NO:
@@ -89,17 +98,17 @@ def yes_or_no(text: str, name: str = "") -> str | None:
     ['no', None, 'yes', None]
     """
     words = _LEAD.sub("", text).lower()
-    found = re.match(r"(yes|no)(?=$|[.,;:!]|\s+there\b)", words)
+    thing = rf"{re.escape(name.lower())}s?(?=$|[.,;!]| in\b)"
+    found = re.match(r"(yes|no)(?=$|[.,;:!]|\s+there\b|\s*[-–—]\s)", words)
     if found:
         rest = words[found.end() :]
-        against = _DENIES.search(rest) if found[1] == "yes" else re.search(r"\byes\b", rest)
+        contrary = rf"\byes\b|(?:\b(?:is|are|shows?|see|has|have)|'s) (?:an?|one) {thing}" if name else r"\byes\b"
+        against = _DENIES.search(rest) if found[1] == "yes" else re.search(contrary, rest)
         return None if against else found[1]
     if not name:
         return None
-    stated = re.match(
-        rf"there (?:is|are) (not |n't )?(no|an?|one|any) {re.escape(name.lower())}s?(?=$|[.,]| in\b)", words
-    )
-    stated = stated or re.match(rf"there (isn't|aren't) (an?|any) {re.escape(name.lower())}s?(?=$|[.,]| in\b)", words)
+    stated = re.match(rf"there (?:is|are) (not |n't )?(no|an?|one|any) {thing}", words)
+    stated = stated or re.match(rf"there (isn't|aren't) (an?|any) {thing}", words)
     if not stated or re.search(r"\byes\b|\bbut\b", words):
         return None
     denied = bool(stated[1]) or stated[2] == "no"
@@ -113,13 +122,17 @@ def number_of(text: str) -> str | None:
     ['two', 'two', 'zero', None, None]
     """
     words = text.lower()
-    tokens = re.findall(r"\d+(?:[.,/:]\d+)*|[a-z']+", words)
-    found = [token for token in tokens if token[0].isdigit() or token in NUMBERS]
+    tokens = re.findall(r"\d+(?:[.,/:]\d+)*\w*|[a-z']+", words)
+    found = [token for token in tokens if token[0].isdigit() or token in NUMBERS or token in _LARGE]
     if not found:
         return NUMBERS[0] if re.match(r"(?:there (?:is|are) )?(?:no|none)\b", words) else None
     named = {NUMBERS[int(token)] if token.isdigit() and int(token) < len(NUMBERS) else token for token in found}
     once = len(named) == 1 and found.count("one") < 2
-    return named.pop() if once and not _VAGUE.search(words) and not re.search(r"\bnot\b|n't\b", words) else None
+    return (
+        named.pop()
+        if once and not _VAGUE.search(words) and not re.search(r"\b(?:not|none|neither|no one)\b|n't\b", words)
+        else None
+    )
 
 
 def letter_of(text: str, options: Sequence[str]) -> str | None:
@@ -134,9 +147,8 @@ def letter_of(text: str, options: Sequence[str]) -> str | None:
     rest = words[found.end() :] if found else words
     named = one_of(rest, options)
     if found is None:
-        return (
-            None if named is None or re.search(rf"\b[{letters[1:]}]\b", rest) else letters[list(options).index(named)]
-        )
+        letter = None if named is None else letters[list(options).index(named)]
+        return letter if set(re.findall(rf"\b[{letters[1:]}]\b", rest)) <= {letter} else None
     letter = found[1].upper()
     others = [option for option in options if option != options[letters.index(letter)]]
     # "A" may be an article behind its own letter, the other letters stand for themselves
@@ -153,8 +165,9 @@ def one_of(text: str, options: Sequence[str]) -> str | None:
     >>> [one_of(text, ("red", "blue")) for text in ("The car is red.", "red and blue", "not red", "reddish")]
     ['red', None, None, None]
     """
-    named = _named(text, options)
-    return named.pop() if len(named) == 1 and not re.search(r"\d", text) and not _DENIES.search(text.lower()) else None
+    named, words = _named(text, options), text.lower()
+    doubtful = re.search(r"\d", text) or _DENIES.search(words) or _HEDGES.search(words)
+    return named.pop() if len(named) == 1 and not doubtful else None
 
 
 def _named(text: str, options: Sequence[str]) -> set[str]:
@@ -174,9 +187,10 @@ def written_in(text: str) -> str | None:
     ['STOP', 'go', 'B', None, None]
     """
     quoted = re.findall(r"(?<!\w)[\"'“‘]([^\"'“”‘’]+)[\"'”’](?!\w)", text)
-    capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"^A (?=[a-z])", "", text))
+    capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"\bI'\w+|^A (?=[a-z])|^I (?=\w)", "", text))
     found = {part.strip(" .") for part in quoted or capitals}
-    return found.pop() if len(found) == 1 else None
+    beside = text.replace(next(iter(found)), "") if found else text  # what is written may be NO
+    return found.pop() if len(found) == 1 and not _DENIES.search(beside.lower()) else None
 
 
 # --- boxes -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ values of what prompts have in common (`embedlens.prefix`). Questions of all arm
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from embedlens.arms import (  # noqa: F401 - arms are named as of this module, t
     sink_arms,
     skipping,
 )
-from embedlens.batches import watched
+from embedlens.batches import in_batches, watched
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention
@@ -220,11 +220,13 @@ def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int
     leading: dict[int, int] = {}
     for place, item in items.items():
         leading.setdefault(item.sample.id, place)
-    first: dict[int, Prompt] = {}
-    for _, batch in model.batches(list(leading.values()), batch_size):
-        asked = [items[place] for place in batch]
+
+    def run(_: int, places: Sequence[int]) -> Iterable[tuple[int, Prompt]]:
+        asked = [items[place] for place in places]
         found = model.prompts([_picture(item.sample) for item in asked], [item.question.text for item in asked])
-        first |= dict(zip(batch, found, strict=True))
+        return zip(places, found, strict=True)
+
+    first = dict(in_batches(run, list(leading.values()), batch_size))
     return {
         place: first[place] if place in first else model.asked(first[leading[item.sample.id]], item.question.text)
         for place, item in items.items()
