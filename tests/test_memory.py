@@ -111,7 +111,7 @@ def test_what_is_computed_in_is_what_the_checkpoint_was_stored_in(config, stored
 
 
 def test_the_real_config_says_float16():
-    real = Path(__file__).parents[1] / "shared/real/llava-1.5-7b-hf/config.json"
+    real = Path(__file__).parents[2] / "shared/real/llava-1.5-7b-hf/config.json"  # beside the checkout, not in it
     if not real.is_file():
         pytest.skip("the checkpoint's own config.json is not at hand")
     assert loading._stored_dtype(json.loads(real.read_text())) == torch.float16
