@@ -130,6 +130,9 @@ def test_pruning_sends_the_attention_of_planted_sinks_to_bos_and_skipping_the_ml
     assert mean.own["skipped"] < 0.1 * freed and mean.own["others skipped"] == pytest.approx(freed, rel=0.01)
     late = arms[arms.sublayer >= sinks.aligner_of(copy.n_layers)].groupby("arm").cosine.mean()
     assert late["as it is"] > 0.99 and late["others skipped"] > 0.99 and late["skipped"] < 0.2
+    moved = sinks.moved(arms, sinks.aligner_of(copy.n_layers))
+    assert moved["to_prompt"].value > 0.4 and moved["attention_lost"].value > 0.9
+    assert moved["change"].value == pytest.approx(late["skipped"] - late["as it is"], abs=0.01)
 
 
 @pytest.mark.parametrize("vit, llm", [((1, 2), (2,)), ((64,), (1,))])

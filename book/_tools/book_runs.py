@@ -89,6 +89,7 @@ def environment(home: Path, threads: int | None = None) -> dict[str, str]:
     folders = {f"JUPYTER_{kind}_DIR": str(home) for kind in ("CONFIG", "DATA", "RUNTIME")} | {"IPYTHONDIR": str(home)}
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     own = quiet | {"MPLCONFIGDIR": str(home)} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    folders["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with another there would be no figures
     return {**own, **os.environ, **folders}
 
 

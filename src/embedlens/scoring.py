@@ -183,11 +183,11 @@ def _named(text: str, options: Sequence[str]) -> set[str]:
 def written_in(text: str) -> str | None:
     """What an answer says is written: the one thing in quotation marks, else the one word in capitals or digits.
 
-    >>> [written_in(text) for text in ("The word is STOP.", "It says 'go'.", "A B is written", "AB and CD", "a dog")]
+    >>> [written_in(text) for text in ("The word is STOP.", "It says 'go'.", "A sign that says B", "A B", "a dog")]
     ['STOP', 'go', 'B', None, None]
     """
     quoted = re.findall(r"(?<!\w)[\"'“‘]([^\"'“”‘’]+)[\"'”’](?!\w)", text)
-    capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"\bI'\w+|^(?:A|I) (?=\w)", "", text))
+    capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"\bI'\w+|^(?:A|I) (?=[a-z])", "", text))
     found = {part.strip(" .") for part in quoted or capitals}
     beside = text.replace(next(iter(found)), "") if found else text  # what is written may be NO
     return found.pop() if len(found) == 1 and not _DENIES.search(beside.lower()) else None

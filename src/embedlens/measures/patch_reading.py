@@ -16,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from embedlens.asking import instructed
 from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
 from embedlens.lenses import Lens
@@ -69,7 +70,11 @@ def ask(
     """
     asked = []
     for other, picture in zip(_shifted(pictures) if swap else pictures, pictures, strict=True):
-        own = [(picture, axis, one) for axis, one in picture.asked.items() if axes is None or axis in axes]
+        own = [
+            (picture, axis, instructed(model, one))
+            for axis, one in picture.asked.items()
+            if axes is None or axis in axes
+        ]
         asked += [(other.image, own)] if own else []
     if not asked:
         raise EmbedLensError("no question to ask: pass at least one picture that has a question on these axes")

@@ -29,7 +29,7 @@ from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at, prompts_of
 from embedlens.samples import Sample
-from embedlens.stats import Estimate, drawn_pairs, estimates
+from embedlens.stats import Estimate, drawn, drawn_pairs, estimate, estimates
 from embedlens.sweep import generator, random_tokens
 from embedlens.tracing import traces
 from embedlens.vlm import Prompt, VisionLanguageModel
@@ -283,6 +283,29 @@ def attention_per_token(
     """
     at = queries.nonzero()[:, 0].to(mass.device)
     return (mass[:, at] * (at + 1) / max(size, 1)).mean(-1)
+
+
+def moved(arms: pd.DataFrame, mlp: int, seed: int = 0) -> dict[str, Estimate]:
+    """What pruning LLM sinks does to attention, and letting them skip MLP-2 to attention and to their likeness to BOS.
+
+    Args:
+        arms: rows of `by_arm`.
+        mlp: the sublayer after which sinks are like BOS, see `aligner_of`.
+        seed: of the bootstrap over pictures.
+
+    Returns:
+        to_prompt (of the attention that pruning frees, the part that goes to the text before the picture), beyond_due
+        (more than its share), change (in cosine to BOS), beyond_control (of other tokens that skip), attention_lost.
+    """
+    arms = arms.assign(prompt=arms.BOS + arms["text before"])
+    arms["due"] = arms.prompt / (1 - arms.own) * arms.own  # the prompt's gain if every key kept its share
+    mass = {of: drawn(arms.dropna(subset=of), of, by="arm", seed=seed) for of in ("prompt", "own", "due")}
+    cosine = drawn(arms[arms.sublayer >= mlp].dropna(subset="cosine"), "cosine", by="arm", seed=seed)
+    freed, gained = mass["own"]["as it is"], mass["prompt"]["pruned"] - mass["prompt"]["as it is"]
+    parts = {"to_prompt": gained / freed, "beyond_due": (gained - mass["due"]["as it is"]) / freed}
+    parts |= {"change": cosine["skipped"] - cosine["as it is"], "attention_lost": 1 - mass["own"]["skipped"] / freed}
+    parts["beyond_control"] = cosine["skipped"] - cosine["others skipped"]
+    return {name: estimate(part, arms.id.nunique()) for name, part in parts.items()}
 
 
 def queries_of(prompt: Prompt) -> Bool[Tensor, " s"]:
