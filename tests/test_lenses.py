@@ -82,6 +82,26 @@ def test_a_search_in_the_tables_format_gives_the_ranking_of_exact_cosines(dtype,
         torch.testing.assert_close(values, expected.values[:, :7], atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_tie_once_rounded_go_to_the_lowest_id_in_any_table(dtype):
+    """A score is float32: entries that float64 tells apart and float32 does not are ties."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(1, 8, generator=generator)
+    table = (centre + 1e-3 * torch.randn(2000, 8, generator=generator)).to(dtype)
+    h = centre + 1e-3 * torch.randn(30, 8, generator=generator)
+    lens = EmbedLens(table, named(2000))
+    assert torch.equal(lens.topk(h, 10)[1], lens.scores(h).sort(dim=-1, descending=True, stable=True).indices[:, :10])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entries_that_weight_decay_left_with_next_to_no_length_are_words_like_others(many, dtype):
+    embeddings, h = many
+    embeddings[::7] *= 1e-40  # one over their length overflows
+    embeddings = embeddings.to(dtype)
+    lens = EmbedLens(embeddings, named(300))
+    assert torch.equal(lens.topk(h, 5)[1], lens.scores(h).sort(dim=-1, descending=True, stable=True).indices[:, :5])
+
+
 def test_a_vector_between_the_steps_of_bfloat16_is_still_ranked_exactly():
     """Rounded as the table is, it would be nearest to the other row."""
     table = torch.zeros(400, 64, dtype=torch.bfloat16)

@@ -25,6 +25,7 @@ SLICE_BYTES = 32 * 2**20  # of scores held at a time, but
 SLICE_ROWS = 192  # vectors at least, so that a large table is not read once for every few of them
 BLOCK = 64  # entries of which the best one stands for all in a search
 FINALISTS = 256  # of a vector, scored one by one; where more are in question, all entries are scored exactly
+TINY = 1e-30  # entries shorter than this, such as words that weight decay left, would overflow when they are scaled
 AT_ONCE = 2**17  # numbers of finalists held at a time: few enough for a cache
 
 
@@ -120,6 +121,7 @@ class EmbedLens(Lens):
         self._rows = _searchable(_readable(embeddings.detach(), "embedding rows"))
         self._lengths = torch.cat([_lengths(part) for part in self._rows.split(4096)])
         self._scale = (1 / self._lengths).to(self._rows.dtype)
+        self._tiny = (self._lengths < TINY).nonzero()[:, 0]
         self._exclude = torch.as_tensor(list(exclude), dtype=torch.long, device=embeddings.device)
 
     @classmethod
@@ -129,8 +131,7 @@ class EmbedLens(Lens):
 
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
         """Cosine with every embedding row, in [-1, 1] up to rounding; 0 for a zero vector."""
-        h = _wide(_readable(h.detach()).to(self._rows.device))
-        units = h / _lengths(h)[..., None]
+        units = _units(_readable(h.detach()).to(self._rows.device))
         parts = [units @ _wide(part).T for part in self._rows.split(4096)]
         cosines = (torch.cat(parts, dim=-1) / self._lengths).float()
         cosines[..., self._exclude] = -torch.inf
@@ -140,8 +141,12 @@ class EmbedLens(Lens):
         rows = rows.to(self._rows.device)
         seen, slack = self._shown(rows)
         found = (seen @ self._rows.T).mul_(self._scale)
+        if len(self._tiny):
+            exact = _units(rows) @ _units(self._rows[self._tiny]).T
+            found[:, self._tiny] = (exact * torch.linalg.vector_norm(_wide(seen), dim=-1, keepdim=True)).to(found.dtype)
         found[:, self._exclude] = -torch.inf
-        rounding = torch.finfo(found.dtype).eps / 2  # of the product, of the scale, of their product
+        # of the product, of the scale, of their product; and of the score, so that entries that tie in it stay
+        rounding = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps) / 2
         at, ids = _contenders(found, k, slack, 2 * 4 * rounding)
         crowded = torch.bincount(at, minlength=len(rows)) > max(FINALISTS, 4 * k)
         few = ~crowded[at]
@@ -229,6 +234,11 @@ def _lengths(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """Norms, 1 for a zero vector, whose cosines are all 0."""
     lengths = torch.linalg.vector_norm(_wide(vectors), dim=-1)
     return torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+
+
+def _units(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    wide = _wide(vectors)
+    return wide / _lengths(wide)[..., None]
 
 
 def _searchable(rows: Float[Tensor, "V d"]) -> Float[Tensor, "V d"]:
