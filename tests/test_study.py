@@ -363,6 +363,9 @@ def test_a_digest_is_of_values_and_of_the_code_that_is_called(monkeypatch):
     assert kept.digest([one, one]) == kept.digest([one, two]) != kept.digest([one, two[::-1]])
     assert kept.digest(torch.tensor([1.0, 2.0])) != kept.digest(torch.tensor([2.0, 1.0]))
     assert kept.digest(torch.zeros(0)) != kept.digest(torch.zeros(0, 2)) != kept.digest(torch.zeros(1))
+    one, two, three = (lambda: 1), (lambda: 2), (lambda: 3)  # of one name, as arms in a notebook are
+    assert kept.digest([one, two]) != kept.digest([one, three])
+    assert kept.digest([calling(1), calling(2)]) != kept.digest([calling(1), calling(3)])
     before = kept.digest(calling(1))
     assert before == kept.digest(calling(1)) != kept.digest(calling(2))
     monkeypatch.setitem(globals(), "doubled", one_row)

@@ -52,7 +52,7 @@ class _Digest(NumpyHasher):
     def __init__(self) -> None:
         super().__init__("sha256")
         self.fast = True  # remembers no objects, only values
-        self.named: set[str] = set()
+        self.met: dict[Any, int] = {}  # functions; lambdas, and what factories make, share a name
 
     def save(self, value: Any) -> None:
         if isinstance(value, VisionLanguageModel):
@@ -69,9 +69,9 @@ class _Digest(NumpyHasher):
 
     def _of_function(self, function: Any) -> Any:
         name = _qualname(function)
-        if name in self.named:  # it calls itself
-            return name
-        self.named.add(name)
+        if function in self.met:  # it calls itself, or is there twice
+            return name, self.met[function]
+        self.met[function] = len(self.met)
         outer = inspect.getclosurevars(function)
         beside = {} if name.startswith("embedlens.") else outer.globals  # of this package all sources count
         own = {
@@ -88,12 +88,21 @@ def source_of(thing: Any) -> str:
     try:
         source = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError):
-        code = getattr(thing, "__code__", None)
-        return repr((code.co_code, code.co_names)) if code else ""
+        return _byte_code(getattr(thing, "__code__", None))
+    if getattr(thing, "__name__", "") == "<lambda>":  # its source is the line that it stands in, with others perhaps
+        source += _byte_code(thing.__code__)
     try:
         return ast.unparse(ast.parse(source))
     except SyntaxError:  # a lambda in the middle of an expression
         return source
+
+
+def _byte_code(code: Any) -> str:
+    """What a code object does, without where it stands."""
+    if code is None:
+        return ""
+    sets = [sorted(map(repr, value)) if isinstance(value, frozenset) else value for value in code.co_consts]
+    return repr((code.co_code, code.co_names, [_byte_code(one) if inspect.iscode(one) else one for one in sets]))
 
 
 @cache
