@@ -135,6 +135,7 @@ def cluster_study(
                 sets = [matched_null(labels, generator(sample.id, f"random {r}", seed)) for r in range(repeats)]
                 means, of = cluster_means(tokens, labels, most), labels.cpu()
                 none, sizes = (0, 0, 0, most - len(means)), of.bincount(minlength=most)
+                null = [pad(cluster_means(tokens, own, most), none).cpu() for own in sets]
                 words = lens.topk(unit_vectors(means), 1)[1][:, 0].cpu()
                 part = {
                     "ids": sample.id,
@@ -142,7 +143,7 @@ def cluster_study(
                     "tokens": len(of),
                     "singletons": int((sizes == 1).sum()),
                     "means": pad(means, none).cpu(),
-                    "null_means": torch.stack([pad(cluster_means(tokens, own, most), none).cpu() for own in sets]),
+                    "null_means": torch.stack(null) if null else torch.zeros(0, most, model.width),
                     "nearest": pad(words, none[2:], value=-1).numpy(),
                     "in_bars": (of.bincount(padded, most) / sizes)[:most].numpy(),  # 0 of 0 is nan
                     "bars": float(padded.mean()),
