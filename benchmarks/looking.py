@@ -45,9 +45,9 @@ def _attention(repeats: int, side: int, width: int, model: str) -> list[dict[str
 
 
 def _bare(model: VisionLanguageModel, prompt: el.Prompt) -> Any:
-    from embedlens.attention_maps import _followed_by, answer_ids
+    from embedlens.attention_maps import answer_ids, followed_by
 
-    whole = _followed_by(model, prompt, answer_ids(model, prompt, ANSWER))
+    whole = followed_by(model, prompt, answer_ids(model, prompt, ANSWER))
 
     @torch.no_grad()
     def run() -> None:

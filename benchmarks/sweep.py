@@ -111,6 +111,7 @@ def stand_ins(model: el.VisionLanguageModel, prompts: Sequence[el.Prompt]) -> li
 
 def _one_by_one(model: el.VisionLanguageModel, items: Sequence[tasks.Item]) -> list[str]:
     """Answers arm by arm, one question at a time; handed out in the order of `run_arms`."""
+    items = tasks.in_words_of(model, items)
     with eager(model):
         by_arm = [[_alone(model, item, arm) for item in items] for arm in sink_arms()]
     return [text for of_item in zip(*by_arm, strict=True) for text in of_item]
@@ -118,15 +119,15 @@ def _one_by_one(model: el.VisionLanguageModel, items: Sequence[tasks.Item]) -> l
 
 def _alone(model: el.VisionLanguageModel, item: tasks.Item, arm: Arm) -> str:
     """One answer, with everything it needs computed for it alone."""
-    prompt = model.prompt(item.sample.image, item.question.text)
+    prompt, most = model.prompt(item.sample.image, item.question.text), tasks.answer_tokens(model)
     if arm is BASELINE:
-        return model.answer(prompt, tasks.ANSWER_TOKENS)
+        return model.answer(prompt, most)
     groups = stand_ins(model, [prompt])[0]
     plan = arm.act(groups, prompt.grid, generator(item.sample.id, arm.name, arm.seed))
     if not plan:
-        return model.answer(prompt, tasks.ANSWER_TOKENS)
+        return model.answer(prompt, most)
     with el.intervene(model, *plan):
-        return model.answer(prompt, tasks.ANSWER_TOKENS)
+        return model.answer(prompt, most)
 
 
 @contextmanager

@@ -183,7 +183,8 @@ def test_a_chapter_records_every_parameter_that_its_numbers_depend_on(page):
     }
     spread = {ast.unparse(word.value) for call in writes for word in call.keywords if word.arg is None}
     dicts = [node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in spread]
-    kept |= {ast.literal_eval(key) for given in dicts if isinstance(given, ast.Dict) for key in given.keys}
+    literal = [part for value in dicts for part in ast.walk(value) if isinstance(part, ast.Dict)]  # with | beside
+    kept |= {ast.literal_eval(key) for part in literal for key in part.keys}
     assert not writes or declared <= kept
     main = ROOT / "results" / "miniature" / f"{page.stem}.json"
     assert not main.is_file() or (writes and set(records.read(main).parameters) == declared)

@@ -69,7 +69,7 @@ def test_attention_is_the_stock_models_own(twin):
     asking = el.attention(model, prompt, ids, question=True)
     assert asking.shape[2] == len(behind) + 3 and torch.equal(asking[:, :, -4:], found)
     stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    whole = attention_maps._followed_by(model, prompt, torch.tensor(ids))
+    whole = attention_maps.followed_by(model, prompt, torch.tensor(ids))
     kinds = {"input_ids": whole.ids[None], "pixel_values": prompt.pixel_values, **prompt.beside}
     token = model.family.image_token_id(model.hf)
     if "image_grid_thw" in prompt.beside:
@@ -165,7 +165,7 @@ def test_attention_of_a_bfloat16_model_is_softmaxed_from_exact_products():
     query, key = (torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     query, key = (10 * query).bfloat16(), key.bfloat16()
     exact = (query[:, :, -1:].double() @ key.double().mT / 8).softmax(-1)
-    assert_close(attention_maps._weights(query[:, :, -1:], key, None, None).double(), exact, atol=1e-5, rtol=1e-4)
+    assert_close(attention_maps._weights(query[:, :, -1:], key, None, 1 / 8).double(), exact, atol=1e-5, rtol=1e-4)
 
 
 def test_silenced_text_does_not_silence_the_answer(miniature):

@@ -205,6 +205,25 @@ def test_a_box_is_in_the_frame_and_unit_of_its_family_and_fits_into_the_answer(t
     assert 12 < needed < tasks.answer_tokens(model)
 
 
+@pytest.mark.parametrize("way", ["letterbox", "stretch", "centre-crop"])
+@pytest.mark.parametrize("name", [QWEN, QWEN3])
+def test_a_box_is_where_the_model_sees_it_when_the_picture_is_made_square(twin_of, name, way):
+    _, model = twin_of(name)
+    model = model.with_preprocessing(way)
+    sample, question = item("box")
+    (asked,) = tasks.in_words_of(model, [item("box")])
+    side = min(sample.width, sample.height) if way == "centre-crop" else max(sample.width, sample.height)
+    read = model.family.enough(model.hf, model.processor, (side, side)) if name == QWEN else (1000, 1000)
+    x0, y0, x1, y1 = scoring.in_original(scoring.box_of(question.answer), sample.width, sample.height)
+    left, top, right, bottom = model.prompt(sample.image, "?").grid.frame.box
+    wanted = [(x * sample.width - left) / (right - left) * read[0] for x in (x0, x1)]
+    wanted += [(y * sample.height - top) / (bottom - top) * read[1] for y in (y0, y1)]
+    wanted = [min(max(0, part), edge) for part, edge in zip(wanted, (read[0], read[0], read[1], read[1]), strict=True)]
+    assert scoring.box_of(asked.question.answer) == pytest.approx(
+        (wanted[0], wanted[2], wanted[1], wanted[3]), abs=1.01
+    )
+
+
 # The guard
 
 

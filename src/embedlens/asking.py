@@ -8,6 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from embedlens.families.instructions import instructions_of
+from embedlens.families.plain import OWN
+from embedlens.patches import Box, Frame
+from embedlens.pictures import natural_side
 from embedlens.samples import Question
 from embedlens.scoring import LETTERS, NAMES, NUMBERS, OPTIONS, YES_NO, Item, box_of, in_original
 
@@ -33,18 +36,27 @@ def in_words_of(model: VisionLanguageModel, items: Sequence[Item]) -> list[Item]
     how, found = instructions_of(model), []
     for sample, question in items:
         if question.kind == "box" and how.unit != "fractions":
-            size, box = (1000, 1000), cast(Any, box_of(question.answer))
-            width, height = sample.width, sample.height
-            if model.preprocessing == "letterbox":
-                width = height = max(width, height)
-            else:
-                box = in_original(box, width, height)
+            size, way = (sample.width, sample.height), model.preprocessing
+            side = natural_side(size, way)
+            frame = Frame.stretch(*size) if way == OWN else Frame.of(way, *size, side=side)
+            box = within(cast(Any, box_of(question.answer)), frame)
+            read = (1000, 1000)
             if how.unit == "pixels":
-                size = model.family.enough(model.hf, model.processor, (width, height))
-            numbers = [round(part * side) for part, side in zip(box, 2 * size, strict=True)]
+                read = model.family.enough(model.hf, model.processor, size if way == OWN else (side, side))
+            numbers = [round(part * edge) for part, edge in zip(box, 2 * read, strict=True)]
             question = replace(question, answer=f"[{', '.join(map(str, numbers))}]")
         found.append(Item(sample, instructed(model, question)))
     return found
+
+
+def within(box: Box, frame: Frame) -> Box:
+    """A box in fractions of the letterboxed square as fractions of what a frame shows of the picture."""
+    across, down = frame.width, frame.height
+    x0, y0, x1, y1 = in_original(box, across, down)
+    left, top, right, bottom = frame.box
+    xs = [min(1.0, max(0.0, (x * across - left) / (right - left))) for x in (x0, x1)]
+    ys = [min(1.0, max(0.0, (y * down - top) / (bottom - top))) for y in (y0, y1)]
+    return xs[0], ys[0], xs[1], ys[1]
 
 
 def answer_tokens(model: VisionLanguageModel) -> int:

@@ -76,6 +76,7 @@ def rollout(
 
     def rolled(weights: Float[Tensor, "h s s"], visual: Bool[Tensor, " s"]) -> Float[Tensor, "q n"]:
         under = below.pop() if below else torch.eye(len(visual), device=visual.device)[:, visual]
+        under = under.to(weights.device)  # layers may lie on several
         below.append((weights.mean(0) @ under + under) / 2)
         return below[0][-1 - len(ids) :]
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 import torch
@@ -170,7 +171,7 @@ def _qualname(thing: Any) -> str:
 def put(path: Path, content: Any) -> None:
     """Write what JSON can hold, floats exactly; a process that is killed meanwhile leaves no file, or the whole one."""
     data = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part = path.with_name(f"{path.name}.{os.getpid()}-{token_hex(4)}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

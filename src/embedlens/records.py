@@ -17,6 +17,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from embedlens.book import find_root
@@ -171,7 +172,7 @@ def write(
     main = results(folder) / _folder_of(model) / f"{chapter}.json"
     file = _without_replacing(main, _checked(content, f"{model}/{chapter}"))
     # a disk that fills up must not leave half a record, nor must other processes that write the same
-    whole = file.with_name(f"{file.name}.{os.getpid()}")
+    whole = file.with_name(f"{file.name}.{os.getpid()}-{token_hex(4)}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         whole.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
