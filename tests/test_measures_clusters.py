@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from embedlens.clusters import (
 from embedlens.groups import Reference, token_groups
 from embedlens.lenses import EmbedLens, unit_vectors
 from embedlens.measures.clusters import by_group, cluster_study
-from embedlens.vlm import QUESTION
+from embedlens.vlm import QUESTION, Prompt, VisionLanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,11 @@ def test_a_crowd_is_no_object(tiny, pictures, reference):
     assert plain == crowded
 
 
-class Wide:
+class Wide(VisionLanguageModel):
     """As much of a model as a study needs, of the width of LLaVA-1.5-7B, with few words and few tokens a picture."""
+
+    def __init__(self) -> None:
+        pass
 
     name, width, tokens, device = "wide", 4096, [str(i) for i in range(50)], torch.device("cpu")
     input_embeddings = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))
@@ -152,7 +156,7 @@ class Wide:
     def prompts(self, images, questions):
         grid = SimpleNamespace(padded=torch.zeros(12, dtype=torch.bool))
         rows = [torch.randn(12, self.width, generator=torch.Generator().manual_seed(i)) for i, _ in enumerate(images)]
-        return [SimpleNamespace(embeds=own.repeat(2, 1)[:12], visual=slice(None), grid=grid) for own in rows]
+        return [Mock(spec=Prompt, embeds=own.repeat(2, 1)[:12], visual=slice(None), grid=grid) for own in rows]
 
 
 def anonymous_memory() -> int:

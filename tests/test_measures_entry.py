@@ -230,7 +230,8 @@ def test_another_picture_is_asked_the_same_and_pairs_with_the_own_one(tiny, item
     assert found["id"].tolist() == [item.sample.id for item in items]
     assert found["question"].tolist() == [item.question.text for item in items]
     shown = [items[(place + 2) % 4].sample for place in range(4)]
-    said = [tiny.answer(tiny.prompt(s.image, i.question.text), 12) for s, i in zip(shown, items, strict=True)]
+    tokens = tasks.answer_tokens(tiny)
+    said = [tiny.answer(tiny.prompt(s.image, i.question.text), tokens) for s, i in zip(shown, items, strict=True)]
     assert found["prediction"].tolist() == said
     with pytest.raises(EmbedLensError, match="at least two"):
         late_entry.about_another(tiny, items[:1])
@@ -244,7 +245,8 @@ def test_every_run_is_asked_with_its_own_weights_and_entry(tiny, items):
     wanted = dict.fromkeys([("baseline", 0), *named], len(items))
     assert found.groupby(["arm", "seed"]).size().to_dict() == wanted
     with runs[1].on(tiny), el.intervene(tiny, el.EnterAt(1)):
-        said = [tiny.answer(tiny.prompt(item.sample.image, item.question.text), 12) for item in items]
+        tokens = tasks.answer_tokens(tiny)
+        said = [tiny.answer(tiny.prompt(item.sample.image, item.question.text), tokens) for item in items]
     rows = found[(found["arm"] == named[2][0]) & (found["seed"] == 0)]
     assert rows["prediction"].tolist() == said
 

@@ -29,7 +29,7 @@ from embedlens.pruner_arms import (
     shares_of,
 )
 from embedlens.pruners import PRUNERS, Context, prune
-from embedlens.tasks import family_questions
+from embedlens.tasks import answer_tokens, family_questions
 
 SHARE = 6 / 16
 
@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_physically_shorter_prompt(tiny, table, items):
         for name in ("DivPrune", "pooling"):  # one takes tokens out, one writes new ones
             shorter = prune(PRUNERS[name], features, Context(), 6).prompt(prompt)
             rows = table[(table["arm"] == name) & (table["item"] == at)]
-            assert rows["prediction"].tolist() == [tiny.answer(shorter, 12)]
+            assert rows["prediction"].tolist() == [tiny.answer(shorter, answer_tokens(tiny))]
 
 
 def test_answers_inside_are_the_models_own_with_the_tokens_left(tiny, table, items):
@@ -83,7 +83,7 @@ def test_answers_inside_are_the_models_own_with_the_tokens_left(tiny, table, ite
         prompt = tiny.prompt(items[1].sample.image, items[1].question.text)
         (plan,) = plans_inside(tiny, [prompt], rule, [rule.left(16, tiny.n_layers, 6)])
         with intervene(tiny, *plan):
-            expected = tiny.answer(prompt, 12)
+            expected = tiny.answer(prompt, answer_tokens(tiny))
         rows = table[(table["arm"] == f"{name} inside, R left") & (table["item"] == 1)]
         assert rows["prediction"].tolist() == [expected]
 

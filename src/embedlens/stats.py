@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Estimate:
     high: float
     n: int
     of: str = "pictures"
-    testable: bool = True
+    testable: bool = field(default=True, repr=False)
     """False: of questions that the model cannot answer; no bar is met or missed then, whatever the numbers."""
 
     def __post_init__(self) -> None:
