@@ -67,7 +67,7 @@ def context(
 def _context(repeats: int, tokens: int, rows: int, width: int, k: int) -> dict[str, dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     vectors, h = (torch.randn(n, width, generator=generator) for n in (rows, tokens))
-    bank = el.ContextLens(vectors, [""] * rows, torch.ones(rows), [(0, 0)] * rows, [""], "random")
+    bank = el.ContextLens(vectors, [""] * rows, torch.ones(rows, dtype=torch.long), [(0, 0)] * rows, [""], "random")
     ways = {PRODUCT: lambda: h @ vectors.T, SEARCH: lambda: bank.topk(h, k)}
     return compared(timed(ways, repeats), to=PRODUCT)
 
