@@ -210,8 +210,7 @@ def generated(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int = 
     """The ids of the greedy answer, without the token that ends it; `model.answer` gives the same as text."""
     if max_new_tokens < 1:
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
-    own = model.hf.generation_config.eos_token_id
-    own = model.tokenizer.eos_token_id if own is None else own
+    own = model.greedy(max_new_tokens).eos_token_id
     ends = set(own) if isinstance(own, (list, tuple)) else {own}
     ids: list[int] = []
     while len(ids) < max_new_tokens:
