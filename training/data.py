@@ -220,7 +220,7 @@ def conversations(
     rows, pictures = [], []
     for i in range(batch):
         rng = seeded(recipe, stage, split, step * batch + i)
-        how = options(recipe, progress, stage, pairs)
+        how = options(recipe, progress, "tower" if recipe.tower_learns and split == "train" else stage, pairs)
         drawn = scene.scene(rng, split, **how)
         tries = 30 if beside else 0
         while tries and not side_by_side(drawn):

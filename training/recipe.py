@@ -65,6 +65,7 @@ class Recipe:
     asks: Mapping[str, float] | None = None  # questions of a kind in a conversation; None: those of training.data.SHARE
     pairs: bool = False  # True: nothing but two different objects in every picture or description
     relation_first: bool = False  # True: many batches of pairs, at first side by side; every relation asked both ways
+    tower_learns: bool = False  # True: stage "tuning" trains the tower too, by Muon; LLaVA-NeXT does, LLaVA-1.5 does not
     experiment: bool = False  # True: its log ships, no weights
     shipped_tokenizer: bool = False  # True: none is learned; an onward training has it anyway
     together: bool = False  # True: tower and language learn at the same time, in two processes
@@ -198,6 +199,25 @@ ONWARD3 = replace(
     tuning=NOTHING,
     threads=1,
 )
+# The tower learns from the answers themselves, as in LLaVA-NeXT, where captions alone had taught it before.
+ONWARD4 = replace(
+    ONWARD,
+    name="onward4",
+    seed=4,
+    onward=6,
+    experiment=True,
+    tower_learns=True,
+    asks={"existence": 1.5, "object": 1.2, "where": 2.0, "count": 2.0, "box": 2.0, "text": 2.0, "relation": 1.5}
+    | {"colour": 0.5, "text_colour": 0.3},
+    heads=None,
+    tower=NOTHING,
+    language=NOTHING,
+    alignment=NOTHING,
+    tuning=Stage(
+        LONG, batch=24, lr=4e-4, muon_lr=1.5e-3, weight_decay=0.05, warmup=100, seconds=7200, measurements=12
+    ),
+    threads=1,
+)
 # Sized for ten minutes of one H100 with 16 cores, which draw the pictures; not run yet (see the model card).
 GPU = replace(
     CPU,
@@ -302,5 +322,6 @@ class LateEntry:
 
 LATE_ENTRY = LateEntry(ONWARD)
 RECIPES = {
-    recipe.name: recipe for recipe in (CPU, QUICK, ONWARD, ONWARD2, ONWARD3, RELATION_WORDS, RELATION_PICTURES, GPU)
+    recipe.name: recipe
+    for recipe in (CPU, QUICK, ONWARD, ONWARD2, ONWARD3, ONWARD4, RELATION_WORDS, RELATION_PICTURES, GPU)
 }

@@ -2,7 +2,7 @@
 
 language    the decoder alone, on text: a description in place of the picture, then questions
 alignment   the projector alone, on captions; tower and language model frozen
-tuning      projector and language model, on questions; tower frozen
+tuning      projector and language model, on questions; tower frozen, unless the recipe's `tower_learns`
 """
 
 from __future__ import annotations
@@ -251,9 +251,9 @@ def assembled(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) 
 
 
 def visual(model: LlavaForConditionalGeneration, pixels: Tensor, recipe: Recipe) -> Tensor:
-    """Float[b, n, d]: projected patches of hidden layer -2; the tower is frozen."""
+    """Float[b, n, d]: projected patches of hidden layer -2."""
     with autocast(recipe.device):
-        with torch.no_grad():
+        with torch.set_grad_enabled(recipe.tower_learns and torch.is_grad_enabled()):
             seen = model.model.vision_tower(normalised(pixels), output_hidden_states=True).hidden_states[-2][:, 1:]
         return model.model.multi_modal_projector(seen)
 
@@ -275,7 +275,9 @@ def train_together(
     model = assembled(recipe, tokenizer, folder).to(recipe.device)
     seed_everything(recipe.seed + (3 if name == "alignment" else 4), recipe.device)
     model.requires_grad_(True)
-    model.model.vision_tower.requires_grad_(False)
+    seeing = recipe.tower_learns and name == "tuning"
+    model.model.vision_tower.requires_grad_(seeing)
+    muon = "vision_tower" if seeing else "language_model.layers"
     quick_attention(model, recipe)
     if name == "alignment" and recipe.freeze_language_in_alignment:
         model.model.language_model.requires_grad_(False)
@@ -288,7 +290,7 @@ def train_together(
         name,
         model,
         stage,
-        optimisers(model, stage, lambda parameter: "language_model.layers" in parameter),
+        optimisers(model, stage, lambda parameter: muon in parameter and "layers" in parameter),
         batches(recipe, name, stage, encoder),
         lambda batch: (weighted_loss(*outputs(batch.to(recipe.device))), {}),
         lambda: (
