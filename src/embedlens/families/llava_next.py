@@ -18,11 +18,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import feature_layer as feature_layer
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.families.plain import BLOCK, Features, Inputs, feature_layer, image_token_id, set_preprocessing  # noqa: F401
 from embedlens.patches import Frame, ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-NeXT"
@@ -98,7 +94,7 @@ def tiles_grid(hf: Any, picture_size: tuple[int, int]) -> PatchGrid:
     """The grid of all tiles together, without the rows and columns that the model takes off."""
     side, patch = hf.config.vision_config.image_size, hf.config.vision_config.patch_size
     canvas, shown = tile_plan(hf.config.image_grid_pinpoints, picture_size)
-    columns, lines = (tiled_spans(canvas[axis], shown[axis], picture_size[axis], side, patch) for axis in range(2))
+    columns, lines = (tiled_spans(*sizes, side, patch) for sizes in zip(canvas, shown, picture_size, strict=True))
     rows_kept, cols_kept = unpadded((len(lines), len(columns)), picture_size)
     return PatchGrid.of_spans(Frame.stretch(*picture_size), columns[cols_kept], lines[rows_kept])
 
@@ -120,15 +116,16 @@ def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
-    """What the vision tower reads of each visual token's patch, put in their order by the model's own method."""
+    """What the vision tower reads of each visual token's patch, or the mix of several that a token of OneVision is."""
     patches = plain.cut(one["pixel_values"][0], hf.config.vision_config.patch_size)
-    packed = pack(hf, patches.flatten(2), one)
-    return packed.unflatten(1, patches.shape[2:])
+    return pack(hf, patches.flatten(2), one).unflatten(1, patches.shape[2:])
 
 
 def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
     """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
-    return hf.model.pack_image_features([views], one["image_sizes"], hf.config.vision_feature_select_strategy)[0][0]
+    config, how = hf.config, "vision_feature_select_strategy"
+    how = "vision_aspect_ratio" if config.model_type == "llava_onevision" else how  # their methods differ in this alone
+    return hf.model.pack_image_features([views], one["image_sizes"], **{how: getattr(config, how)})[0][0]
 
 
 def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
@@ -147,24 +144,14 @@ def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
 
-    Index 0 is the tower's embedding, l leaves block l; CLS is left out.
+    Index 0 is the tower's embedding, l leaves block l; CLS is left out. Rows are mixed where tokens are.
     """
-    return [torch.stack([pack(hf, layer, one) for layer in patch_states(hf, one["pixel_values"][0])]) for one in inputs]
-
-
-def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Float[Tensor, "views patches v"]]:
-    """Every layer of the vision tower for each view, raster order, without CLS where the tower has one."""
-    patches = (hf.config.vision_config.image_size // hf.config.vision_config.patch_size) ** 2
-    layers = hf.get_submodule(MODULES["vision_tower"])(views, output_hidden_states=True).hidden_states
-    return [layer[:, layer.shape[1] - patches :] for layer in layers]
+    layers = (plain.patch_states(hf, one["pixel_values"][0]) for one in inputs)
+    return [torch.stack([pack(hf, layer, one) for layer in own]) for own, one in zip(layers, inputs, strict=True)]
 
 
 def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the order of tokens.
-
-    Raises:
-        EmbedLensError: several tower layers are read at once, CLS is kept, or processor and model cut differently.
-    """
+    """Refuse a checkpoint whose tower layers, CLS or tiles would break the order of tokens."""
     check_tiles(hf, processor, name)
     plain.check_selection(hf, processor, name)
 
@@ -177,9 +164,7 @@ def check_tiles(hf: Any, processor: Any, name: str) -> None:
             f"the projector of {name} reads several layers of the vision tower ({config.vision_feature_layer}), which "
             "this wrapper does not support: choose a checkpoint whose vision_feature_layer is one number"
         )
-    side = config.vision_config.image_size
-    size = images.size
-    cut = size.height or size.shortest_edge
+    side, cut = config.vision_config.image_size, images.size.height or images.size.shortest_edge
     if cut != side:
         raise EmbedLensError(
             f"the processor of {name} makes tiles of {cut} px, its vision tower reads {side}: set size in "

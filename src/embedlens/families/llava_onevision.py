@@ -13,22 +13,20 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
-from embedlens.families.llava_next import canvas_side as canvas_side
-from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
-from embedlens.families.llava_next import enough as enough
-from embedlens.families.llava_next import shows_patch as shows_patch
-from embedlens.families.llava_next import visual_features as visual_features
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Inputs
-from embedlens.families.plain import feature_layer as feature_layer
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.families.llava_next import (  # noqa: F401
+    canvas_side,
+    check_tiles,
+    enough,
+    patch_pixels,
+    shows_patch,
+    tiles_grid,
+    tower_states,
+    visual_features,
+    whole_view,
+)
+from embedlens.families.plain import BLOCK, Inputs, feature_layer, image_token_id, set_preprocessing  # noqa: F401
 from embedlens.patches import ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-OneVision"
@@ -65,7 +63,8 @@ def thinned(spans: Sequence[Span], count: int) -> list[Span]:
 def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> ManyViews:
     """The grids of a picture of (width, height) px: the whole view, then the tiles, thinned out if they are many."""
     whole, tiles = whole_view(hf, picture_size), tiles_grid(hf, picture_size)
-    ratio = math.sqrt(tiles.rows * tiles.cols / (_most_views(hf) * whole.rows**2))
+    most_views = int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(tiles.rows * tiles.cols / (most_views * whole.rows**2))
     if ratio > 1.1:
         columns, lines = tiles.spans
         fewer = (thinned(columns, int(tiles.cols // ratio)), thinned(lines, int(tiles.rows // ratio)))
@@ -73,37 +72,8 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
     return ManyViews.of([whole, tiles])
 
 
-def _most_views(hf: Any) -> int:
-    return int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-
-
-def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
-    """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
-
-    Index 0 is the tower's embedding, l leaves block l. In large pictures rows are mixed as tokens are.
-    """
-    return [torch.stack([pack(hf, layer, one) for layer in patch_states(hf, one["pixel_values"][0])]) for one in inputs]
-
-
-def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
-    """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
-    return hf.model.pack_image_features([views], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio)[
-        0
-    ][0]
-
-
-def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
-    """What the vision tower reads of each visual token's patch, or the mix of several that a token is."""
-    patches = plain.cut(one["pixel_values"][0], hf.config.vision_config.patch_size)
-    return pack(hf, patches.flatten(2), one).unflatten(1, patches.shape[2:])
-
-
 def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the order of tokens.
-
-    Raises:
-        EmbedLensError: several tower layers are read, or processor and model cut or count differently.
-    """
+    """Refuse a checkpoint whose tower layers or views would break the order of tokens."""
     check_tiles(hf, processor, name)
     config = hf.config
     if not config.vision_aspect_ratio.startswith("anyres_max_"):

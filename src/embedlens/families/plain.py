@@ -68,6 +68,14 @@ def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Nothing to set: pictures are cut the way that belongs to the model."""
 
 
+def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Float[Tensor, "views patches v"]]:
+    """Every layer of the vision tower for each view, in raster order, without CLS where the tower has one (SigLIP has
+    none). Nothing is normed that the tower does not norm: CLIP's norm after the last block works on CLS alone."""
+    patches = (hf.config.vision_config.image_size // hf.config.vision_config.patch_size) ** 2
+    layers = hf.get_submodule(MODULES["vision_tower"])(views, output_hidden_states=True).hidden_states
+    return [layer[:, layer.shape[1] - patches :] for layer in layers]
+
+
 def side_by_side(inputs: Sequence[Inputs]) -> Tensor:
     """The pixels of several pictures of one size as one batch."""
     return torch.cat([one["pixel_values"] for one in inputs])
@@ -107,16 +115,15 @@ def tiles_then_whole(size: tuple[int, int], tiles: tuple[int, int], side: int, b
 def check_patches(hf: Any, name: str) -> None:
     """Refuse a checkpoint that keeps CLS among its visual tokens, or drops a patch as if it were CLS."""
     strategy, tower = hf.config.vision_feature_select_strategy, hf.config.vision_config.model_type
-    if tower.startswith("clip") and strategy != "default":
+    wanted = "default" if tower.startswith("clip") else "full"
+    if strategy != wanted:
+        what = {
+            "default": "keeps the CLS token among the visual tokens, which has no patch",
+            "full": f"has no CLS token in its vision tower ({tower}), yet drops the first row, which is a patch",
+        }[wanted]
         raise EmbedLensError(
-            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
-            "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
-        )
-    if not tower.startswith("clip") and strategy != "full":
-        raise EmbedLensError(
-            f"the vision tower of {name} ({tower}) has no CLS token, yet vision_feature_select_strategy {strategy!r} "
-            "drops the first row, which is a patch: set it to 'full' in config.json and processor_config.json if the "
-            "model was trained so"
+            f"{name} {what} (vision_feature_select_strategy {strategy!r}): set it to {wanted!r} in config.json and "
+            "processor_config.json if the model was trained so"
         )
 
 

@@ -14,11 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from embedlens.families import instructions, plain, qwen2_5_vl
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.families.plain import BLOCK, Features, Inputs, image_token_id, set_preprocessing, shows_patch  # noqa: F401
 from embedlens.families.qwen2_5_vl import canvas_side as canvas_side
 from embedlens.families.qwen2_5_vl import check_config as check_config
 from embedlens.families.qwen2_5_vl import enough as enough
