@@ -79,9 +79,7 @@ def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
 
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, as the model's own shuffle.
-
-    Index 0 is the tower's embedding, l leaves block l; CLS is left out.
-    """
+    Index 0 is the tower's embedding, l leaves block l; CLS is left out."""
     tower, vision = hf.get_submodule(MODULES["vision_tower"]), hf.config.vision_config
     side = vision.image_size[0] // vision.patch_size[0]
 
@@ -97,20 +95,14 @@ def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose CLS, tiles, count of tokens or shuffle would break the order of tokens."""
     config = hf.config
     if config.vision_feature_select_strategy != "default":
-        raise EmbedLensError(
-            f"{name} keeps the CLS token among the patches (vision_feature_select_strategy "
-            f"{config.vision_feature_select_strategy!r}), which has no place: set it to 'default' in config.json"
-        )
+        what = f"{name} keeps the CLS token among the patches (vision_feature_select_strategy), which has no place"
+        raise EmbedLensError(f"{what}: set it to 'default' in config.json")
     side, size = config.vision_config.image_size, processor.image_processor.size
     if (size.height, size.width) != tuple(side):
-        raise EmbedLensError(
-            f"the processor of {name} makes tiles of {size.width}x{size.height} px, its vision tower reads "
-            f"{side[1]}x{side[0]}: set size in preprocessor_config.json to the tower's image_size"
-        )
+        what = f"the processor of {name} makes tiles of {size.width}x{size.height} px, its tower reads "
+        raise EmbedLensError(f"{what}{side[1]}x{side[0]}: set size in preprocessor_config.json to that")
     tokens = tokens_across(hf) ** 2
     if config.downsample_ratio != 0.5 or processor.image_seq_length != tokens:
-        raise EmbedLensError(
-            f"the processor of {name} writes {processor.image_seq_length} tokens a tile, its model makes {tokens} with "
-            f"downsample_ratio {config.downsample_ratio}: set image_seq_length in processor_config.json to {tokens}; "
-            "other ratios than 0.5 are not supported"
-        )
+        what = f"the processor of {name} writes {processor.image_seq_length} tokens a tile, its model makes {tokens} "
+        what += f"by downsample_ratio {config.downsample_ratio}, which must be 0.5"
+        raise EmbedLensError(f"{what}: set image_seq_length in processor_config.json to {tokens}")

@@ -24,6 +24,7 @@ CLASSES = ("LlavaForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
 MODULES = dict(plain.MODULES)
+canvas_side = plain.canvas_side
 INSTRUCTIONS = instructions.LLAVA
 check_config = plain.check_selection
 
@@ -31,17 +32,10 @@ check_config = plain.check_selection
 LIMITS: tuple[str, ...] = ()
 
 
-def canvas_side(hf: Any, processor: Any) -> int:
-    """Side of the square that the vision tower reads, px."""
-    return hf.config.vision_config.image_size
-
-
 def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Make the stock image processor do one of the three preprocessings, as far as it can; `shown` does the rest.
-
     LLaVA-1.5 was trained on letterboxed pictures (padded with the mean colour, `image_aspect_ratio: pad`); the
-    processor saved with the llava-hf checkpoints crops the centre instead, so the choice is set, never inherited.
-    """
+    processor saved with the llava-hf checkpoints crops the centre instead, so the choice is set, never inherited."""
     from transformers.image_utils import SizeDict
 
     side = canvas_side(hf, processor)

@@ -14,19 +14,9 @@ from fractions import Fraction
 from typing import Any
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import instructions, plain
-from embedlens.families.llava_next import (  # noqa: F401
-    canvas_side,
-    check_tiles,
-    enough,
-    patch_pixels,
-    shows_patch,
-    tiles_grid,
-    tower_states,
-    visual_features,
-    whole_view,
-)
-from embedlens.families.plain import BLOCK, Inputs, feature_layer, image_token_id, set_preprocessing  # noqa: F401
+from embedlens.families import instructions, llava_next, plain
+from embedlens.families.llava_next import enough, patch_pixels, shows_patch, tiles_grid, tower_states  # noqa: F401
+from embedlens.families.plain import BLOCK, feature_layer, image_token_id, set_preprocessing  # noqa: F401
 from embedlens.patches import ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-OneVision"
@@ -35,6 +25,7 @@ EXAMPLES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-hf/llava-onevision
 PROCESSOR = "LlavaOnevisionProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+canvas_side, visual_features = plain.canvas_side, plain.visual_features
 INSTRUCTIONS = instructions.LLAVA
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",
@@ -62,7 +53,7 @@ def thinned(spans: Sequence[Span], count: int) -> list[Span]:
 
 def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> ManyViews:
     """The grids of a picture of (width, height) px: the whole view, then the tiles, thinned out if they are many."""
-    whole, tiles = whole_view(hf, picture_size), tiles_grid(hf, picture_size)
+    whole, tiles = llava_next.whole_view(hf, picture_size), tiles_grid(hf, picture_size)
     most_views = int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(tiles.rows * tiles.cols / (most_views * whole.rows**2))
     if ratio > 1.1:
@@ -74,22 +65,16 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
 
 def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose tower layers or views would break the order of tokens."""
-    check_tiles(hf, processor, name)
+    llava_next.check_tiles(hf, processor, name)
     config = hf.config
     if not config.vision_aspect_ratio.startswith("anyres_max_"):
-        raise EmbedLensError(
-            f"{name} has vision_aspect_ratio {config.vision_aspect_ratio!r}, which this wrapper does not support: "
-            "choose a checkpoint with 'anyres_max_9' or the like"
-        )
+        what = f"{name} has vision_aspect_ratio {config.vision_aspect_ratio!r}, which this wrapper does not support"
+        raise EmbedLensError(f"{what}: choose a checkpoint with 'anyres_max_9' or the like")
     if processor.vision_aspect_ratio != config.vision_aspect_ratio:
-        raise EmbedLensError(
-            f"the processor of {name} says {processor.vision_aspect_ratio!r}, its config.json "
-            f"{config.vision_aspect_ratio!r}: make vision_aspect_ratio in processor_config.json agree"
-        )
+        what = f"the processor of {name} says {processor.vision_aspect_ratio!r}, not {config.vision_aspect_ratio!r}"
+        raise EmbedLensError(f"{what}: make vision_aspect_ratio in processor_config.json and config.json agree")
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     if processor.num_image_tokens != patches:
-        raise EmbedLensError(
-            f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its vision tower makes "
-            f"{patches}: set num_image_tokens in processor_config.json to {patches}"
-        )
+        what = f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its tower makes {patches}"
+        raise EmbedLensError(f"{what}: set num_image_tokens in processor_config.json to {patches}")
     plain.check_patches(hf, name)

@@ -76,6 +76,16 @@ def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Flo
     return [layer[:, layer.shape[1] - patches :] for layer in layers]
 
 
+def canvas_side(hf: Any, processor: Any) -> int:
+    """Side of the square that the vision tower reads, px: of the whole view, and of each tile."""
+    return hf.config.vision_config.image_size
+
+
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
+    """Projected visual tokens, and newlines, by the model's own method, picture by picture: they differ in size."""
+    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
+
+
 def side_by_side(inputs: Sequence[Inputs]) -> Tensor:
     """The pixels of several pictures of one size as one batch."""
     return torch.cat([one["pixel_values"] for one in inputs])
@@ -100,9 +110,7 @@ def cut(views: Float[Tensor, "views 3 height width"], patch: int) -> Float[Tenso
 
 def tiles_then_whole(size: tuple[int, int], tiles: tuple[int, int], side: int, block: int) -> PatchGrid:
     """The grids of a picture of (width, height) px cut into (across, down) tiles, in raster order, and of the whole.
-
-    Each is stretched to a square of `side` px, of which a token is a block of `block`. One tile is the whole.
-    """
+    Each is stretched to a square of `side` px, of which a token is a block of `block`. One tile is the whole."""
     (width, height), (across, down) = size, tiles
     xs = [Fraction(width * col, across) for col in range(across + 1)] if across else []
     ys = [Fraction(height * row, down) for row in range(down + 1)] if down else []

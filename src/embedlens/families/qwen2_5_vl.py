@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
-from embedlens.families.plain import BLOCK, Features, Inputs, image_token_id, set_preprocessing, shows_patch  # noqa: F401
+from embedlens.families.plain import BLOCK, Inputs, image_token_id, set_preprocessing, shows_patch, visual_features  # noqa: F401
 from embedlens.patches import Frame, PatchGrid
 
 NAME = "Qwen2.5-VL"
@@ -61,10 +61,8 @@ def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     try:
         rows_px, cols_px = smart_resize(height, width, factor, images.size.shortest_edge, images.size.longest_edge)
     except ValueError:  # it has no other
-        raise EmbedLensError(
-            f"a picture of {width}x{height} px cannot be cut, this model reads sides up to 200 times apart: crop it, "
-            "or pass preprocessing='letterbox'"
-        ) from None
+        what = f"a picture of {width}x{height} px cannot be cut, this model reads sides up to 200 times apart"
+        raise EmbedLensError(f"{what}: crop it, or pass preprocessing='letterbox'") from None
     return cols_px, rows_px
 
 
@@ -85,16 +83,9 @@ def positions(hf: Any, ids: Int[Tensor, " s"], beside: Inputs) -> Int[Tensor, "3
     return places[:, 0]
 
 
-def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
-    """Merged and projected visual tokens, by the model's own method, picture by picture: they differ in size."""
-    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
-
-
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger.
-
-    Index 0 is the tower's embedding, l leaves block l. Windows are undone.
-    """
+    Index 0 is the tower's embedding, l leaves block l. Windows are undone."""
     from transformers.vision_utils import get_vision_window_index
 
     config, found = hf.config.vision_config, []
