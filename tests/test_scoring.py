@@ -41,6 +41,9 @@ existence | no  | No, there is a hot dog.                         | 1
 existence | yes | Yes — a dog.                                    | 1
 existence | yes | "Yes"                                           | 1
 existence | yes | Yes, but it isn’t a dog.                        | 0
+existence | yes | There is a dog on the left.                     | 1
+existence | no  | There is no dog on the left.                    | 0
+existence | yes | No, there is a dog on the left.                 | 0
 count     | two | 2                                               | 1
 count     | two | There are two dogs in the picture.              | 1
 count     | two | Two (2)                                         | 1
@@ -97,7 +100,10 @@ where     | left | top left                                       | 0
 where     | top | at the top center                               | 1
 where     | center | top center                                   | 0
 where     | left | middle left                                    | 1
+where     | left | There is a dog on the left.                    | 1
 object    | dog | It is a dog.                                    | 1
+object    | dog | Yes, a dog                                      | 0
+choice    | B   | Yes, a dog                                      | 0
 object    | dog | A hot dog                                       | 0
 object    | dog | a dog and a cat                                 | 0
 object    | wine glass | glass                                    | 0

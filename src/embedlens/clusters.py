@@ -3,8 +3,6 @@
 The paper does not say in which order anchors are taken nor whether clusters may share tokens. Here they are disjoint,
 and the anchor with the most unassigned neighbours comes first; `order="raster"` is the ablation. A rank is a place in
 the order of sizes and nothing else: which kind of token a cluster holds is told by its nearest word.
-
-Clusters are made within one picture, so the matrix of all cosines has the number of *its* tokens squared entries.
 """
 
 from __future__ import annotations
@@ -47,9 +45,7 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
     if order not in ORDERS:
         raise EmbedLensError(f"unknown order {order!r}: use one of {', '.join(ORDERS)}")
     if tokens.ndim != 2 or not len(tokens):
-        raise EmbedLensError(
-            f"the tokens have shape {tuple(tokens.shape)}: pass those of one picture, at least one, as [n, d]"
-        )
+        raise EmbedLensError(f"the tokens have shape {tuple(tokens.shape)}: pass those of one picture, as [n, d]")
     if not bool(tokens.isfinite().all()):
         raise EmbedLensError("some tokens are not finite: load the model in float32 or bfloat16")
     units = unit_vectors(unit_vectors(tokens).double())  # at length one to the last bit, which float32 is not
@@ -70,7 +66,7 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
 
 
 def centroids(tokens: Float[Tensor, "n d"], labels: Int[Tensor, " m"], most: int | None = None) -> Float[Tensor, "k d"]:
-    """The mean of the normalised members of each cluster, at length one, largest first, so `most` of them (App. B.2).
+    """`cluster_means` at length one (App. B.2).
 
     >>> centroids(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 5.0]]), torch.tensor([1, 0, 0])).tolist()
     [[0.0, 1.0], [1.0, 0.0]]
@@ -88,10 +84,8 @@ def cross_image_similarity(a: Float[Tensor, "k d"], b: Float[Tensor, "m d"]) -> 
     [1.0, 1.0, 1.0]
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
-        raise EmbedLensError(
-            f"centroids of shapes {tuple(a.shape)} and {tuple(b.shape)}: pass at least one of each picture, all of one "
-            "width"
-        )
+        shapes = f"centroids of shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        raise EmbedLensError(f"{shapes}: pass at least one of each picture, all of one width")
     return (unit_vectors(a) @ unit_vectors(b).T).amax(1)
 
 
@@ -130,12 +124,10 @@ def text_centroid(model: VisionLanguageModel) -> Float[Tensor, " d"]:
 def cluster_means(
     tokens: Float[Tensor, "n d"], labels: Int[Tensor, " m"], most: int | None = None
 ) -> Float[Tensor, "k d"]:
-    """Mean of the normalised members of each cluster, not at length one."""
+    """The mean of the normalised members of each cluster, largest first, so `most` of them; not at length one."""
     if labels.shape != tokens.shape[:1] or not len(labels) or int(labels.min()) < 0:
-        raise EmbedLensError(
-            f"{len(tokens)} tokens but labels of shape {tuple(labels.shape)}: pass one label from 0 on per token, as "
-            "anchor_clusters gives them"
-        )
+        what = f"{len(tokens)} tokens but labels of shape {tuple(labels.shape)}"
+        raise EmbedLensError(f"{what}: pass one label from 0 on per token, as anchor_clusters gives them")
     counts = labels.bincount()
     if not bool((counts > 0).all()):
         raise EmbedLensError("some cluster has no token: number the clusters without gaps, from 0")

@@ -1,13 +1,11 @@
 """The redundancy codebook: visual tokens that say nothing and that nothing misses, and what is near them.
 
-Identify, probe, prune (2503.20540 and its released code):
+Identify, probe, prune (2503.20540 and its released code), without training and whatever the question:
 
     identify    tokens of low confidence alone and low cascade divergence, rare within their picture, whose like recurs
                 over many pictures: `build`
     probe       a token's redundancy is its largest cosine to a prototype: `Codebook.redundancy`
     prune       a fixed number of the least redundant tokens stays: `keep_lowest`
-
-Nothing is trained, and nothing depends on the question.
 """
 
 from __future__ import annotations
@@ -47,16 +45,14 @@ class Thresholds:
 def quantile_thresholds(
     scores: Sequence[TokenScores], probability: float = 0.2, divergence: float = 0.3, variant: str = "released"
 ) -> Thresholds:
-    """The values below which these shares of a model's tokens lie.
-
-    Not the paper's, which has thresholds by hand for four models (released: 0.077 to 0.15, and 0.0018 or 0.002).
-    """
+    """The values below which these shares of a model's tokens lie. Not the paper's, which has thresholds by hand for
+    four models (released: 0.077 to 0.15, and 0.0018 or 0.002)."""
     if not scores or not (0 < probability <= 1 and 0 < divergence <= 1):
         what = f"{len(scores)} pictures, shares {probability} and {divergence}"
         raise EmbedLensError(f"{what}: pass at least one picture, shares above 0 up to 1")
-    p = torch.cat([score.probability for score in scores]).double()
-    d = torch.cat([score.cascade(variant) for score in scores]).double()
-    return Thresholds(float(p.quantile(probability)), float(d.quantile(divergence)))
+    values = zip(*((score.probability, score.cascade(variant)) for score in scores), strict=True)
+    shares = (torch.cat(part).double().quantile(at) for part, at in zip(values, (probability, divergence), strict=True))
+    return Thresholds(*map(float, shares))
 
 
 @dataclass(frozen=True)
@@ -64,13 +60,12 @@ class Recipe:
     """What `build` asks of a prototype. The numbers are the release's for LLaVA-1.5; shares scale to fewer pictures."""
 
     picture_clusters: int = 8
+    #: Largest cluster of its own picture that a prototype may belong to: tokens, or as a float a share of those scored
     most_in_picture: int | float = 8
-    """Largest cluster of its own picture that a prototype may belong to: tokens, or as a float a share of those
-    scored (the release's 8 of 96 is 1/12)."""
     clusters: int = 64  #: Over all pictures
+    #: A cluster stays if it has members from more pictures than this, or as a float than this share of the pictures:
+    #: the condition of context independence
     more_pictures: int | float = 64
-    """A cluster stays if it has members from more pictures than this: a number, or as a float a share of the pictures
-    (the release's 64 of 500 is 0.128). This is the condition of context independence."""
     variant: str = "released"
     neighbours: int = 5
     rms: float | None = None  #: Unit of the tokens while they are clustered; see `dpc_knn`
@@ -103,8 +98,7 @@ class Codebook:
 
     prototypes: Float[Tensor, "n d"]
     image_ids: Int[Tensor, " n"]
-    patches: Int[Tensor, " n"]
-    """Place in its picture; -1: not known."""
+    patches: Int[Tensor, " n"]  #: Place in its picture; -1: not known
     probability: Float[Tensor, " n"]
     region: Float[Tensor, " n"]
     picture: Float[Tensor, " n"]
@@ -113,9 +107,9 @@ class Codebook:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.prototypes.ndim != 2 or not len(self.prototypes):
-            raise EmbedLensError("the codebook is empty: raise the thresholds, or lower Recipe.more_pictures")
         n = len(self.prototypes)
+        if self.prototypes.ndim != 2 or not n:
+            raise EmbedLensError("the codebook is empty: raise the thresholds, or lower Recipe.more_pictures")
         for name in COLUMNS:
             if (shape := tuple(getattr(self, name).shape)) != (n,):
                 raise EmbedLensError(f"{name} has shape {shape}: one entry a prototype ({n})")
@@ -127,10 +121,7 @@ class Codebook:
 
     def check(self, model: VisionLanguageModel) -> None:
         """Refuse another model's codebook: its directions mean nothing here, even where the width agrees."""
-        own, other = (self.model, self.prototypes.shape[1]), (model.name, model.width)
-        if own != other:
-            kinds = "of {} (width {}), not of {} (width {})".format(*own, *other)
-            raise EmbedLensError(f"the codebook is {kinds}: build one for this model")
+        self._same(model.name, model.width, "build one for this model")
 
     def redundancy(self, tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Largest cosine to a prototype; a token of length zero has 0."""
@@ -141,20 +132,23 @@ class Codebook:
         if tokens.shape[-1] != self.prototypes.shape[1]:
             widths = f"tokens of width {tokens.shape[-1]}, a codebook of width {self.prototypes.shape[1]}"
             raise EmbedLensError(f"{widths}: use the model's own codebook")
-        unit = functional.normalize(self.prototypes.float().to(tokens.device), dim=-1)
-        return functional.normalize(tokens.float(), dim=-1) @ unit.T
+        prototypes = functional.normalize(self.prototypes.float().to(tokens.device), dim=-1)
+        return functional.normalize(tokens.float(), dim=-1) @ prototypes.T
 
     def double_softmax(self, tokens: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """The released score for OneVision: softmax over tokens times softmax over prototypes, largest per token."""
         cosines = self.cosines(tokens)
         return (cosines.softmax(0) * cosines.softmax(1)).amax(-1)
 
+    def _same(self, model: str, width: int, instead: str) -> None:
+        own = (self.model, self.prototypes.shape[1])
+        if own != (model, width):
+            kinds = "of {} (width {}), not of {} (width {})".format(*own, model, width)
+            raise EmbedLensError(f"the codebook is {kinds}: {instead}")
+
     def extend(self, other: Codebook) -> Codebook:
         """Both codebooks' prototypes, without any training; another model's are refused."""
-        kinds = [(book.model, book.prototypes.shape[1]) for book in (self, other)]
-        if kinds[0] != kinds[1]:
-            named = "codebooks of {} (width {}) and {} (width {})".format(*kinds[0], *kinds[1])
-            raise EmbedLensError(f"{named}: extend one with another of the same model")
+        self._same(other.model, other.prototypes.shape[1], "extend one with another of the same model")
         parts = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("prototypes", *COLUMNS)}
         parts["clusters"] = torch.cat([self.clusters, other.clusters + int(self.clusters.max()) + 1])
         provenance = {**self.provenance, "extended_with": json.dumps(other.provenance, sort_keys=True)}
@@ -193,19 +187,14 @@ class Codebook:
     @classmethod
     def read_released(cls, file: Path | str, ids: Path | str | Sequence[int | str], model: str) -> Codebook:
         """A codebook as the authors release it: a `.pt` with the matrix [n, d], a `.json` with the picture of each row.
-
         Only tensors are read from the `.pt` (`weights_only`), as a pickle may otherwise run code. The files do not say
-        which model they are of: pass what `embedlens.load` takes for it.
-        """
+        which model they are of: pass what `embedlens.load` takes for it."""
         try:
             matrix = torch.load(file, map_location="cpu", weights_only=True)
             listed = json.loads(Path(ids).read_text(encoding="utf-8")) if isinstance(ids, (str, Path)) else list(ids)
-        except FileNotFoundError as error:
-            raise EmbedLensError(f"no file {error.filename}: pass the released .pt and its .json") from None
-        except Exception as error:  # pickle, zip and JSON have no common error
-            raise EmbedLensError(
-                f"{file} and its ids cannot be read as a matrix and a list: download both again ({error})"
-            ) from None
+        except Exception as error:  # pickle, zip and JSON have no common error; a missing file is named in its own
+            what = f"{file} and its ids cannot be read as a matrix and a list"
+            raise EmbedLensError(f"{what}: download both again ({error})") from None
         if not isinstance(matrix, Tensor) or matrix.ndim != 2 or len(matrix) != len(listed):
             shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
             raise EmbedLensError(f"{file} holds {shape} with {len(listed)} ids: pass a matrix [n, d] and n ids")
@@ -214,9 +203,6 @@ class Codebook:
         unknown, none = torch.full((len(matrix),), torch.nan), torch.full((len(matrix),), -1)
         rows = (matrix.float(), torch.tensor(own), none, unknown, unknown, unknown, none)
         return cls(*rows, model, {"read from": "a release"})
-
-
-# --- building --------------------------------------------------------------------------------------------------------
 
 
 def build(
@@ -228,26 +214,21 @@ def build(
     recipe: Recipe | None = None,
     protocol: Protocol | None = None,
 ) -> tuple[Codebook, Stages]:
-    """The codebook that some scored pictures give.
+    """The codebook that some scored pictures give; EmbedLensError names the step at which no token is left.
 
     1. In every picture, all scored tokens are clustered. Candidates are below both thresholds (strictly); they stay if
        their cluster is small.
     2. What stays of all pictures is clustered, and clusters that span enough different pictures are kept whole.
 
     Args:
-        tokens: of each picture, all of them, as they leave the projector.
-        scores: of each picture, from `token_scores`, made with `protocol`.
+        tokens, scores: of each picture, all its tokens as they leave the projector, and `token_scores` by `protocol`.
         image_ids: of each picture; the same id is the same picture.
         recipe: default: the release's for LLaVA-1.5.
-
-    Raises:
-        EmbedLensError: no token passes; the sentence names the step.
     """
     recipe = recipe or Recipe()
     if not len(tokens) == len(scores) == len(image_ids) or not len(tokens):
-        raise EmbedLensError(
-            f"{len(tokens)} pictures' tokens, {len(scores)} scores, {len(image_ids)} ids: pass one each, at least one"
-        )
+        what = f"{len(tokens)} pictures' tokens, {len(scores)} scores, {len(image_ids)} ids"
+        raise EmbedLensError(f"{what}: pass one each, at least one")
     kept: list[list[Tensor]] = []
     candidates, at, most = 0, VARIANTS.index(recipe.variant), recipe.most_in_picture
     for every, score, image_id in zip(tokens, scores, image_ids, strict=True):
@@ -273,22 +254,13 @@ def build(
     spans = torch.tensor([len(ids[labels == label].unique()) for label in range(int(labels.max()) + 1)])
     keep = (spans > bar)[labels]
     if not bool(keep.any()):
-        raise EmbedLensError(
-            f"no cluster of the {len(pool)} tokens left spans more than {recipe.more_pictures} pictures: lower "
-            "Recipe.more_pictures, or score more pictures"
-        )
-    provenance = {
-        "pictures": str(len(image_ids)),
-        "thresholds": f"{thresholds.probability:.6g} {thresholds.divergence:.6g}",
-        "recipe": repr(recipe),
-        "protocol": repr(protocol),
-    }
+        what = f"no cluster of the {len(pool)} tokens left spans more than {recipe.more_pictures} pictures"
+        raise EmbedLensError(f"{what}: lower Recipe.more_pictures, or score more pictures")
+    provenance = {"pictures": str(len(image_ids)), "recipe": repr(recipe), "protocol": repr(protocol)}
+    provenance["thresholds"] = f"{thresholds.probability:.6g} {thresholds.divergence:.6g}"
     columns = {name: part[keep] for name, part in zip(COLUMNS, (ids, *found, labels), strict=True)}
     book = Codebook(pool[keep], **columns, model=model.name, provenance=provenance)
     return book, Stages(sum(len(score.places) for score in scores), candidates, len(pool), len(book))
-
-
-# --- selecting -------------------------------------------------------------------------------------------------------
 
 
 def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
@@ -298,9 +270,8 @@ def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
     [True, True, False, False]
     """
     checked_budget(budget, len(values))
-    order = values.float().cpu().sort(stable=True).indices
     keep = torch.zeros(len(values), dtype=torch.bool)
-    keep[order[:budget]] = True
+    keep[values.float().cpu().argsort(stable=True)[:budget]] = True
     return keep
 
 

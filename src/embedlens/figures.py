@@ -48,11 +48,7 @@ GROUPS = {
 }
 INITIALS = {"alive": "A", "dead": "D", "ViT sink": "V", "LLM sink": "L", "text": "T"}
 #: A model beside its controls.
-ARMS = {
-    "miniature": Look("#222222", "o"),
-    "another picture": Look("#8A6D00", "s"),
-    "untrained": Look("#9A9A9A", "X"),
-}
+ARMS = {"miniature": Look("#222222", "o"), "another picture": Look("#8A6D00", "s"), "untrained": Look("#9A9A9A", "X")}
 LENSES = {"EmbedLens": Look("#1B3A6B", "o", "-"), "LogitLens": Look("#B06A00", "s", "--")}
 #: Verdict → colour and hatch.
 VERDICTS = {
@@ -105,8 +101,7 @@ def signature(model: str, of: str) -> str:
     'miniature result, n = 5 pictures'
     """
     kind = kind_of_result(model)
-    on = "" if model == kind else f" on {model}"
-    return f"{kind} result{on}, {of}"
+    return f"{kind} result{'' if model == kind else f' on {model}'}, {of}"
 
 
 def headline(figure: Figure, title: str) -> None:
@@ -146,12 +141,8 @@ def paper_line(axes: Axes, value: float, text: str, at: float, **place: Any) -> 
 
 
 def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palette: Sequence[str] = ORDER) -> None:
-    """Estimates as lines with their intervals as bands, told apart by colour, marker and dash.
-
-    Args:
-        curve: from `embedlens.stats.curve`: value, low, high, `x`, and `hue`, which tells the lines apart.
-        palette: one colour a line, in order of appearance.
-    """
+    """Estimates as lines with their intervals as bands, told apart by colour (of `palette`, in order), marker and dash.
+    `curve` is from `embedlens.stats.curve`: value, low, high, `x`, and `hue`, which tells the lines apart."""
     import seaborn as sns
 
     names = list(dict.fromkeys(curve[hue])) if hue else []
@@ -167,21 +158,14 @@ def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palet
         axes.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.18, linewidth=0)
 
 
-def points(
-    axes: Axes, found: pd.DataFrame, y: str, hue: str | None = None, palette: Sequence[str] = ORDER, apart: float = 0.3
-) -> None:
-    """Estimates as markers with their intervals, one row to each value of the column `y`, the first at the top.
-
-    Args:
-        found: from `embedlens.stats.curve`: value, low, high and what varies.
-        hue: the column that tells several markers of a row apart; default: each row has its own colour.
-        palette: one colour a row, or a value of `hue`, in order of appearance.
-        apart: distance between the markers of a row.
-    """
+def points(axes: Axes, found: pd.DataFrame, y: str, hue: str | None = None, palette: Sequence[str] = ORDER) -> None:
+    """Estimates as markers with their intervals, one row to each value of the column `y`, the first at the top. `found`
+    is from `embedlens.stats.curve`; `hue` is the column that tells several markers of a row apart, or each row has its
+    own colour, of `palette` in order of appearance."""
     rows, names = (list(dict.fromkeys(found[column])) for column in (y, hue or y))
     for number, (name, colour) in enumerate(zip(names, palette, strict=False)):
         part = found[found[hue or y] == name]
-        shift = apart * (number - (len(names) - 1) / 2) if hue else 0
+        shift = 0.3 * (number - (len(names) - 1) / 2) if hue else 0
         style: dict[str, Any] = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
         ends = [part["value"] - part["low"], part["high"] - part["value"]]
         at = [rows.index(row) + shift for row in part[y]]
@@ -200,11 +184,8 @@ def factor_axis(axes: Axes, factors: Sequence[float]) -> None:
 
 
 def label_ends(*several: Axes, least: float = 0.055) -> None:
-    """Name each labelled line at its right end, in its colour, instead of a legend; names are kept apart.
-
-    Args:
-        least: distance between two names, as a share of the axis' height.
-    """
+    """Name each labelled line at its right end, in its colour, instead of a legend. Names are kept `least` of the axis'
+    height apart."""
     style: dict[str, Any] = {"xycoords": "axes fraction", "xytext": (6, 0), "textcoords": "offset points"}
     style |= {"va": "center", "fontsize": 11, "annotation_clip": False}
     for axes in several:
@@ -212,12 +193,11 @@ def label_ends(*several: Axes, least: float = 0.055) -> None:
         ends = [(0, float(np.asarray(line.get_ydata())[-1])) for line in lines]
         drawn = axes.transAxes.inverted().transform(axes.transData.transform(np.reshape(ends, (-1, 2))))[:, 1]
         order = np.argsort(drawn, kind="stable")
-        heights = [float(drawn[at]) for at in order]
+        heights = drawn[order].tolist()
         for i in range(1, len(heights)):
             heights[i] = max(heights[i], heights[i - 1] + least)
-        excess = bool(heights) and heights[-1] > 1
-        for i in range(len(heights) - 1, -1, -1):  # what was pushed out at the top moves down again
-            heights[i] = min(heights[i], 1 - least * (len(heights) - 1 - i)) if excess else heights[i]
+        if heights and heights[-1] > 1:  # what was pushed out at the top moves down again
+            heights = [min(height, 1 - least * left) for left, height in enumerate(reversed(heights))][::-1]
         for at, height in zip(order, heights, strict=True):
             axes.annotate(str(lines[at].get_label()), (1.0, height), color=lines[at].get_color(), **style)
 
@@ -261,11 +241,7 @@ def group_figure(
     title: str,
     footer: str = "",
 ) -> Figure:
-    """A picture whose patches are outlined by group, with the group's letter in a corner and a word at the foot.
-
-    Args:
-        groups: name in GROUPS → patches, as `TokenGroups.named` gives them. A group without a patch is left out.
-    """
+    """A picture whose patches are outlined by group (as `TokenGroups.named` gives them), with the group's letter."""
     present = {name: np.asarray(mask) for name, mask in groups.items() if bool(np.asarray(mask).any())}
     legend = ", ".join(f"{INITIALS[name]} = {name}" for name in present)
     drawn = patch_words(image, grid, words, groups=present)
@@ -279,12 +255,8 @@ def patch_words(
     marked: Bool[np.ndarray, " n"] | Bool[Tensor, " n"] | None = None,
     groups: Mapping[str, Bool[np.ndarray, " n"]] | None = None,
 ) -> Image:
-    """The picture as the model sees it, magnified: patches outlined, one word at the foot of each, bars hatched.
-
-    Args:
-        image: upright RGB, original size.
-        marked: patches to outline thickly in green.
-        groups: name in GROUPS → patches to outline in the group's colour, with its letter.
+    """The picture (upright RGB, original size) as the model sees it, magnified: patches outlined, one word at the foot
+    of each, bars hatched. Thickly in green `marked` patches, in the group's colour with its letter those of `groups`.
     """
     from PIL import Image, ImageDraw
 
@@ -325,7 +297,7 @@ def patch_words(
         outline(index, BAR_INK, line + 1)  # shows on light ground
         if not bar:
             outline(index, OUTLINE, line)
-    for index in [] if marked is None else np.flatnonzero(np.asarray(marked)).tolist():
+    for index in np.flatnonzero([] if marked is None else np.asarray(marked)).tolist():
         outline(index, OUTLINE, 4 * line + 2)
         outline(index, MARKED, 4 * line)
     for name, patches in (groups or {}).items():

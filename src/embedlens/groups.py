@@ -1,9 +1,8 @@
 """Sink, dead and alive visual tokens: how a model's groups are found, and which token belongs to which.
 
-Nothing here is a constant of one model. `discover` looks at some pictures and writes down what tells the groups apart
-in *this* model; `token_groups` applies it. What stands out is judged by one rule throughout: Tukey's outer fence on a
-log scale, three interquartile ranges above the third quartile. Where nothing stands out, the group is empty, and
-`Reference.notes` says so.
+Nothing here is a constant of one model: `discover` looks at some pictures and writes down what tells the groups apart,
+`token_groups` applies it. What stands out is judged by one rule: Tukey's outer fence on a log scale, three
+interquartile ranges above the third quartile. Where nothing does, the group is empty, and `Reference.notes` says so.
 
     ViT sinks   norm at the vision tower's last layer beyond the fence (Section 4.1 of the paper)
     LLM sinks   phi beyond a threshold in dimensions that the first token of the sequence excites (Section 4.2)
@@ -23,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -50,8 +49,7 @@ class Reference:
     n_words: int  #: Width of the residual stream and size of the vocabulary, to refuse another model's
     n_pictures: int
     threshold: float  #: Cosine of the anchor clusters
-    vit_norm: float | None
-    """A patch with a larger L2 norm at the tower's last layer is a ViT sink; None: no norm stands out."""
+    vit_norm: float | None  #: A patch of larger L2 norm at the tower's last layer is a ViT sink; None: none stands out
     sink_dims: tuple[int, ...]  #: Dimensions of the residual stream that the first token excites; empty: none
     sink_layer: int | None  #: Index into `model.hidden_states` from which on it does
     phi_threshold: float | None
@@ -69,10 +67,10 @@ class TokenGroups:
     llm_sink: Bool[Tensor, " n"]
     dead: Bool[Tensor, " n"]
     alive: Bool[Tensor, " n"]
+    #: Group → tokens that meet its definition, before precedence decides; these may overlap
     met: Mapping[str, Bool[Tensor, " n"]] = field(repr=False)
-    """Group → tokens that meet its definition, before precedence decides; these may overlap."""
+    #: Tokens whose patch shows some of an object's box, where the boxes are known: `sweep.run_arms` adds them
     on_things: Bool[Tensor, " n"] | None = field(default=None, repr=False)
-    """Tokens whose patch shows some of an object's box, where the boxes are known: `sweep.run_arms` adds them."""
 
     def __post_init__(self) -> None:
         if not bool((torch.stack(list(self.named.values())).sum(0) == 1).all()):
@@ -91,8 +89,7 @@ class TokenGroups:
     @property
     def names(self) -> list[str]:
         """The group of each token."""
-        named = self.named
-        return [next(name for name, mask in named.items() if mask[i]) for i in range(len(self.alive))]
+        return [next(name for name, mask in self.named.items() if mask[i]) for i in range(len(self.alive))]
 
 
 def fence(values: Shaped[np.ndarray, " n"]) -> float:
@@ -112,20 +109,23 @@ def fence(values: Shaped[np.ndarray, " n"]) -> float:
 
 def ratios(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """|x_i| over the root mean square of x: how far each dimension stands out within its own vector, at most √d."""
-    h = h.float()
-    scale = h.pow(2).mean(-1, keepdim=True).sqrt()
-    return h.abs() / torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = h.float().pow(2).mean(-1, keepdim=True).sqrt()
+    return h.float().abs() / torch.where(scale > 0, scale, 1.0)
 
 
 def ratio_fence(largest: Shaped[np.ndarray, " n"], width: int) -> float:
-    """`fence` of tokens' largest |x|/RMS, in the same unit and below its end, √width.
+    """`fence` of tokens' largest |x|/RMS, in the same unit and below its end, √width; 1 at width 1, where all are 1.
 
     The fence is that of |x_i| over the RMS of the *other* dimensions, which has no end. A rule without this step found
     no sink dimension in SmolLM2 (width 576), where BOS takes 39 % of the attention: the fence lay above √576.
 
     >>> ratio_fence(np.array([11.0, 12.0, 13.0, 14.0]), 576) < 24 < fence(np.array([9.0, 12.0, 13.0, 16.0]))
     True
+    >>> ratio_fence(np.ones(3), width=1)
+    1.0
     """
+    if width == 1:
+        return 1.0
     largest = np.asarray(largest, dtype=np.float64)
     rest = np.maximum((width - largest**2) / (width - 1), 1e-12)
     beyond = fence(largest / np.sqrt(rest))
@@ -147,13 +147,10 @@ def phi(h: Float[Tensor, "*batch d"], dims: Sequence[int]) -> Float[Tensor, "*ba
     return ratios(h)[..., list(dims)].amax(-1)
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
 def discover(
     model: VisionLanguageModel, samples: Iterable[Sample] | None = None, threshold: float = 0.9, batch_size: int = 8
 ) -> Reference:
-    """Find what tells this model's sink, dead and alive tokens apart.
+    """Find what tells this model's sink, dead and alive tokens apart; fewer than one token in a thousand are no group.
 
     1. ViT sinks: L2 norms at the tower's last layer, pooled over pictures; the threshold is their `fence`.
     2. LLM sinks: at each layer, the `ratio_fence` of every other token's largest |x|/RMS. A dimension is a sink
@@ -163,10 +160,7 @@ def discover(
        the picture's other tokens do; its nearest word. The reference word is the one of most pictures; if no word is
        found in half of them, there is none.
 
-    A group of fewer than one token in a thousand counts as absent.
-
-    Args:
-        samples: pictures to look at, those that can be read; default: 64 training pictures of the miniature world.
+    `samples` are pictures to look at; default: 64 training pictures of the miniature world.
     """
     if samples is None:
         samples = calibration("miniworld", CALIBRATION, scale=max(1.0, model.canvas_side / 112))
@@ -211,18 +205,17 @@ def _with_words(
                 rows = prompt.embeds[prompt.visual][mask.to(prompt.embeds.device)].float().cpu()
                 sums[kind] += normalize(rows, dim=-1).sum(0)
                 counts[kind] += len(rows)
-    nearest = [int(lens.topk(total[None], 1)[1]) if n else None for total, n in zip(sums, counts, strict=True)]
-    return replace(measured, vit_sink_id=nearest[0], llm_sink_id=nearest[1])
+    vit, llm = (int(lens.topk(total[None], 1)[1]) if n else None for total, n in zip(sums, counts, strict=True))
+    return replace(measured, vit_sink_id=vit, llm_sink_id=llm)
 
 
 def _vit_norm(norms: Float[np.ndarray, " patches"]) -> tuple[float | None, str]:
     border = fence(norms)
     share = float((norms > border).mean())
-    note = (
+    return border if share >= RARE else None, (
         f"{share:.2%} of the patches have a norm beyond the outer fence of {border:.1f} at the tower's last layer "
         f"(largest {norms.max():.1f}, median {np.median(norms):.1f}); {RARE:.1%} are needed."
     )
-    return border if share >= RARE else None, note
 
 
 def sink_dims(
@@ -231,71 +224,56 @@ def sink_dims(
     """(dimensions, first layer, threshold of phi, how)."""
     n = len(of_first)
     fences = np.array([ratio_fence(largest[:, layer].ravel(), of_first.shape[1]) for layer in range(n)])
-    middle = slice(1, max(2, n - 1))
-    beyond = of_first > fences[:, None]
+    middle, beyond = slice(1, max(2, n - 1)), of_first > fences[:, None]
     dims = np.flatnonzero(beyond[middle].mean(0) >= 0.5)
     if not len(dims):
         top = int(of_first[middle].max(0).argmax())
         at = int(of_first[middle, top].argmax()) + 1
-        none = (
-            f"The first token excites no dimension beyond what other tokens do: its largest |x|/RMS is "
-            f"{of_first[at, top]:.1f} (dimension {top}, layer {at}), their outer fence there {fences[at]:.1f}."
-        )
-        return (), None, None, none
+        what = "The first token excites no dimension beyond what other tokens do: its largest |x|/RMS is "
+        what += f"{of_first[at, top]:.1f} (dimension {top}, layer {at}), their outer fence there {fences[at]:.1f}."
+        return (), None, None, what
     dims = dims[np.argsort(-of_first[middle][:, dims].mean(0), kind="stable")][:4]
     layer = int(np.flatnonzero(beyond[:, dims].any(1) & (np.arange(n) > 0))[0])
     of_bos = float(of_first[layer:, dims].max(1)[: max(1, n - 1 - layer)].mean())
     usual = float(np.median(largest[:, layer : max(layer + 1, n - 1)]))
     found = tuple(map(int, dims))
-    how = (
-        f"From layer {layer} on the first token excites {', '.join(map(str, found))}: phi {of_bos:.1f}, where the "
-        f"median token's largest |x|/RMS is {usual:.1f}."
-    )
-    return found, layer, float(np.sqrt(of_bos * usual)), how
+    how = f"From layer {layer} on the first token excites {', '.join(map(str, found))}: phi {of_bos:.1f}, where the "
+    return found, layer, float(np.sqrt(of_bos * usual)), f"{how}median token's largest |x|/RMS is {usual:.1f}."
 
 
 def text_distant_cluster(
     tokens: Float[Tensor, "n d"], words: Float[Tensor, " d"], threshold: float = 0.9
 ) -> Bool[Tensor, " n"]:
-    """The largest anchor cluster of a picture that lies further from words than its other tokens do; may be empty.
-
-    A cluster has at least two tokens; `words` is the model's `clusters.text_centroid`.
-    """
+    """The largest anchor cluster of a picture, of two tokens or more, that lies further from words than its other
+    tokens do; may be empty. `words` is the model's `clusters.text_centroid`."""
     labels = anchor_clusters(tokens.float(), threshold)
     to_words = normalize(tokens.float(), dim=-1) @ words.to(tokens.device)
-    for cluster in range(int(labels.max()) + 1):  # largest first
+    for cluster in range(int((labels.bincount() > 1).sum())):  # largest first
         inside = labels == cluster
-        if int(inside.sum()) < 2:
-            break
         if bool(inside.all()) or to_words[inside].mean() < to_words[~inside].mean():
             return inside
     return torch.zeros_like(labels, dtype=torch.bool)
 
 
 def _dead_id(distant: Sequence[tuple[int, int] | None], tokens: Sequence[str]) -> tuple[int | None, str]:
-    votes = Counter(found[0] for found in distant if found is not None)
-    if not votes:
+    found = [one for one in distant if one is not None]
+    if not found:
         return None, "No picture has a cluster that lies further from words than its other tokens do."
-    (word, count), *_ = sorted(votes.items(), key=lambda item: (-item[1], item[0]))
-    size = np.median([found[1] for found in distant if found is not None])
+    votes = Counter(word for word, _ in found)
+    word, count = min(votes.items(), key=lambda item: (-item[1], item[0]))
     note = (
-        f"The largest text-distant cluster (median {size:.0f} tokens) is nearest to {tokens[word]!r} (id {word}) in "
-        f"{count / len(distant):.0%} of {len(distant)} pictures; half are needed."
+        f"The largest text-distant cluster (median {np.median([size for _, size in found]):.0f} tokens) is nearest to "
+        f"{tokens[word]!r} (id {word}) in {count / len(distant):.0%} of {len(distant)} pictures; half are needed."
     )
     return word if count >= len(distant) / 2 else None, note
 
-
-# --- belonging -------------------------------------------------------------------------------------------------------
 
 _REFERENCES: WeakKeyDictionary[VisionLanguageModel, dict[tuple[str, int] | None, Reference]] = WeakKeyDictionary()
 
 
 def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: int = 0) -> Reference:
-    """`discover` in pictures of a data set, once per model: in photographs where photographs are measured.
-
-    Args:
-        dataset, seed: as of the pictures that are measured, see `embedlens.samples.calibration`. Data sets that are
-            drawn have training pictures of the miniature world for this, whatever the seed.
+    """`discover` in pictures of a data set, once per model: in photographs where photographs are measured, else in
+    training pictures of the miniature world. `dataset` and `seed` are those of `embedlens.samples.calibration`.
     """
     known, key = _REFERENCES.setdefault(model, {}), (dataset, seed) if photographs(dataset) else None
     if key not in known:
@@ -306,12 +284,11 @@ def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: i
 def token_groups(
     model: VisionLanguageModel, prompt: Prompt, reference: Reference | None = None, membership: str = "top3"
 ) -> TokenGroups:
-    """Which visual token of a picture is sink, dead or alive.
+    """Which visual token of a picture is sink, dead or alive, by a reference from `discover`; default:
+    `reference_of(model)`.
 
-    Args:
-        reference: from `discover`; default: `reference_of(model)`.
-        membership: a token is dead if the reference word is among its three nearest words ("top3", as in the released
-            code), or if it lies in a cluster whose centroid is nearest to that word ("centroid", as the paper says).
+    A token is dead if the reference word is among its three nearest words (membership "top3", as in the released code),
+    or if it lies in a cluster whose centroid is nearest to that word ("centroid", as the paper says).
     """
     return token_groups_of(model, [prompt], reference, membership)[0]
 
@@ -335,40 +312,33 @@ def token_groups_of(
     lens = EmbedLens.from_model(model)
 
     def run(_: int, batch: Sequence[Prompt]) -> Iterator[TokenGroups]:
-        for prompt, vit, llm in zip(batch, *_sinks(model, batch, reference), strict=True):
-            tokens = prompt.embeds[prompt.visual]
-            dead = near_word(tokens, lens, reference.dead_id)
+        for prompt, *sinks in zip(batch, *_sinks(model, batch, reference), strict=True):
+            tokens, (vit, llm) = prompt.embeds[prompt.visual], (mask.cpu() for mask in sinks)
+            dead = near_word(tokens, lens, reference.dead_id).cpu()
             if membership == "centroid" and reference.dead_id is not None:
                 labels = anchor_clusters(tokens.float(), reference.threshold)
-                dead = (lens.topk(centroids(tokens, labels), 1)[1][:, 0] == reference.dead_id)[labels]
-            met = {"LLM sink": llm.cpu(), "ViT sink": vit.cpu(), "dead": dead.cpu()}
-            sink = met["LLM sink"] | met["ViT sink"]  # sinks come before dead ones
-            own = met["ViT sink"] & ~met["LLM sink"], met["LLM sink"], met["dead"] & ~sink, ~(met["dead"] | sink)
-            yield TokenGroups(*own, met)
+                dead = (lens.topk(centroids(tokens, labels), 1)[1][:, 0] == reference.dead_id)[labels].cpu()
+            sink = llm | vit  # sinks come before dead ones
+            met = {"LLM sink": llm, "ViT sink": vit, "dead": dead}
+            yield TokenGroups(vit & ~llm, llm, dead & ~sink, ~(dead | sink), met)
 
     return list(in_batches(run, prompts, batch_size))
 
 
-def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None, k: int = WORDS) -> Bool[Tensor, " n"]:
-    """Tokens that have a word among their k nearest; none if there is no word."""
-    if word is None:
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    ids: Int[Tensor, "n k"] = lens.topk(tokens, k)[1]
-    return (ids == word).any(-1)
+def near_word(tokens: Float[Tensor, "n d"], lens: EmbedLens, word: int | None) -> Bool[Tensor, " n"]:
+    """Tokens that have a word among their WORDS nearest; none if there is no word."""
+    return (lens.topk(tokens, WORDS)[1] == (-1 if word is None else word)).any(-1)
 
 
 def _sinks(
     model: VisionLanguageModel, prompts: Sequence[Prompt], reference: Reference
 ) -> tuple[list[Bool[Tensor, " n"]], list[Bool[Tensor, " n"]]]:
-    none = [torch.zeros(len(prompt.grid), dtype=torch.bool) for prompt in prompts]
-    vit, llm = none, none
+    """ViT sinks and LLM sinks of each prompt."""
+    vit = llm = [torch.zeros(len(prompt.grid), dtype=torch.bool) for prompt in prompts]
     if reference.vit_norm is not None:
-        last = [states[-1] for states in model.tower_states_of(prompts)]
-        vit = [rows.float().norm(dim=-1) > reference.vit_norm for rows in last]
-    if reference.sink_dims and reference.sink_layer is not None and reference.phi_threshold is not None:
-        streams = model.streams_of(prompts, len(prompts))
-        llm = [
-            phi(stream[reference.sink_layer, prompt.visual], reference.sink_dims) >= reference.phi_threshold
-            for stream, prompt in zip(streams, prompts, strict=True)
-        ]
+        vit = [rows[-1].float().norm(dim=-1) > reference.vit_norm for rows in model.tower_states_of(prompts)]
+    layer, dims = reference.sink_layer, reference.sink_dims
+    if dims and layer is not None and reference.phi_threshold is not None:
+        streams = zip(model.streams_of(prompts, len(prompts)), prompts, strict=True)
+        llm = [phi(stream[layer, prompt.visual], dims) >= reference.phi_threshold for stream, prompt in streams]
     return vit, llm

@@ -1,7 +1,7 @@
 """An arm against the baseline, question by question: difference, interval over pictures, McNemar, equivalence.
 
-The same questions are asked under every arm, so what is compared is what changes: two scores with overlapping
-intervals can differ clearly, and two equal ones can hide that half the answers flipped.
+The same questions are asked under every arm: two scores with overlapping intervals can differ clearly, and two equal
+ones can hide that half the answers flipped.
 
     degradation           the 95 % interval of the difference lies below zero, and McNemar's p, where there is one, is
                           below 5 %
@@ -23,7 +23,7 @@ from jaxtyping import Float
 
 from embedlens.errors import EmbedLensError
 from embedlens.stats import LEVEL, RESAMPLES, Estimate, draws, steady
-from embedlens.tasks import FAMILIES, metric_parts, rows_of
+from embedlens.tasks import FAMILIES, metric_parts
 
 MARGIN = 0.01  # one point: what the paper's tables call stable
 BASELINE = "baseline"
@@ -94,9 +94,8 @@ def compare(
     """
     base, repeats = _of_arm(table, baseline), _of_arm(table, arm)
     if len(base) != 1 and [rows["seed"].iloc[0] for rows in base] != [rows["seed"].iloc[0] for rows in repeats]:
-        raise EmbedLensError(
-            f"{baseline!r} was run with {len(base)} seeds: compare with an arm that has one, or the same seeds"
-        )
+        what = f"{baseline!r} was run with {len(base)} seeds"
+        raise EmbedLensError(f"{what}: compare with an arm that has one, or the same seeds")
     for rows in (*base[1:], *repeats):
         if not np.array_equal(rows["item"].to_numpy(), base[0]["item"].to_numpy()):
             raise EmbedLensError(f"{arm!r} and {baseline!r} answered other questions: run both on the same items")
@@ -118,20 +117,18 @@ def compare(
     return Comparison(arm, of, *of_each, len(parts[0]), len(repeats), acted, gained, lost, p)
 
 
-def scored(table: pd.DataFrame, arm: str, of: str = "accuracy", resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def scored(table: pd.DataFrame, arm: str, of: str = "accuracy", seed: int = 0) -> Estimate:
     """The score of one arm with its 95 % interval over pictures, by the rules of `compare`."""
     runs = [_chosen(rows, of) for rows in _of_arm(table, arm)]
-    found = np.mean(_resampled(runs, of, "correct", resamples, seed), axis=0)
+    found = np.mean(_resampled(runs, of, "correct", RESAMPLES, seed), axis=0)
     score = _estimate(found, runs[0], LEVEL)
     return replace(score, value=float(found[0]), low=max(0.0, score.low))
 
 
-def comparisons(
-    table: pd.DataFrame, of: Sequence[str] = ("accuracy",), baseline: str = BASELINE, **options: Any
-) -> pd.DataFrame:
+def comparisons(table: pd.DataFrame, of: Sequence[str] = ("accuracy",), **options: Any) -> pd.DataFrame:
     """`compare` of every arm but the baseline; one row per arm and score, with its verdict and its change as text."""
-    arms = [arm for arm in dict.fromkeys(table["arm"]) if arm != baseline]
-    rows = [compare(table, arm, name, baseline, **options) for arm in arms for name in of]
+    arms = [arm for arm in dict.fromkeys(table["arm"]) if arm != BASELINE]
+    rows = [compare(table, arm, name, **options) for arm in arms for name in of]
     more = [{"difference": row.difference, "verdict": row.verdict, "text": f"{row.change:+.1f points}"} for row in rows]
     return pd.DataFrame([vars(row) | also for row, also in zip(rows, more, strict=True)])
 
@@ -181,8 +178,8 @@ def _resampled(
     ids = np.unique(runs[0]["id"].to_numpy())
     times = np.vstack([np.ones((1, len(ids))), draws(len(ids), resamples, seed)])
 
-    def ratio(rows: pd.DataFrame, hits: Any, asked: Any) -> Float[np.ndarray, " resamples"]:
-        places = np.searchsorted(ids, rows["id"].to_numpy())
+    def ratio(of_rows: pd.Series, hits: Any, asked: Any) -> Float[np.ndarray, " resamples"]:
+        places = np.searchsorted(ids, of_rows.to_numpy())
         hit, counted = (times @ np.bincount(places, part, len(ids)) for part in (hits, asked))
         return np.where(counted > 0, hit, np.nan) / np.maximum(counted, 1e-12)
 
@@ -190,9 +187,8 @@ def _resampled(
     for rows in runs:
         families: dict[str, list[np.ndarray]] = {}
         for family, metric in _metrics(of):
-            part = rows_of(rows, family, metric)
-            families.setdefault(family, []).append(ratio(part, *metric_parts(part, metric, correct)))
-        every = families or {of: [ratio(rows, rows[correct].to_numpy(float), np.ones(len(rows)))]}
+            families.setdefault(family, []).append(ratio(*metric_parts(rows, family, metric, correct)))
+        every = families or {of: [ratio(rows["id"], rows[correct].to_numpy(float), np.ones(len(rows)))]}
         found.append(np.mean([np.mean(ratios, axis=0) for ratios in every.values()], axis=0))
     return found
 

@@ -6,7 +6,6 @@ A budget is a share of each picture's own tokens. Rules in `INSIDE` drop tokens 
 layers have run with all of them, so that a budget is either what is *left* at the end or the *average* over layers:
 
     stages = INSIDE["FastV"].left(n=64, n_layers=8, budget=16)        # ((2, 16),): from layer 2 on, 16 tokens
-    plans = plans_inside(model, prompts, INSIDE["FastV"], [stages] * len(prompts))
 """
 
 from __future__ import annotations
@@ -47,20 +46,16 @@ def average_tokens(stages: Stages, n: int, n_layers: int) -> float:
     >>> average_tokens(((2, 64),), 576, 32)
     96.0
     """
-    borders = [*(layer for layer, _ in stages), n_layers]
-    total = n * borders[0]
-    for (layer, count), end in zip(stages, borders[1:], strict=True):
-        total += count * (end - layer)
-    return total / n_layers
+    layers, counts = zip(*stages, strict=True)
+    lengths = np.diff([0, *layers, n_layers])
+    return float(lengths @ [n, *counts]) / n_layers
 
 
 @dataclass(frozen=True)
 class Inside:
-    """A rule that drops tokens inside the language model, by attention from the last position of the prompt.
-
-    At each of its layers a like share of the tokens goes: a number left at the end, or an average over layers, fixes
-    all stages of a schedule.
-    """
+    """A rule that drops tokens inside the language model, by attention from the last position of the prompt. At each of
+    its layers a like share of the tokens goes: a number left at the end, or an average over layers, fixes all stages of
+    a schedule."""
 
     name: str
     at: Callable[[int], Sequence[int]]  #: Layers of a model → the first blocks without the tokens of each stage
@@ -71,9 +66,8 @@ class Inside:
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Where tokens leave, each layer once, none before the first has run."""
         if n_layers < 2:
-            raise EmbedLensError(
-                f"{self.name} drops tokens between layers, and the model has {n_layers}: use a pruner before layer 0"
-            )
+            what = f"{self.name} drops tokens between layers, and the model has {n_layers}"
+            raise EmbedLensError(f"{what}: use a pruner before layer 0")
         return tuple(sorted({min(max(1, layer), n_layers - 1) for layer in self.at(n_layers)}))
 
     def left(self, n: int, n_layers: int, budget: int) -> Stages:
@@ -84,20 +78,21 @@ class Inside:
     def averaging(self, n: int, n_layers: int, budget: int) -> Stages | None:
         """Stages with `budget` tokens a layer on average, to rounding; None where the layers with all have more."""
         checked_budget(budget, n)
-        if average_tokens(self._stages(n, n_layers, 0), n, n_layers) > budget:
+
+        def beyond(share: float) -> float:
+            return average_tokens(self._stages(n, n_layers, share), n, n_layers) - budget
+
+        if beyond(0) > 0:
             return None
         low, high = 0.0, 1.0  # the share that is left at the end
         for _ in range(40):
             middle = (low + high) / 2
-            above = average_tokens(self._stages(n, n_layers, middle), n, n_layers) > budget
-            low, high = (low, middle) if above else (middle, high)
-        either = [self._stages(n, n_layers, share) for share in (low, high)]
-        return min(either, key=lambda stages: abs(average_tokens(stages, n, n_layers) - budget))
+            low, high = (low, middle) if beyond(middle) > 0 else (middle, high)
+        return self._stages(n, n_layers, min(low, high, key=lambda share: abs(beyond(share))))
 
     def _stages(self, n: int, n_layers: int, share: float) -> Stages:
         layers = self.layers(n_layers)
-        counts = [max(1, round(n * share ** ((stage + 1) / len(layers)))) for stage in range(len(layers))]
-        return tuple(zip(layers, counts, strict=True))
+        return tuple((at, max(1, round(n * share ** (stage / len(layers))))) for stage, at in enumerate(layers, 1))
 
 
 #: PyramidDrop's stages are published for 32 layers: 8, 16, 24, as deep here.
@@ -127,22 +122,18 @@ def plans_inside(
 ) -> list[tuple[LeaveAt, ...]]:
     """What leaves where: interventions of each prompt, a stage that drops nothing of its picture left out.
 
-    A stage ranks what the stages before it have left, by attention that is read with those gone.
-
-    Args:
-        prompts: with their questions, which the choice depends on.
-        stages: of each prompt, from `Inside.left` or `Inside.averaging`.
-        attention: of each prompt with all tokens, from `attended`, if it is there already.
+    A stage ranks what the stages before it have left, by attention that is read with those gone; `attention` is what
+    `attended` gave of each prompt with all tokens, if it is there already. `stages` are of each prompt, from
+    `Inside.left` or `Inside.averaging`.
     """
+
+    def last(prompt: Prompt) -> Int[Tensor, " 1"]:
+        return torch.tensor([len(prompt) - 1])
+
     layers = rule.layers(model.n_layers)
     if len(stages) != len(prompts) or any(tuple(layer for layer, _ in own) != layers for own in stages):
-        raise EmbedLensError(
-            f"{len(stages)} schedules for {len(prompts)} prompts: pass one per prompt, from {rule.name}'s `left` or "
-            "`averaging` for this model"
-        )
-    for own, prompt in zip(stages, prompts, strict=True):
-        for _, count in own:
-            checked_budget(count, len(prompt.grid))
+        what = f"{len(stages)} schedules for {len(prompts)} prompts"
+        raise EmbedLensError(f"{what}: pass one per prompt, from {rule.name}'s `left` or `averaging` for this model")
     # positions by row and column cannot close up: gaps stay there
     closing = rule.positions if all(prompt.positions is None for prompt in prompts) else "keep"
     gone = [torch.zeros(len(prompt.grid), dtype=torch.bool) for prompt in prompts]
@@ -152,25 +143,17 @@ def plans_inside(
         if stage or attention is None:
             with intervene(model, *before) if before else nullcontext():
                 upto = layer + rule.ranked + 1
-                attention = [own[:, -1] for own in attention_of(model, prompts, _last, upto, batch_size)]
+                attention = [own[:, -1] for own in attention_of(model, prompts, last, upto, batch_size)]
         masks = []
         for i, (own, weights) in enumerate(zip(stages, attention, strict=True)):
             weight = weights[layer + rule.ranked].cpu().masked_fill(gone[i], -torch.inf)
-            leaving = ~keep_highest(weight, own[stage][1]) & ~gone[i]
-            gone[i] = gone[i] | leaving
-            masks.append(leaving)
-            if bool(leaving.any()):
-                plans[i] = (*plans[i], LeaveAt(leaving, layer, closing))
+            masks.append(~keep_highest(weight, own[stage][1]) & ~gone[i])
+            gone[i] |= masks[i]
+            plans[i] += (LeaveAt(masks[i], layer, closing),) if bool(masks[i].any()) else ()
         if any(bool(mask.any()) for mask in masks):
             before.append(LeaveAt(masks, layer, closing))
     return plans
 
-
-def _last(prompt: Prompt) -> Int[Tensor, " 1"]:
-    return torch.tensor([len(prompt) - 1])
-
-
-# --- the same questions at the same budgets ------------------------------------------------------------------------
 
 SHARES = (1 / 3, 1 / 6, 1 / 9, 0.05)  # of the tokens: LLaVA-1.5's 192, 96, 64 and 29 of 576
 LEFT, AVERAGE = "R left", "mean R"  # the two budgets of a pruner inside the language model
@@ -217,8 +200,8 @@ class Seen:
     prompt: Prompt
     features: Features
     context: Context
+    #: Arm of a rule of INSIDE → what leaves where; None: the layers with all tokens have more than the budget
     inside: Mapping[str, tuple[LeaveAt, ...] | None]
-    """Arm of a rule of INSIDE → what leaves where; None: the layers with all tokens have more than the budget."""
 
 
 def seen(
@@ -226,18 +209,12 @@ def seen(
     prompts: Sequence[Prompt],
     reference: Reference | None = None,
     share: float | None = None,
-    batch_size: int = 64,
 ) -> list[Seen]:
-    """What the arms of `pruner_arms` choose by; pass it to `sweep.run_arms` as `groups`, with a share bound.
-
-    FastV, SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture.
-
-    Args:
-        share: of its tokens that a picture keeps, for the rules of INSIDE; None: these are not read.
-    """
-    features = list(in_batches(lambda _, some: features_of(model, some), prompts, batch_size))
-    weights = attended(model, prompts)
-    groups = token_groups_of(model, prompts, reference=reference)
+    """What the arms of `pruner_arms` choose by; pass it to `sweep.run_arms` as `groups`, with a share bound. FastV,
+    SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture. The rules of
+    INSIDE are read for a `share` of its tokens that a picture keeps, or not at all."""
+    features = list(in_batches(lambda _, some: features_of(model, some), prompts, 64))
+    weights, groups = attended(model, prompts), token_groups_of(model, prompts, reference=reference)
     inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]
     for rule in INSIDE.values() if share is not None and model.n_layers > 1 else ():
         sizes = [(n := len(prompt.grid), model.n_layers, budget_of(n, share)) for prompt in prompts]  # type: ignore[arg-type]
@@ -245,31 +222,23 @@ def seen(
             stages = [schedule(*size) for size in sizes]
             there = [i for i, own in enumerate(stages) if own is not None]
             asked, given = [prompts[i] for i in there], [stages[i] for i in there]
-            plans = plans_inside(model, asked, rule, given, [weights[i][0] for i in there], batch_size) if there else []  # type: ignore[arg-type]
+            plans = plans_inside(model, asked, rule, given, [weights[i][0] for i in there], 64) if there else []  # type: ignore[arg-type]
             found = dict(zip(there, plans, strict=True))
             for i, own in enumerate(inside):
                 own[f"{rule.name} inside, {kind}"] = found.get(i)
-    return [
-        Seen(prompt, own, Context(weights[i][0], weights[i][1], group), inside[i])
-        for i, (prompt, own, group) in enumerate(zip(prompts, features, groups, strict=True))
-    ]
+    contexts = [Context(*own, group) for own, group in zip(weights, groups, strict=True)]
+    return [Seen(*parts) for parts in zip(prompts, features, contexts, inside, strict=True)]
 
 
 def pruner_arms(
-    look: Seen,
-    share: float,
-    codebooks: Mapping[str, Codebook],
-    names: Sequence[str] | None = None,
-    seeds: int = SEEDS,
+    look: Seen, share: float, codebooks: Mapping[str, Codebook], names: Sequence[str] | None = None, seeds: int = SEEDS
 ) -> list[Arm]:
     """Every pruner that a model can run, at one budget, as arms for `sweep.run_arms` with `seen` as its groups.
 
     Args:
-        look: from `seen` of one picture of the model, with this share.
-        share: of a picture's own tokens that it keeps, from `shares_of`.
+        look: from `seen` of one picture of the model, with this share of its tokens, from `shares_of`.
         codebooks: name → codebook; each is a pruner of that name.
-        names: of PRUNERS; default: all.
-        seeds: of pruners that draw.
+        names, seeds: of PRUNERS, by default all, and of those that draw.
     """
     book = next(iter(codebooks.values()), None)
     given: list[tuple[Pruner, Codebook | None]] = []
@@ -281,7 +250,8 @@ def pruner_arms(
         for pruner, own in given
         for seed in range(seeds if pruner.random else 1)
     ]
-    return arms + [Arm(name, partial(_leaving, name=name)) for name, plan in look.inside.items() if plan is not None]
+    own = [name for name, plan in look.inside.items() if plan is not None]
+    return arms + [Arm(name, lambda look, grid, rng, name=name: look.inside[name]) for name in own]
 
 
 def _choice(
@@ -292,10 +262,6 @@ def _choice(
     if chosen.merged is not None or look.prompt.positions is not None or bool(chosen.keep.all()):
         return chosen.prompt
     return (Prune(~chosen.keep, positions="renumber"),)  # what prompts of a picture share runs once
-
-
-def _leaving(look: Seen, grid: PatchGrid, rng: np.random.Generator, name: str) -> Plan | None:
-    return look.inside[name]
 
 
 def at_budgets(

@@ -5,18 +5,15 @@
     chosen.prompt(prompt)             # the prompt with these tokens only, before layer 0
 
 Every rule in `PRUNERS` is written from its authors' description and code (`Pruner.source`), reduced to its choice of
-tokens at a fixed budget, and removes them before layer 0. FastV and SparseVLM choose by attention inside the language
-model; there it is their choice alone that is compared. `embedlens.pruner_arms` asks questions under them.
-
-A pruner says what it needs, and a model that lacks it is refused.
+tokens at a fixed budget, and removes them before layer 0, FastV and SparseVLM too, whose choice alone is compared.
+A pruner says what it needs, and a model that lacks it is refused. `embedlens.pruner_arms` asks questions under them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -77,7 +74,8 @@ class Selection:
         return replace(shorter, embeds=embeds)
 
 
-Select: TypeAlias = Callable[[Features, Context, int], Tensor | Selection]
+#: (features, context, budget) → what stays. `prune` calls it where all that it needs is there, so it need not ask.
+Select: TypeAlias = Callable[[Any, Any, int], Tensor | Selection]
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Pruner:
 
     name: str
     select: Select
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  #: Fields of Features or Context, keys of NEEDS
     source: str = ""
 
     @property
@@ -99,6 +97,7 @@ class Pruner:
         return [need for need in self.needs if getattr(features, need, getattr(context, need, None)) is None]
 
 
+@torch.no_grad()
 def prune(pruner: Pruner, features: Features, context: Context, budget: int) -> Selection:
     """The selection of a pruner, with exactly `budget` tokens; what it needs and is missing is named."""
     checked_budget(budget, len(features.tokens))
@@ -114,6 +113,16 @@ def prune(pruner: Pruner, features: Features, context: Context, budget: int) -> 
 def keep_highest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
     """The `budget` tokens of highest value; ties go to the lower place."""
     return keep_lowest(-values, budget)
+
+
+def keep_order(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Places from highest to lowest value, ties in raster order."""
+    return values.float().cpu().argsort(descending=True, stable=True)
+
+
+def kept(n: int, places: Tensor | np.ndarray) -> Bool[Tensor, " n"]:
+    """The mask of n tokens that is True at some places."""
+    return torch.zeros(n, dtype=torch.bool).index_fill_(0, torch.as_tensor(places).long().cpu(), True)
 
 
 def cells(grid: PatchGrid, budget: int) -> Int[Tensor, " n"]:
@@ -146,20 +155,16 @@ def cells(grid: PatchGrid, budget: int) -> Int[Tensor, " n"]:
 
 def middles(grid: PatchGrid, budget: int) -> Bool[Tensor, " n"]:
     """The patch nearest to the middle of each cell: a regular sample of the grid."""
-    of, keep = cells(grid, budget), torch.zeros(len(grid), dtype=torch.bool)
-    shapes = [(torch.arange(len(view)) // view.cols, torch.arange(len(view)) % view.cols) for view in grid.views]
-    at = torch.cat([torch.stack(shape, -1) for shape in shapes]).double()
+    of, chosen = cells(grid, budget), []
+    at = torch.cat([torch.cartesian_prod(torch.arange(v.rows), torch.arange(v.cols)) for v in grid.views]).double()
     for cell in range(budget):
         inside = (of == cell).nonzero()[:, 0]
-        keep[inside[(at[inside] - at[inside].mean(0)).pow(2).sum(-1).argmin()]] = True
-    return keep
+        chosen.append(inside[(at[inside] - at[inside].mean(0)).pow(2).sum(-1).argmin()])
+    return kept(len(grid), torch.stack(chosen))
 
 
-def _random(features: Features, context: Context, budget: int) -> Tensor:
-    assert context.rng is not None
-    keep = torch.zeros(len(features.tokens), dtype=torch.bool)
-    keep[torch.from_numpy(context.rng.choice(len(keep), budget, replace=False))] = True
-    return keep
+def _random(features: Features, context: Any, budget: int) -> Tensor:
+    return kept(len(features.tokens), context.rng.choice(len(features.tokens), budget, replace=False))
 
 
 def _pooling(features: Features, context: Context, budget: int) -> Selection:
@@ -169,26 +174,9 @@ def _pooling(features: Features, context: Context, budget: int) -> Selection:
     return Selection(keep, means[of[keep.to(of.device)]])
 
 
-def _cls(features: Features, context: Context, budget: int, sign: float) -> Tensor:
-    return keep_highest(sign * cls_similarity(features), budget)
-
-
-def _fastv(features: Features, context: Context, budget: int) -> Tensor:
-    assert context.attention is not None
-    return keep_highest(context.attention[min(FASTV_LAYER, len(context.attention) - 1)], budget)
-
-
-def _sparsevlm(features: Features, context: Context, budget: int) -> Tensor:
-    assert context.rated is not None
-    return keep_highest(context.rated, budget)
-
-
-def _visionzip(features: Features, context: Context, budget: int) -> Selection:
-    """Dominant patches by attention from CLS; the others merge into strided targets by their keys.
-
-    Its extra CLS row is left out, as it belongs to no patch.
-    """
-    assert features.cls_attention is not None and features.tower is not None and features.keys is not None
+def _visionzip(features: Any, context: Context, budget: int) -> Selection:
+    """Dominant patches by attention from CLS; the others merge into strided targets by their keys. Its extra CLS row is
+    left out, as it belongs to no patch."""
     contextual = round(budget * VISIONZIP_CONTEXTUAL)
     if not contextual:
         return Selection(keep_highest(features.cls_attention, budget))
@@ -196,8 +184,7 @@ def _visionzip(features: Features, context: Context, budget: int) -> Selection:
     rest = (~keep).nonzero()[:, 0]
     target = torch.linspace(0, len(rest) - 1, contextual).round().long()
     keys = functional.normalize(features.keys.float().cpu()[rest], dim=-1)
-    other = torch.ones(len(rest), dtype=torch.bool)
-    other[target] = False
+    other = ~kept(len(rest), target)
     nearest = (keys[other] @ keys[target].mT).argmax(-1)
     tower = features.tower.cpu()
     rows = tower.clone()
@@ -208,23 +195,18 @@ def _visionzip(features: Features, context: Context, budget: int) -> Selection:
     return Selection(keep, _projected(features, rows[keep]))
 
 
-def _prumerge(features: Features, context: Context, budget: int) -> Selection:
-    """PruMerge+ at a fixed budget: half by attention from CLS, half strided; each takes up its nearest by key.
-
-    One row is the attention-weighted sum of all that are dropped; it stands at the most attended of them.
-    """
-    assert features.cls_attention_last is not None and features.tower is not None and features.keys is not None
+def _prumerge(features: Any, context: Context, budget: int) -> Selection:
+    """PruMerge+ at a fixed budget: half by attention from CLS, half strided; each takes up its nearest by key. One row
+    is the attention-weighted sum of all that are dropped; it stands at the most attended of them."""
     attention = features.cls_attention_last.float().cpu()
     n, extra = len(attention), int(1 < budget < len(attention))
     first = -(-(budget - extra) // 2)
     keep = keep_highest(attention, first)
-    rest = (~keep).nonzero()[:, 0]
-    more = budget - extra - first
+    rest, more = (~keep).nonzero()[:, 0], budget - extra - first
     if more:
         keep[rest[torch.linspace(0, len(rest) - 1, more).round().long()]] = True
     tower, keys = features.tower.float().cpu(), functional.normalize(features.keys.float().cpu(), dim=-1)
-    alike = keys @ keys.mT
-    alike.fill_diagonal_(-torch.inf)
+    alike = (keys @ keys.mT).fill_diagonal_(-torch.inf)
     near = alike.topk(min(max(1, round(NEAREST * n)), n - 1), dim=-1).indices
     rows = tower + (attention[near][..., None] * tower[near]).sum(1)
     if extra:
@@ -235,46 +217,22 @@ def _prumerge(features: Features, context: Context, budget: int) -> Selection:
     return Selection(keep, _projected(features, rows[keep]))
 
 
-def _hiprune(features: Features, context: Context, budget: int) -> Tensor:
-    assert features.received is not None
-    layer = min(len(features.received) - 1, round(HIPRUNE_LAYER * len(features.received)))
-    return hiprune(features.received[layer], features.received[-1], features.grid, budget)
-
-
 def hiprune(
     shallow: Float[Tensor, " n"], deep: Float[Tensor, " n"], grid: PatchGrid, budget: int
 ) -> Bool[Tensor, " n"]:
-    """Anchors by attention received in an early layer, their four neighbours, then registers by a deep layer.
-
-    The code wraps neighbours around row ends; this does not.
-    """
-    keep = torch.zeros(len(grid), dtype=torch.bool)
-    for anchor in keep_order(shallow)[: round(budget * HIPRUNE_ANCHORS / 5)]:
-        for place in (int(anchor), *grid.neighbours(int(anchor))):
-            if int(keep.sum()) < budget:
-                keep[place] = True
-    left = budget - int(keep.sum())
-    keep[[int(i) for i in keep_order(deep) if not keep[i]][:left]] = True
-    return keep
+    """Anchors by attention received in an early layer, their four neighbours, then registers by a deep layer. The code
+    wraps neighbours around row ends; this does not."""
+    anchors = keep_order(shallow)[: round(budget * HIPRUNE_ANCHORS / 5)].tolist()
+    around = [place for anchor in anchors for place in (anchor, *grid.neighbours(anchor))]
+    chosen = list(dict.fromkeys(around))[:budget]
+    return kept(len(grid), torch.tensor(list(dict.fromkeys([*chosen, *keep_order(deep).tolist()]))[:budget]))
 
 
-def keep_order(values: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Places from highest to lowest value, ties in raster order."""
-    return values.float().cpu().sort(descending=True, stable=True).indices
-
-
-def vispruner(
-    attention: Float[Tensor, " n"], rows: Float[Tensor, "n v"], budget: int, important: float = 0.5
-) -> Bool[Tensor, " n"]:
-    """Half of the budget by attention from CLS; from the rest, duplicates are dropped until the other half remains.
-
-    A round splits what remains, in order of attention, into even and odd places, and drops the even ones that are
-    most like an odd one, up to eight.
-    """
-    order = keep_order(attention)
-    first = int(budget * important)
-    keep = torch.zeros(len(order), dtype=torch.bool)
-    keep[order[:first]] = True
+def vispruner(attention: Float[Tensor, " n"], rows: Float[Tensor, "n v"], budget: int) -> Bool[Tensor, " n"]:
+    """Half of the budget by attention from CLS; from the rest, duplicates are dropped until the other half remains. A
+    round splits what remains, in order of attention, into even and odd places, and drops the even ones that are most
+    like an odd one, up to eight."""
+    order, first = keep_order(attention), budget // 2
     left, unit = order[first:], functional.normalize(rows.float().cpu(), dim=-1)
     while len(left) > budget - first:
         if len(left) == 1:
@@ -284,83 +242,79 @@ def vispruner(
         best = (unit[even] @ unit[odd].mT).amax(-1)
         gone = even[keep_order(best)[: min(DROPPED_A_ROUND, len(left) - (budget - first))]]
         left = left[~torch.isin(left, gone)]
-    keep[left] = True
-    return keep
+    return kept(len(order), torch.cat([order[:first], left]))
 
 
 def divprune(tokens: Float[Tensor, "n d"], budget: int) -> Bool[Tensor, " n"]:
     """Greedy farthest points by 1 - cosine, from the token whose nearest other is farthest."""
     unit = functional.normalize(tokens.float().cpu(), dim=-1)
     distance = 1 - unit @ unit.mT
-    alone = distance.clone().fill_diagonal_(torch.inf)
-    keep = torch.zeros(len(tokens), dtype=torch.bool)
-    at = int(alone.amin(-1).argmax()) if len(tokens) > 1 else 0
-    keep[at] = True
-    nearest = distance[at].clone()
-    while int(keep.sum()) < budget:
-        at = int(nearest.masked_fill(keep, -torch.inf).argmax())
-        keep[at] = True
-        nearest = torch.minimum(nearest, distance[at])
-    return keep
-
-
-def _groups(features: Features, context: Context, budget: int) -> Tensor:
-    """Sinks and dead tokens go first, then alive ones; within each by chance."""
-    assert context.groups is not None and context.rng is not None
-    chance = torch.from_numpy(context.rng.random(len(features.tokens)))
-    return keep_lowest(chance + (~context.groups.alive.cpu()).double(), budget)
-
-
-def _codebook(features: Features, context: Context, budget: int, score: str = "redundancy") -> Tensor:
-    return keep_lowest(getattr(context.codebook, score)(features.tokens), budget)
-
-
-def _of(features: Features, context: Context, budget: int, rule: Callable[..., Tensor], given: Sequence[str]) -> Tensor:
-    """A rule that chooses by some of the features alone."""
-    return rule(*(getattr(features, name) for name in given), budget)
+    chosen = [int(distance.clone().fill_diagonal_(torch.inf).amin(-1).argmax()) if len(tokens) > 1 else 0]
+    nearest = distance[chosen[0]].clone()
+    while len(chosen) < budget:
+        nearest[chosen[-1]] = -torch.inf
+        chosen.append(int(nearest.argmax()))
+        nearest = torch.minimum(nearest, distance[chosen[-1]])
+    return kept(len(tokens), torch.tensor(chosen))
 
 
 def _projected(features: Features, rows: Float[Tensor, "r v"]) -> Float[Tensor, "r d"]:
     """Merged patches through the model's own projector."""
     if features.project is None:
         raise EmbedLensError("merging before the projector needs it: build Features with features_of")
-    with torch.no_grad():
-        return features.project(rows.to(features.tokens)[None])[0]
+    return features.project(rows.to(features.tokens)[None])[0]
 
 
-CODEBOOK = Pruner("codebook", _codebook, ("codebook",), "arXiv 2503.20540: largest cosine to a prototype")
-_SOFTMAX, _VIS = partial(_codebook, score="double_softmax"), ("cls_attention", "tower")
+def _hiprune(features: Any, context: Context, budget: int) -> Tensor:
+    layer = min(len(features.received) - 1, round(HIPRUNE_LAYER * len(features.received)))
+    return hiprune(features.received[layer], features.received[-1], features.grid, budget)
+
+
+def _groups(features: Features, context: Any, budget: int) -> Tensor:
+    """Sinks and dead tokens go first, then alive ones; within each by chance."""
+    chance = torch.from_numpy(context.rng.random(len(features.tokens)))
+    return keep_lowest(chance + (~context.groups.alive.cpu()).double(), budget)
+
+
+def _by(score: Callable[[Any, Any], Tensor]) -> Select:
+    """The tokens of highest score, which is made of features and context."""
+    return lambda features, context, budget: keep_highest(score(features, context), budget)
+
+
+_redundant = _by(lambda f, c: -c.codebook.redundancy(f.tokens))
+_softmax = _by(lambda f, c: -c.codebook.double_softmax(f.tokens))
+_fastv = _by(lambda f, c: c.attention[min(FASTV_LAYER, len(c.attention) - 1)])
+CODEBOOK = Pruner("codebook", _redundant, ("codebook",), "arXiv 2503.20540: largest cosine to a prototype")
 PRUNERS: Mapping[str, Pruner] = {
     pruner.name: pruner
     for pruner in (
         CODEBOOK,
         Pruner("random", _random, ("rng",), "uniform, without replacement"),
-        Pruner("strided", partial(_of, rule=middles, given=("grid",)), (), "regular sample of the grid"),
+        Pruner("strided", lambda f, c, n: middles(f.grid, n), (), "regular sample of the grid"),
         Pruner("pooling", _pooling, (), "means over a coarser grid"),
-        Pruner("[cls] top", partial(_cls, sign=1.0), ("cls_attention",), "release of arXiv 2503.20540, high_sim_patch"),
-        Pruner("[cls] bottom", partial(_cls, sign=-1.0), ("cls_attention",), "the same, low_sim_patch"),
+        Pruner("[cls] top", _by(lambda f, c: cls_similarity(f)), ("cls_attention",), "2503.20540, high_sim_patch"),
+        Pruner("[cls] bottom", _by(lambda f, c: -cls_similarity(f)), ("cls_attention",), "the same, low_sim_patch"),
         Pruner("FastV", _fastv, ("attention",), "ECCV 2024: last position, second layer"),
-        Pruner("SparseVLM", _sparsevlm, ("rated",), "ICML 2025: rater words, third layer"),
+        Pruner("SparseVLM", _by(lambda f, c: c.rated), ("rated",), "ICML 2025: rater words, third layer"),
         Pruner("VisionZip", _visionzip, ("cls_attention", "keys"), "CVPR 2025: dominant and contextual tokens"),
         Pruner("PruMerge+", _prumerge, ("cls_attention", "keys"), "ICCV 2025, at a fixed budget"),
         Pruner("HiPrune", _hiprune, ("keys",), "arXiv 2508.00553: anchors, buffers, registers"),
         Pruner(
             "VisPruner",
-            partial(_of, rule=vispruner, given=_VIS),
+            lambda f, c, n: vispruner(f.cls_attention, f.tower, n),
             ("cls_attention",),
             "ICCV 2025: important, then diverse",
         ),
-        Pruner("DivPrune", partial(_of, rule=divprune, given=("tokens",)), (), "CVPR 2025: largest least distance"),
+        Pruner("DivPrune", lambda f, c, n: divprune(f.tokens, n), (), "CVPR 2025: largest least distance"),
         Pruner("dead and sinks", _groups, ("groups", "rng"), "the other paper: arXiv 2603.00510's groups"),
-        Pruner("codebook, double softmax", _SOFTMAX, ("codebook",), "its release, for OneVision"),
+        Pruner("codebook, double softmax", _softmax, ("codebook",), "its release, for OneVision"),
     )
 }
 
 
 def usable(features: Features, context: Context, names: Sequence[str] | None = None) -> list[Pruner]:
     """The pruners that can run on this model, in their order; `prune` says what the others lack."""
-    unknown = [name for name in names or () if name not in PRUNERS]
-    if unknown:
+    if unknown := [name for name in names or () if name not in PRUNERS]:
         raise EmbedLensError(f"unknown pruner {unknown[0]!r}: use one of {', '.join(PRUNERS)}")
     chosen = [PRUNERS[name] for name in names or PRUNERS]
     return [pruner for pruner in chosen if not set(pruner.missing(features, context)) - {"rng"}]

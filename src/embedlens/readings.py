@@ -1,8 +1,8 @@
 """One prompt whose visual rows are exchanged: what its readings share runs once.
 
 A reading is one step of the language model on a prompt with some visual tokens, or with some replaced by one fixed
-vector. Readings of a picture share all rows before the first that differs. Their keys and values are kept when they
-run; what follows runs in batches. `embedlens.redundancy` says what is read.
+vector. Readings of a picture share all rows before the first that differs, whose keys and values are kept; what
+follows runs in batches. `embedlens.redundancy` says what is read.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ class Protocol:
     """How tokens are read. The defaults are the release's, but for articles."""
 
     question: str = RELEASED_QUESTION
-    replacement: str = "row 0"
-    """What stands in for a removed token: "row 0" of the input embeddings (the release's padding id), "zeros", or the
-    "mean token" of the picture."""
+    replacement: str = "row 0"  #: For a removed token, of REPLACEMENTS; row 0 of the embedding is the release's pad id
     articles: tuple[str, ...] = ARTICLES  #: Words that are skipped where the answer begins with one
+    #: The run without the token is read after the article that the intact run wrote; False, as released: each run skips
+    #: its own article, so that two runs may be compared at different steps
     aligned: bool = True
-    """True: the run without the token is read after the article that the intact run wrote. False, as released: each
-    run skips its own article, so that two runs may be compared at different steps."""
     head: int = HEAD
     side: int = 3  #: Of the square neighbourhood, in patches
     k: int = 10  #: Words of the intact run that the divergence compares
@@ -48,8 +46,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.replacement not in REPLACEMENTS:
-            names = ", ".join(map(repr, REPLACEMENTS))
-            raise EmbedLensError(f"unknown replacement {self.replacement!r}: use one of {names}")
+            raise EmbedLensError(f"unknown replacement {self.replacement!r}: use one of {str(REPLACEMENTS)[1:-1]}")
         if min(self.head, self.side, self.k) < 1:
             raise EmbedLensError(f"head {self.head}, side {self.side} and k {self.k}: each is at least 1")
 
@@ -59,9 +56,7 @@ RELEASED = Protocol(articles=RELEASED_ARTICLES, aligned=False)
 
 def describing(model: VisionLanguageModel) -> str:
     """The question that asks this model for one word: the paper's, or the miniature's own, which it was trained with.
-
-    The miniature answers the paper's prompt with a caption, whose first word is no object.
-    """
+    The miniature answers the paper's prompt with a caption, whose first word is no object."""
     return QUESTION if unsigned(model.name) == MINIATURE else RELEASED_QUESTION
 
 
@@ -119,20 +114,21 @@ class Reader:
     def read(
         self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"]
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
-        """`_read`, in batches of half the size from where one does not fit on the device."""
-        found, self.batch_size = halving(partial(self._read, at, source, gone), self.batch_size)
-        return found
-
-    def _read(
-        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
-    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
         """Logits at the first content word: of prompts with some visual tokens, and of the same with some replaced.
+
+        In batches of half the size from where one does not fit on the device.
 
         Args:
             at: which tokens a prompt has, in raster order; text between visual rows stays where it is.
             source: prompts to read again, which share the rows before the first that is replaced.
             gone: which of their tokens are replaced.
         """
+        found, self.batch_size = halving(partial(self._read, at, source, gone), self.batch_size)
+        return found
+
+    def _read(
+        self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
+    ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
         tails, columns = self._tails(at)
         lost = torch.zeros(len(source), tails.shape[1], dtype=torch.bool).scatter_(1, columns[source], gone)
         first = lost.int().argmax(1)
@@ -154,8 +150,7 @@ class Reader:
 
     def _tails(self, at: Int[Tensor, "m w"]) -> tuple[Float[Tensor, "m s d"], Int[Tensor, "m w"]]:
         """What follows the prefix, in order of position, and where in it the visual rows are."""
-        text = (~self.prompt.visual).nonzero()[:, 0].cpu()
-        text = text[text > self.start]
+        text = self.start + (~self.prompt.visual[self.start :]).nonzero()[:, 0].cpu()
         places = torch.cat([self.visual[at], text.expand(len(at), -1)], 1)
         order = places.argsort(1)
         return self.embeds[places.gather(1, order).to(self.embeds.device)], order.argsort(1)[:, : at.shape[1]]
@@ -171,12 +166,11 @@ class Reader:
     def _content(
         self, logits: Float[Tensor, "m V"], again: Callable[[Tensor, Tensor], Tensor], wrote: Int[Tensor, " m"] | None
     ) -> tuple[Float[Tensor, "m V"], Int[Tensor, " m"]]:
-        """Logits at the first content word of readings, and the article before it (-1: none).
+        """Logits at the first content word of readings, given those at the first word, and the article before it (-1:
+        none).
 
-        Args:
-            logits: at the first word.
-            again: logits of some of them after a further word each.
-            wrote: articles to read after; None: those that the readings begin with themselves.
+        `again` gives the logits of some of them after a further word each; `wrote` are the articles to read after,
+        None: those that the readings begin with themselves.
         """
         if wrote is None:
             best = logits.argmax(-1).cpu()
@@ -194,18 +188,13 @@ class Reader:
     def _run(
         self, tail: Float[Tensor, "b s d"], before: Sequence[Bank] = (), of: Tensor | None = None
     ) -> tuple[Float[Tensor, "b V"], Bank]:
-        """Logits after the last row of each tail, and the keys and values of all its rows.
-
-        Args:
-            tail: rows to run.
-            before: what stands before them, one after the other; of one prompt, or of several.
-            of: which of several stands before each tail.
-        """
+        """Logits after the last row of each tail, and the keys and values of all its rows. `before` is what stands
+        before them, one after the other, of one prompt or of several; `of` says which of several stands before each
+        tail."""
         from transformers import DynamicCache
 
         def laid(parts: Sequence[Tensor]) -> Tensor:
-            own = [part.expand(len(tail), -1, -1, -1) if len(part) == 1 else part[of] for part in parts]
-            return torch.cat(own, -2)
+            return torch.cat([p.expand(len(tail), -1, -1, -1) if len(p) == 1 else p[of] for p in parts], -2)
 
         layers = zip(*before, strict=True)
         past = DynamicCache([[laid(side) for side in zip(*parts, strict=True)] for parts in layers])
@@ -218,9 +207,7 @@ class Reader:
 
 class PromptReader(Reader):
     """The same readings as whole prompts, by the model's own way of running them: slower, and right for any family.
-
-    Models whose visual rows have positions of their own, or features that are added at depth, are read like this.
-    """
+    Models whose visual rows have positions of their own, or features that are added at depth, are read like this."""
 
     def _read(
         self, at: Int[Tensor, "m w"], source: Int[Tensor, " k"], gone: Bool[Tensor, "k w"], batch_size: int
@@ -237,11 +224,10 @@ class PromptReader(Reader):
         absent = torch.ones(len(self.visual), dtype=torch.bool, device=self.prompt.visual.device)
         absent[places] = False
         prompt = self.prompt.without(absent) if bool(absent.any()) else self.prompt
-        embeds = prompt.embeds.clone()
+        embeds, deep = prompt.embeds.clone(), prompt.deep
         embeds[prompt.visual] = rows
-        deep = None
-        if prompt.deep is not None:  # what replaces a token brings no features of its own
-            deep = prompt.deep * (rows != self.blank).any(-1)[:, None].to(prompt.deep)
+        if deep is not None:  # what replaces a token brings no features of its own
+            deep = deep * (rows != self.blank).any(-1)[:, None].to(deep)
         return replace(prompt, embeds=embeds, deep=deep)
 
     def _prompts(
@@ -249,14 +235,13 @@ class PromptReader(Reader):
     ) -> tuple[Float[Tensor, "m V"], Tensor]:
         logits, articles = self._empty(len(prompts)), torch.full((len(prompts),), -1)
         for keep in _batches(torch.arange(len(prompts)), batch_size):
-            own = [prompts[row] for row in keep]
-            given = None if wrote is None else wrote[keep]
+            own, given = [prompts[row] for row in keep], None if wrote is None else wrote[keep]
             logits[keep], articles[keep] = self._content(self._whole(own), partial(self._longer, own), given)
         return logits, articles
 
     def _longer(self, prompts: list[Prompt], rows: Int[Tensor, " b"], words: Int[Tensor, " b"]) -> Tensor:
-        own = [followed_by(self.model, prompts[row], word[None]) for row, word in zip(rows, words, strict=True)]
-        return self._whole(own)
+        own = zip(rows, words, strict=True)
+        return self._whole([followed_by(self.model, prompts[row], word[None]) for row, word in own])
 
     def _whole(self, prompts: list[Prompt]) -> Float[Tensor, "b V"]:
         with self.model.running(prompts) as entered:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PatchGrid
-from embedlens.readings import HEAD, Protocol, prepared
+from embedlens.readings import HEAD, Protocol, Reader, prepared
 from embedlens.vlm import Prompt, VisionLanguageModel
 
 VARIANTS = ("released", "textbook")
@@ -66,9 +66,8 @@ def sampled_ranks(n: int) -> Int[Tensor, " m"]:
     >>> len(sampled_ranks(576)), len(sampled_ranks(64))
     (96, 64)
     """
-    if n <= len(RANKS):
-        return torch.arange(n)
-    return torch.tensor(sorted({round(rank * (n - 1) / 575) for rank in RANKS}))
+    ranks = sorted({round(rank * (n - 1) / 575) for rank in RANKS})
+    return torch.arange(n) if n <= len(RANKS) else torch.tensor(ranks)
 
 
 def top_probability(logits: Float[Tensor, "*batch V"], head: int | None = HEAD) -> Float[Tensor, "*batch"]:
@@ -99,22 +98,25 @@ def divergence(
     >>> round(float(divergence(p, q, "textbook")), 6), round(float(divergence(p, q, "released")), 6)
     (0.130812, 0.071921)
     """
-    if variant not in VARIANTS:
-        raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
+    _place_of(variant)
     if intact.shape != without.shape:
-        raise EmbedLensError(
-            f"logits of shapes {tuple(intact.shape)} and {tuple(without.shape)}: pass both runs of the same tokens"
-        )
+        shapes = f"logits of shapes {tuple(intact.shape)} and {tuple(without.shape)}"
+        raise EmbedLensError(f"{shapes}: pass both runs of the same tokens")
     ids = intact.topk(min(k, intact.shape[-1])).indices
     log_p, log_q = (logits.gather(-1, ids).double().log_softmax(-1) for logits in (intact, without))
     p, q = log_p.exp(), log_q.exp()
     m = (p + q) / 2
     log_m = m.log()
-    if variant == "textbook":
-        value = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
-    else:
-        value = (m * (2 * log_m - log_p - log_q)).mean(-1) / 2
-    return value.clamp_min(0).float()
+    turned = (m * (2 * log_m - log_p - log_q)).mean(-1)
+    value = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) if variant == "textbook" else turned
+    return (value / 2).clamp_min(0).float()
+
+
+def _place_of(variant: str) -> int:
+    """Its place in VARIANTS."""
+    if variant not in VARIANTS:
+        raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
+    return VARIANTS.index(variant)
 
 
 def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float | None = None) -> Int[Tensor, " n"]:
@@ -127,7 +129,6 @@ def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float 
 
     Args:
         clusters: how many; as many as there are tokens if they are fewer.
-        k: neighbours that make a density.
         rms: bring the tokens' median root mean square to this first, as densities depend on the unit; None: as they
             are, which is what the release does at the `LLAVA_RMS` of its model.
 
@@ -145,10 +146,8 @@ def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float 
     n = len(tokens)
     distance = torch.cdist(tokens, tokens, compute_mode="donot_use_mm_for_euclid_dist") / tokens.shape[1] ** 0.5
     log_density = -distance.topk(min(k, n), largest=False).values.pow(2).mean(-1)
-    order = torch.arange(n)
-    denser = (log_density[None] > log_density[:, None]) | (
-        (log_density[None] == log_density[:, None]) & (order[None] < order[:, None])
-    )
+    place = log_density.sort(descending=True, stable=True).indices.argsort()  # of each token, the densest first
+    denser = place[None] < place[:, None]
     separation = distance.masked_fill(~denser, torch.inf).amin(-1)
     separation = torch.where(denser.any(-1), separation, distance.max())
     product = log_density + separation.log()  # a duplicate of a denser token is no centre: its log is -inf
@@ -187,9 +186,7 @@ class TokenScores:
 
     def cascade(self, variant: str = "released") -> Float[Tensor, " m"]:
         """D: weighted sum of both divergences (weights 1 and 16 in every released config)."""
-        if variant not in VARIANTS:
-            raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
-        at = VARIANTS.index(variant)
+        at = _place_of(variant)
         return self.weights[0] * self.region[:, at] + self.weights[1] * self.picture[:, at]
 
 
@@ -200,14 +197,9 @@ def scored(readings: Readings) -> TokenScores:
     def both(intact: Tensor, without: Tensor) -> Tensor:
         return torch.stack([divergence(intact, without, variant, protocol.k) for variant in VARIANTS], -1)
 
-    return TokenScores(
-        places=readings.places,
-        word=readings.alone.argmax(-1),
-        probability=top_probability(readings.alone, protocol.head),
-        region=both(readings.region, readings.region_without),
-        picture=both(readings.picture, readings.picture_without),
-        weights=protocol.weights,
-    )
+    sure = readings.alone.argmax(-1), top_probability(readings.alone, protocol.head)
+    lost = both(readings.region, readings.region_without), both(readings.picture, readings.picture_without)
+    return TokenScores(readings.places, *sure, *lost, protocol.weights)
 
 
 def token_scores(
@@ -217,20 +209,13 @@ def token_scores(
     protocol: Protocol | None = None,
     batch_size: int = 64,
 ) -> list[TokenScores]:
-    """Scores of the tokens of several pictures; `readings_of` says what is run.
-
-    Args:
-        prompts: one per picture; their question is replaced by the protocol's.
-        places: tokens of each picture; default: all.
-        protocol: default: the release's with the model's own question (`describing`), articles aligned.
-        batch_size: readings that run together; the scores do not depend on it, up to rounding.
-    """
+    """Scores of the tokens of several pictures, or of some `places` of each; `readings_of` says what is run. The
+    question of the prompts is replaced by the protocol's: by default the release's with the model's own question
+    (`describing`), articles aligned. `batch_size` readings run together; scores do not depend on it, up to rounding."""
     if places is not None and len(places) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} pictures but {len(places)} sets of places: pass one set per picture")
-    chosen = [None] * len(prompts) if places is None else places
-    return [
-        scored(readings_of(model, prompt, at, protocol, batch_size)) for prompt, at in zip(prompts, chosen, strict=True)
-    ]
+    asked = zip(prompts, [None] * len(prompts) if places is None else places, strict=True)
+    return [scored(readings_of(model, prompt, at, protocol, batch_size)) for prompt, at in asked]
 
 
 @torch.no_grad()
@@ -241,19 +226,16 @@ def readings_of(
     protocol: Protocol | None = None,
     batch_size: int = 64,
 ) -> Readings:
-    """Read tokens of one picture alone, in their region and in the whole picture.
-
-    Four readings a token and one of the picture. The text before the picture runs once, and a reading without a token
-    starts at the first row that differs within its batch.
-    """
+    """Read tokens of one picture alone, in their region and in the whole picture. Four readings a token and one of the
+    picture. The text before the picture runs once, and a reading without a token starts at the first row that differs
+    within its batch."""
     reader, prompt, at = prepared(model, prompt, places, protocol, batch_size)
     n = len(prompt.grid)
     around = [window(int(place), prompt.grid, reader.protocol.side) for place in at]
     if len({len(own) for own in around}) > 1:
         raise EmbedLensError("some places lie in views smaller than the neighbourhood: score each size by itself")
     regions = torch.stack(around)
-    none = torch.zeros(0, dtype=torch.long)
-    alone, _ = reader.read(at[:, None], none, torch.zeros(0, 1, dtype=torch.bool))
+    alone = _alone(reader, at)
     # tokens at the border share their windows, which are read once
     windows, of_token = regions.unique(dim=0, return_inverse=True)
     region, region_without = reader.read(windows, of_token, regions == at[:, None])
@@ -265,15 +247,13 @@ def readings_of(
 
 
 @torch.no_grad()
-def words_alone(
-    model: VisionLanguageModel, prompt: Prompt, k: int = 1, batch_size: int = 64
-) -> Int[Tensor, "1 tokens k"]:
-    """The k likeliest first words of the answer for each visual token as the only one of the prompt.
+def words_alone(model: VisionLanguageModel, prompt: Prompt, k: int = 1) -> Int[Tensor, "1 tokens k"]:
+    """The k likeliest first words of the answer for each visual token as the only one of the prompt. One layer, so that
+    `measures.labels.label_hits` takes it beside lenses. A lens reads a vector; here the whole model works on it."""
+    reader, _, at = prepared(model, prompt, None, None, 64)
+    return _alone(reader, at).topk(k).indices[None]
 
-    One layer, so that `measures.labels.label_hits` takes it beside lenses. A lens reads a vector; here the whole model
-    works on it.
-    """
-    reader, _, at = prepared(model, prompt, None, None, batch_size)
+
+def _alone(reader: Reader, at: Int[Tensor, " m"]) -> Float[Tensor, "m V"]:
     none = torch.zeros(0, dtype=torch.long)
-    alone, _ = reader.read(at[:, None], none, torch.zeros(0, 1, dtype=torch.bool))
-    return alone.topk(k).indices[None]
+    return reader.read(at[:, None], none, none[:, None].bool())[0]

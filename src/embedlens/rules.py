@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,10 @@ SHAPES = dict(zip(VERDICTS, "●◐○◇–", strict=True))  # for pages, so th
 
 
 def conclude(rule: str, parts: Mapping[str, Any], partly: str | Sequence[str] = (), needs: bool = True) -> str:
-    """The verdict on a rule.
+    """The verdict on a rule (see `decide`), of which `partly` are rules of parts of the paper's sentence.
 
-    Args:
-        rule: see `decide`.
-        partly: rules, each a part of the paper's sentence.
-        needs: whether what the claim is about exists here. Nor is anything testable here that an undecided rule asks of
-            questions which the model cannot answer (`Estimate.testable`).
+    `needs` is whether what the claim is about exists here. Nor is anything testable here that an undecided rule asks of
+    questions which the model cannot answer (`Estimate.testable`).
 
     >>> from embedlens.stats import Estimate
     >>> spread = {"a": Estimate(0.1, 0.0, 0.3, 9)}
@@ -49,14 +46,10 @@ def conclude(rule: str, parts: Mapping[str, Any], partly: str | Sequence[str] = 
         return HOLDS
     if any(decide(part, parts) for part in ([partly] if isinstance(partly, str) else partly)):
         return PARTLY
-    if whole is None and any(not getattr(part, "testable", True) for part in _each(parts.values())):
+    every = (one for part in parts.values() for one in (part if isinstance(part, (list, tuple)) else [part]))
+    if whole is None and not all(getattr(part, "testable", True) for part in every):
         return UNTESTABLE
     return UNDECIDED if whole is None else FAILS
-
-
-def _each(parts: Iterable[Any]) -> Iterator[Any]:
-    for part in parts:
-        yield from part if isinstance(part, (list, tuple)) else [part]
 
 
 def decide(rule: str, parts: Mapping[str, Any]) -> bool | None:
@@ -126,9 +119,8 @@ def _known(operation: Callable[..., Any], *values: Any) -> Any:
 
 def _compared(operation: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
     """Several estimates are compared one by one."""
-    if isinstance(one, (list, tuple)):
-        return [_known(operation, part, other) for part in one]
-    return _known(operation, one, other)
+    several = isinstance(one, (list, tuple))
+    return [_known(operation, part, other) for part in one] if several else _known(operation, one, other)
 
 
 def _joined(every: bool, values: Iterable[Any]) -> bool | None:

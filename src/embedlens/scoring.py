@@ -25,16 +25,13 @@ FRAMES = ("padded", "original")
 YES_NO = ("yes", "no")
 LETTERS = "ABCD"
 NAMES = tuple(category.name for category in sprites.CATEGORIES)
-PLACES = tuple(place for row in scenes.REGIONS for place in row)
-SIDES = ("left", "right", "above", "below")
 #: Kind of question → all its answers, where they are few.
 OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("object", "one_patch"), NAMES),
     **dict.fromkeys(("colour", "text_colour"), tuple(sprites.COLOURS)),
-    "where": PLACES,
-    "relation": SIDES,
+    "where": tuple(place for row in scenes.REGIONS for place in row),
+    "relation": ("left", "right", "above", "below"),
 }
-WRITTEN = ("character", "word", "trained_word")
 NUMBERS = (*language.NUMBERS, "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 ALIKE = {"centre": "center", "middle": "center", "over": "above", "on top of": "above", "under": "below"}
 ALIKE |= {"beneath": "below", "underneath": "below"} | {f"upper {side}": f"top {side}" for side in ("left", "right")}
@@ -81,7 +78,7 @@ def said(question: Question, prediction: str) -> str | None:
         return letter_of(plain, question.choices)
     if question.kind == "count":
         return number_of(plain)
-    if question.kind in WRITTEN:
+    if question.kind in ("character", "word", "trained_word"):
         return written_in(plain)
     return one_of(plain, OPTIONS.get(question.kind, (question.answer,)))
 
@@ -98,7 +95,7 @@ def yes_or_no(text: str, name: str = "") -> str | None:
     ['no', None, 'yes', None]
     """
     words = _LEAD.sub("", text).lower()
-    thing = rf"{re.escape(name.lower())}s?(?=$|[.,;!]| in\b)"
+    thing = rf"{re.escape(name.lower())}s?(?=$|[.,;!]| (?:in|on|at)\b)"
     found = re.match(r"(yes|no)(?=$|[.,;:!]|\s+there\b|\s*[-–—]\s)", words)
     if found:
         rest = words[found.end() :]
@@ -111,8 +108,10 @@ def yes_or_no(text: str, name: str = "") -> str | None:
     stated = stated or re.match(rf"there (isn't|aren't) (an?|any) {thing}", words)
     if not stated or re.search(r"\byes\b|\bbut\b", words):
         return None
-    denied = bool(stated[1]) or stated[2] == "no"
-    return "no" if denied else None if _DENIES.search(words[stated.end() :]) else "yes"
+    rest = words[stated.end() :]
+    if stated[1] or stated[2] == "no":
+        return None if re.match(r" (?:on|at)\b", rest) else "no"  # none on the left may be one on the right
+    return None if _DENIES.search(rest) else "yes"
 
 
 def number_of(text: str) -> str | None:
@@ -127,12 +126,8 @@ def number_of(text: str) -> str | None:
     if not found:
         return NUMBERS[0] if re.match(r"(?:there (?:is|are) )?(?:no|none)\b", words) else None
     named = {NUMBERS[int(token)] if token.isdigit() and int(token) < len(NUMBERS) else token for token in found}
-    once = len(named) == 1 and found.count("one") < 2
-    return (
-        named.pop()
-        if once and not _VAGUE.search(words) and not re.search(r"\b(?:not|none|neither|no one)\b|n't\b", words)
-        else None
-    )
+    unclear = _VAGUE.search(words) or re.search(r"\b(?:not|none|neither|no one)\b|n't\b", words)
+    return None if unclear or len(named) > 1 or found.count("one") > 1 else named.pop()
 
 
 def letter_of(text: str, options: Sequence[str]) -> str | None:
@@ -160,13 +155,14 @@ def letter_of(text: str, options: Sequence[str]) -> str | None:
 def one_of(text: str, options: Sequence[str]) -> str | None:
     """The one option that is named, in singular or plural or by a synonym; None for several, and where one is denied.
 
-    Nor is anything named in numbers, as broken models mix them into words.
+    Nor is anything named in numbers, as broken models mix them into words, or behind a yes, which answers another
+    question.
 
-    >>> [one_of(text, ("red", "blue")) for text in ("The car is red.", "red and blue", "not red", "reddish")]
+    >>> [one_of(text, ("red", "blue")) for text in ("The car is red.", "red and blue", "not red", "Yes, red")]
     ['red', None, None, None]
     """
     named, words = _named(text, options), text.lower()
-    doubtful = re.search(r"\d", text) or _DENIES.search(words) or _HEDGES.search(words)
+    doubtful = re.search(r"\d|^yes\b", words) or _DENIES.search(words) or _HEDGES.search(words)
     return named.pop() if len(named) == 1 and not doubtful else None
 
 
@@ -189,11 +185,10 @@ def written_in(text: str) -> str | None:
     quoted = re.findall(r"(?<!\w)[\"'“‘]([^\"'“”‘’]+)[\"'”’](?!\w)", text)
     capitals = re.findall(r"\b[A-Z0-9]+\b", re.sub(r"\bI'\w+|^A (?=[a-z])|^I (?=\w)", "", text))
     found = {part.strip(" .") for part in quoted or capitals}
-    beside = text.replace(next(iter(found)), "") if found else text  # what is written may be NO
-    return found.pop() if len(found) == 1 and not _DENIES.search(beside.lower()) else None
-
-
-# --- boxes -----------------------------------------------------------------------------------------------------------
+    if len(found) != 1:
+        return None
+    (said,) = found
+    return None if _DENIES.search(text.replace(said, "").lower()) else said  # what is written may be NO
 
 
 def box_of(text: str) -> Box | None:
@@ -229,8 +224,8 @@ def in_original(box: Box, width: int, height: int) -> Box:
     (0.0, 0.0, 1.0, 1.0)
     """
     left, top, right, bottom = Frame.letterbox(width, height).box
-    x0, x1 = (((left + x * (right - left)) / width) for x in (box[0], box[2]))
-    y0, y1 = (((top + y * (bottom - top)) / height) for y in (box[1], box[3]))
+    x0, x1 = ((left + x * (right - left)) / width for x in box[::2])
+    y0, y1 = ((top + y * (bottom - top)) / height for y in box[1::2])
     return x0, y0, x1, y1
 
 

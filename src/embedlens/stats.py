@@ -5,8 +5,7 @@ statistic in every resample; row 0 is the data itself. What is made of such fram
 ratio, the largest of several layers) is resampled with it and paired, since the same seed draws the same pictures:
 
     norm = drawn(rows, "norm", by=["positions", "layer"])
-    ratio = norm["visual"] / norm["text"]
-    estimate(ratio[0]), curve(ratio)
+    estimate((norm["visual"] / norm["text"])[0])
 """
 
 from __future__ import annotations
@@ -50,24 +49,18 @@ class Estimate:
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.value, self.low, self.high))):
-            raise EmbedLensError(
-                f"an estimate is three finite numbers, not {self.value}, {self.low}, {self.high}: mend the measurement "
-                "(is it a mean over no samples?)"
-            )
+            what = f"an estimate is three finite numbers, not {self.value}, {self.low}, {self.high}"
+            raise EmbedLensError(f"{what}: mend the measurement (is it a mean over no samples?)")
         if self.n < 1:
             raise EmbedLensError(f"an estimate of {self.n} {self.of} says nothing: pass at least one")
 
     def __format__(self, spec: str) -> str:
-        if spec.endswith("%"):
-            digits, scale, unit, dash = spec[:-1], 100, " %", "–"
-        elif spec.endswith(" points"):
-            digits, scale, unit, dash = spec.removesuffix(" points"), 100, " points", " to "
-        else:
-            digits, scale, unit, dash = spec or ".2f", 1, "", " to "
+        percent, points = spec.endswith("%"), spec.endswith(" points")
+        digits = spec.removesuffix("%").removesuffix(" points") or ".2f"
         form = digits if digits.endswith(("f", "g", "e")) else f"{digits}f"
+        scale, unit = 100 if percent or points else 1, " %" if percent else " points" if points else ""
         value, low, high = (_number(scale * part, form) for part in (self.value, self.low, self.high))
-        if dash == "–" and "−" in low + high:
-            dash = " to "
+        dash = "–" if percent and "−" not in low + high else " to "
         return f"{value}{unit} ({low.lstrip('+')}{dash}{high.lstrip('+')})"
 
     def __str__(self) -> str:
@@ -96,8 +89,6 @@ class Estimate:
     def needed(self, bar: float) -> int | None:
         """About how many it takes until the interval leaves the bar, if the value stays; None: no number would.
 
-        The width of an interval falls with the root of their number.
-
         >>> Estimate(0.012, -0.014, 0.034, n=160).needed(0)
         752
         """
@@ -115,9 +106,7 @@ def _bar(bar: Any) -> float:
 def _number(value: float, form: str) -> str:
     """A number as readers write it: a real minus, and no minus before what rounds to zero."""
     text = format(value, form)
-    if float(text) == 0:
-        text = text.replace("-", "")
-    return text.replace("-", "−")
+    return text.replace("-", "−" if float(text) else "")
 
 
 def drawn(
@@ -131,9 +120,8 @@ def drawn(
 ) -> pd.DataFrame:
     """Sum of `value` over sum of `over` in the data (row 0) and in each bootstrap resample of the pictures.
 
-    Without `over` it is the mean over rows; with one row per picture and cell that is the mean over pictures. A picture
-    without a row in a cell, or with nan there, is left out of the cell, here and in every resample, but is drawn all
-    the same, so that cells stay paired.
+    Without `over` it is the mean over rows. A picture without a row in a cell, or with nan there, is left out of the
+    cell, here and in every resample, but is drawn all the same, so that cells stay paired.
 
     Args:
         table: tidy: one row per picture and whatever varies.
@@ -153,12 +141,11 @@ def drawn(
         what = f"no column {', '.join(missing)}" if missing else "no rows"
         raise EmbedLensError(f"the table has {what}: its columns are {', '.join(map(str, table.columns))}")
     places, ids = pd.factorize(table[picture])
+    columns, names = np.zeros(len(table), dtype=int), pd.Index([value])
     if keys:
         cells = pd.MultiIndex.from_frame(table[keys]) if len(keys) > 1 else pd.Index(table[keys[0]])
         columns, names = pd.factorize(cells)
         names = names.set_names(keys)
-    else:
-        columns, names = np.zeros(len(table), dtype=int), pd.Index([value])
     hits = table[value].to_numpy(dtype=np.float64)
     asked = np.ones(len(table)) if over is None else table[over].to_numpy(dtype=np.float64)
     there = ~np.isnan(hits)
@@ -183,11 +170,8 @@ def drawn_pairs(
 ) -> pd.DataFrame:
     """As `drawn`, of what pairs of pictures give; drawn are *pictures*, since pairs that share one are not independent.
 
-    A picture drawn twice counts twice in each of its pairs, on either side. A nan is left out of its column.
-
-    Args:
-        values: one row per pair, one column per cell.
-        pairs: indices of the two pictures of each, as `embedlens.clusters.picture_pairs` gives them.
+    A picture drawn twice counts twice in each of its pairs, on either side. A nan is left out of its column. `values`
+    has one row per pair, one column per cell; `pairs` are as `embedlens.clusters.picture_pairs` gives them.
 
     >>> alike = pd.DataFrame({0: [1.0, 2.0, 3.0]})
     >>> float(drawn_pairs(alike, np.array([[0, 1], [1, 2], [2, 0]]), resamples=9)[0][0])
@@ -223,11 +207,10 @@ def draws(n: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[np.ndarray
 
 
 def estimate(resampled: pd.Series | pd.DataFrame, n: int | None = None, level: float = LEVEL) -> Estimate:
-    """The value (row 0) with the percentiles of the resamples.
+    """The value (row 0) with the percentiles of the resamples, of one column of what `drawn` gave or arithmetic made of
+    it.
 
-    Args:
-        resampled: one column of what `drawn` gave, or what arithmetic made of it.
-        n: pictures; by default what `drawn` noted.
+    `n` are the pictures; by default what `drawn` noted.
 
     >>> estimate(pd.Series([0.5, 0.25, 0.75, 0.5]), n=4)
     Estimate(value=0.5, low=0.2625, high=0.7375, n=4, of='pictures')
@@ -238,59 +221,46 @@ def estimate(resampled: pd.Series | pd.DataFrame, n: int | None = None, level: f
     values = steady(resampled).reshape(len(resampled), -1)
     if values.shape[1] != 1:
         raise EmbedLensError(f"{values.shape[1]} columns are several estimates: choose one, or use estimates")
-    low, high = np.nanquantile(values[1:, 0], [(1 - level) / 2, (1 + level) / 2])
-    value = float(values[0, 0])
+    value, (low, high) = float(values[0, 0]), np.nanquantile(values[1:, 0], [(1 - level) / 2, (1 + level) / 2])
     of = resampled.attrs.get("of", "pictures")
     return Estimate(value, min(float(low), value), max(float(high), value), int(n), of)
 
 
-def estimates(resampled: pd.DataFrame, n: int | None = None, level: float = LEVEL) -> dict[Hashable, Estimate]:
+def estimates(resampled: pd.DataFrame, n: int | None = None) -> dict[Hashable, Estimate]:
     """`estimate` of every column, by its name."""
     n = resampled.attrs.get("n") if n is None else n
-    return {name: estimate(resampled[name], n, level) for name in resampled}
+    return {name: estimate(resampled[name], n) for name in resampled}
 
 
-def curve(resampled: pd.DataFrame, n: int | None = None, level: float = LEVEL) -> pd.DataFrame:
+def curve(resampled: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
     """`estimates` as a tidy table for figures: the names of the cells, value, low, high, n.
 
     >>> rows = pd.DataFrame({"id": [0, 0, 1, 1], "layer": [0, 1, 0, 1], "norm": [1.0, 2.0, 3.0, 4.0]})
     >>> curve(drawn(rows, "norm", by="layer", resamples=9)).round(1).values.tolist()
     [[0.0, 2.0, 1.0, 3.0, 2.0], [1.0, 3.0, 2.0, 4.0, 2.0]]
     """
-    found = estimates(resampled, n, level)
-    cells = resampled.columns.to_frame(index=False)
-    parts = [(e.value, e.low, e.high, e.n) for e in found.values()]
-    return pd.concat([cells, pd.DataFrame(parts, columns=["value", "low", "high", "n"])], axis=1)
+    found = pd.DataFrame(map(vars, estimates(resampled, n).values()))[["value", "low", "high", "n"]]
+    return pd.concat([resampled.columns.to_frame(index=False), found], axis=1)
 
 
 def of_group(
-    table: pd.DataFrame,
-    value: str,
-    group: str,
-    minus: str | None = None,
-    over: str | None = None,
-    by: str = "layer",
-    seed: int = 0,
+    table: pd.DataFrame, value: str, group: str, minus: str | None = None, over: str | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """`drawn` of one group's value in each cell, or of its difference from or ratio to another group's, by picture.
+    """`drawn` by layer of one group's value, or of its difference from or ratio to another group's, by picture.
 
-    A picture that lacks one of the two is left out; where no picture has both, all is nan, of which `known` gives None.
-
-    Args:
-        table: rows of id, group, `by` and value, one to a cell.
-        minus, over: the other group; at most one of them.
+    `table` has rows of id, group, layer and value. A picture that lacks one of the two is left out; where no picture
+    has both, all is nan, of which `known` gives None.
 
     >>> rows = pd.DataFrame({"id": [0, 0, 1], "group": ["a", "b", "a"], "layer": 0, "norm": [3.0, 2.0, 9.0]})
     >>> float(of_group(rows, "norm", "a", minus="b")[0][0]), known(of_group(rows, "norm", "c")[0])
     (1.0, None)
     """
-    wide = table.dropna(subset=value).pivot(index=["id", by], columns="group", values=value)
+    wide = table.dropna(subset=value).pivot(index=["id", "layer"], columns="group", values=value)
     wide = wide.reindex(columns=dict.fromkeys([*wide, group, *(name for name in (minus, over) if name)]))
-    found = wide[group]
-    found = found - wide[minus] if minus else found / wide[over] if over else found
+    found = wide[group] - wide[minus] if minus else wide[group] / wide[over] if over else wide[group]
     if found.isna().all():
-        return pd.DataFrame(math.nan, range(2), wide.index.unique(by))
-    return drawn(found.rename(value).reset_index(), value, by=by, seed=seed)
+        return pd.DataFrame(math.nan, range(2), wide.index.unique("layer"))
+    return drawn(found.rename(value).reset_index(), value, by="layer", seed=seed)
 
 
 def known(resampled: pd.Series | pd.DataFrame, n: int | None = None) -> Any:
@@ -300,7 +270,7 @@ def known(resampled: pd.Series | pd.DataFrame, n: int | None = None) -> Any:
     return None if resampled.isna().all() else estimate(resampled, n)
 
 
-def share(hits: int, asked: int, of: str = "pictures", level: float = LEVEL) -> Estimate:
+def share(hits: int, asked: int, of: str = "pictures") -> Estimate:
     """A share with its exact (Clopper-Pearson) interval, also where none or all were hit.
 
     >>> f"{share(0, 41):.1%}"
@@ -310,16 +280,14 @@ def share(hits: int, asked: int, of: str = "pictures", level: float = LEVEL) -> 
         raise EmbedLensError(f"{hits} of {asked} is no share: pass 0 <= hits <= asked and asked of at least 1")
     from scipy.stats import binomtest  # takes a second to import
 
-    found = binomtest(int(hits), int(asked)).proportion_ci(level, method="exact")
+    found = binomtest(int(hits), int(asked)).proportion_ci(LEVEL, method="exact")
     return Estimate(hits / asked, float(found.low), float(found.high), int(asked), of)
 
 
-def at_least_seen(found: Estimate, level: float = LEVEL) -> Estimate:
-    """A bootstrapped share of which no picture shows any, or all show all, with the exact bound for its pictures.
-
-    A bootstrap draws only what it saw: its interval is a point there.
-    """
+def at_least_seen(found: Estimate) -> Estimate:
+    """A bootstrapped share of which no picture shows any, or all show all, with the exact bound for its pictures. A
+    bootstrap draws only what it saw: its interval is a point there."""
     if found.value not in (0, 1) or found.low != found.high:
         return found
-    exact = share(int(found.value * found.n), found.n, found.of, level)
+    exact = share(int(found.value * found.n), found.n, found.of)
     return replace(found, low=exact.low, high=exact.high)

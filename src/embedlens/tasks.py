@@ -10,8 +10,6 @@ The families have the formats of the benchmarks behind the paper's tables, on th
 >>> items = questions("count", n=8, seed=0)
 >>> sorted(item.question.answer for item in items)
 ['four', 'four', 'one', 'one', 'three', 'three', 'two', 'two']
->>> score(items[0].question, items[0].question.answer)
-1.0
 """
 
 from __future__ import annotations
@@ -33,17 +31,7 @@ from embedlens.samples import Question
 from embedlens.samples.miniworld import first_index, language, of_scene, sprites
 from embedlens.samples.miniworld import scene as scenes
 from embedlens.samples.miniworld.scene import PATCH, Scene, Thing
-from embedlens.scoring import (  # noqa: F401 - answers are scored as of this module, too
-    LETTERS,
-    NAMES,
-    OPTIONS,
-    YES_NO,
-    Item,
-    box_score,
-    in_original,
-    said_yes,
-    score,
-)
+from embedlens.scoring import LETTERS, NAMES, OPTIONS, YES_NO, Item, box_score, in_original, said_yes, score  # noqa: F401
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +45,7 @@ MOST_DRAWN = 50_000  # and how many of them there are
 GUARD = 32  # questions at a time, of each family, that tell whether it can be asked here
 MOST_GUARD = 128  # and in all
 
-Quotas = dict[str, Counter[str]]
-"""Kind → answer → how many questions are still wanted; the answer "" stands for any."""
+Quotas = dict[str, Counter[str]]  #: Kind → answer → how many questions are still wanted; the answer "" is any
 
 
 @dataclass(frozen=True)
@@ -71,14 +58,10 @@ class Kind:
     alone: bool = False
 
 
-def _character(scene: Scene, rng: random.Random) -> Question | None:
+def _written(scene: Scene, rng: random.Random, kind: str, heldout: bool = False) -> Question | None:
+    """What is written, if it is a character, or a word that training never shows or does."""
     question = language.ask_text(scene, rng)
-    return question if question and question.kind == "character" else None
-
-
-def _word(scene: Scene, rng: random.Random, heldout: bool) -> Question | None:
-    question = language.ask_text(scene, rng)
-    fits = question and question.kind == "word" and scenes.is_heldout_word(question.answer) == heldout
+    fits = question and question.kind == kind and scenes.is_heldout_word(question.answer) == heldout
     return question if fits else None
 
 
@@ -94,21 +77,16 @@ def popular_categories() -> tuple[str, ...]:
 def _pope(scene: Scene, rng: random.Random, absent: str) -> Question | None:
     """POPE asks for what is there and for what is not: any category, a frequent one, or one that keeps company with
     what is there (here: of the same group, as pictures are composed). None where no such category is absent."""
-    present = sorted({thing.name for thing in scene.objects})
-    if rng.random() < 0.5:
-        name, answer = rng.choice(present), "yes"
-    else:
+    present, answer = sorted({thing.name for thing in scene.objects}), "yes"
+    pool = present
+    if rng.random() >= 0.5:
         groups = {category.group for category in sprites.CATEGORIES if category.name in present}
-        pools = {
-            "random": NAMES,
-            "popular": popular_categories(),
-            "adversarial": [category.name for category in sprites.CATEGORIES if category.group in groups],
-        }
-        pool = [name for name in pools[absent] if name not in present]
-        if not pool:
-            return None
-        name, answer = rng.choice(pool), "no"
-    text = f"Is there {language.article(name)} in the picture?"
+        alike = tuple(category.name for category in sprites.CATEGORIES if category.group in groups)
+        names = {"random": NAMES, "adversarial": alike}.get(absent) or popular_categories()
+        pool, answer = [name for name in names if name not in present], "no"
+    if not pool:
+        return None
+    text = f"Is there {language.article(rng.choice(pool))} in the picture?"
     return Question(text, answer, "hallucination", "existence", YES_NO)
 
 
@@ -121,13 +99,13 @@ KINDS: dict[str, Kind] = {
     "where": Kind(language.ask_where, OPTIONS["where"]),
     "relation": Kind(language.ask_relation, OPTIONS["relation"]),
     "box": Kind(language.ask_box),
-    "character": Kind(_character, tuple(sprites.LETTERS + sprites.DIGITS), words=1.0),
-    "word": Kind(partial(_word, heldout=True), words=1.0),
+    "character": Kind(partial(_written, kind="character"), tuple(sprites.LETTERS + sprites.DIGITS), words=1.0),
+    "word": Kind(partial(_written, kind="word", heldout=True), words=1.0),
     "one_patch": Kind(language.ask_object, NAMES, alone=True),
     # a kind's place decides its pictures: new ones go to the end
     "presence": Kind(partial(language.ask_existence, family="general"), YES_NO),
     "choice": Kind(language.ask_choice, tuple(LETTERS)),
-    "trained_word": Kind(partial(_word, heldout=False), words=1.0),
+    "trained_word": Kind(partial(_written, kind="word"), words=1.0),
     "pope_random": Kind(partial(_pope, absent="random"), YES_NO),
     "pope_popular": Kind(partial(_pope, absent="popular"), YES_NO),
     "pope_adversarial": Kind(partial(_pope, absent="adversarial"), YES_NO),
@@ -143,27 +121,21 @@ class Metric:
     f1: bool = False
 
 
-def _accuracies(*kinds: str) -> tuple[Metric, ...]:
-    return tuple(Metric(kind, (kind,)) for kind in kinds)
-
-
+_ACCURACIES = {"general": ("presence", "colour", "count", "relation", "choice")}
+_ACCURACIES |= {"ocr": ("character", "trained_word", "word"), "grounding": ("box",)}
 FAMILIES: Mapping[str, tuple[Metric, ...]] = {
-    "general": _accuracies("presence", "colour", "count", "relation", "choice"),
-    "ocr": _accuracies("character", "trained_word", "word"),
-    "grounding": _accuracies("box"),
+    **{family: tuple(Metric(kind, (kind,)) for kind in kinds) for family, kinds in _ACCURACIES.items()},
     "hallucination": (Metric("POPE F1", ("pope_random", "pope_popular", "pope_adversarial"), f1=True),),
 }
 
 
 def alone_in_a_patch(rng: random.Random) -> Scene:
     """A square picture with one object, upright, within one cell of the 8 x 8 grid."""
-    category, colour = rng.randrange(len(sprites.CATEGORIES)), None
+    category, side = rng.randrange(len(sprites.CATEGORIES)), scenes.LONG_SIDE
     drawn = sprites.sprite(category, 0, False)
-    shrink = PATCH / max(drawn.size)
-    w, h = (max(3, round(side * shrink)) for side in drawn.size)
-    cells = scenes.LONG_SIDE // PATCH
-    x, y = rng.randrange(cells) * PATCH + (PATCH - w) // 2, rng.randrange(cells) * PATCH + (PATCH - h) // 2
-    return Scene(scenes.LONG_SIDE, scenes.LONG_SIDE, scenes.background(rng), (Thing(category, colour, (x, y, w, h)),))
+    w, h = (max(3, round(edge * (PATCH / max(drawn.size)))) for edge in drawn.size)
+    x, y = (rng.randrange(side // PATCH) * PATCH + (PATCH - edge) // 2 for edge in (w, h))
+    return Scene(side, side, scenes.background(rng), (Thing(category, None, (x, y, w, h)),))
 
 
 def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
@@ -172,20 +144,15 @@ def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[
     Args:
         kind: one of KINDS. "word" asks for words of 2-4 letters that no training picture shows, "one_patch" for an
             object within one cell of the patch grid, "existence" is asked as in POPE (half random, half adversarial).
-        n: how many questions.
         seed: of the pictures; no seed gives pictures that training has seen or measured itself on.
         scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
-
-    EmbedLensError: unknown kind, or `n` below 1.
     """
     if kind not in KINDS:
         raise EmbedLensError(f"unknown kind of question {kind!r}: use one of {', '.join(KINDS)}")
     if n < 1:
         raise EmbedLensError(f"n is {n}: ask at least one question")
-    asked = KINDS[kind]
+    asked, given, items = KINDS[kind], Counter[str](), list[Item]()
     quota = -(-n // max(1, len(asked.answers)))
-    given: Counter[str] = Counter()
-    items: list[Item] = []
     # kinds use different pictures of a seed, so that their errors are independent
     index = first_index(seed) + 50_000 * list(KINDS).index(kind)
     while len(items) < n:
@@ -202,8 +169,7 @@ def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[
 def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     """`n` held-out questions of one family, spread evenly over its kinds; `question.kind` is the key of KINDS.
 
-    One question a picture, so that no picture weighs more than another in an interval over pictures. EmbedLensError:
-    unknown family, or fewer questions than the family has kinds.
+    One question a picture, so that no picture weighs more than another in an interval over pictures.
 
     >>> [item.question.kind for item in family_questions("ocr", n=4)]
     ['character', 'character', 'trained_word', 'word']
@@ -220,12 +186,7 @@ def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
 
     Questions about one picture are not independent, which intervals over pictures allow for. Kinds of a family are
     asked equally often, and so are the possible answers of a kind. Every picture has something written on it, or the
-    family "ocr" could not ask.
-
-    Args:
-        n: questions of each family.
-        seed: of the pictures; no seed gives pictures that training has seen or measured itself on.
-        scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
+    family "ocr" could not ask. `seed` and `scale` are those of `questions`.
 
     Returns:
         Picture by picture, the families in the order of `FAMILIES`: `n` pictures, 4 `n` questions.
@@ -249,9 +210,7 @@ def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
             items.append(Item(sample, question))
         if len(items) == n * len(FAMILIES):
             return items
-    raise EmbedLensError(
-        f"n is {n}: {MOST_DRAWN} pictures do not hold so many questions; ask fewer, with several seeds"
-    )
+    raise EmbedLensError(f"n is {n}: {MOST_DRAWN} pictures do not hold so many questions; ask fewer, of several seeds")
 
 
 def _shares(family: str, n: int) -> dict[str, int]:
@@ -281,15 +240,9 @@ def _asked(drawn: Scene, quotas: Quotas, rng: random.Random) -> Question | None:
     """A question that is still wanted, of the kind that lacks most; None if the picture allows none."""
     for kind in sorted(quotas, key=lambda kind: -sum(quotas[kind].values())):
         question = KINDS[kind].ask(drawn, rng) if sum(quotas[kind].values()) else None
-        if question is None:
-            continue
-        question = replace(question, kind=kind)
-        if quotas[kind][_slot(question)] > 0:
+        if question and quotas[kind][_slot(question := replace(question, kind=kind))] > 0:
             return question
     return None
-
-
-# --- asking a model --------------------------------------------------------------------------------------------------
 
 
 _ABLE: WeakKeyDictionary[VisionLanguageModel, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
@@ -301,13 +254,9 @@ def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) ->
     Questions of each family are asked about their own pictures and about others', GUARD at a time, until answers are
     more often right about their own (sign test, 1 % at each of four looks). A family that never gets there cannot show
     what an intervention costs. Families with no more than GUARD questions are not asked beforehand; where the baseline
-    is never right, `paired.compare` says so of them.
-
-    Args:
-        ask: False: tell what is known of the model from an earlier sweep over the same questions.
+    is never right, `paired.compare` says so of them. Without `ask`: what is known from an earlier sweep over the same.
     """
-    known: dict[tuple[Any, ...], bool] = _ABLE.setdefault(model, {})
-    unable: dict[str, list[Item]] = {}
+    known, unable = _ABLE.setdefault(model, {}), dict[str, list[Item]]()
     for family in dict.fromkeys(item.question.family for item in items):
         own = [item for item in items if item.question.family == family]
         if len(own) <= GUARD:
@@ -325,17 +274,16 @@ def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) ->
 def _beats_another_picture(model: VisionLanguageModel, few: Sequence[Item], family: str) -> bool:
     from scipy.stats import binomtest  # takes a second to import
 
-    own, other = np.zeros(0), np.zeros(0)
+    right = np.zeros((2, 0))  # about the own picture, about another
     for start in range(0, len(few) - 1, GUARD):
         part = few[start : start + GUARD]
-        own, other = (
-            np.append(so_far, evaluate(model, part, swap).correct) for so_far, swap in ((own, False), (other, True))
-        )
-        better, worse = int((own > other).sum()), int((own < other).sum())
+        right = np.hstack([right, [evaluate(model, part, swap).correct for swap in (False, True)]])
+        better, worse = int((right[0] > right[1]).sum()), int((right[0] < right[1]).sum())
         if better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.01:
             return True
+    own, other = right.sum(1)
     warnings.warn(
-        f"{model.name} answers {own.sum():.0f} of {len(own)} questions of {family!r} rightly, and {other.sum():.0f} "
+        f"{model.name} answers {own:.0f} of {right.shape[1]} questions of {family!r} rightly, and {other:.0f} "
         f"about another picture: {family} is not testable here, so only these are asked under every arm",
         stacklevel=2,
     )
@@ -345,17 +293,11 @@ def _beats_another_picture(model: VisionLanguageModel, few: Sequence[Item], fami
 def evaluate(
     model: VisionLanguageModel, items: Sequence[Item], swap: bool = False, batch_size: int = 32
 ) -> pd.DataFrame:
-    """Ask every question, in the words of the model's family; one row each.
+    """Ask every question, in the words of the model's family; one row each: id (of the picture shown), question,
+    answer, prediction, correct (1.0 or 0.0).
 
-    Args:
-        model: from `embedlens.load`.
-        items: from `questions`.
-        swap: control: ask about the picture of another item (the next but `len(items) // 2`), so that everything
-            but the picture's content is the same.
-        batch_size: questions answered together; halved where they do not fit on the device.
-
-    Returns:
-        columns id (of the picture shown), question, answer, prediction, correct (1.0 or 0.0).
+    `swap` is the control: ask about the picture of another item (the next but `len(items) // 2`), so that everything
+    but the picture's content is the same.
     """
     import pandas as pd
 
@@ -371,36 +313,23 @@ def evaluate(
         part = slice(start, start + batch_size)
         prompts = model.prompts([sample.image for sample in shown[part]], [item.question.text for item in items[part]])
         texts += model.answers(prompts, most, batch_size)
-    return pd.DataFrame(
-        {
-            "id": sample.id,
-            "question": item.question.text,
-            "answer": item.question.answer,
-            "prediction": text,
-            "correct": score(item.question, text),
-        }
+    columns = ["id", "question", "answer", "prediction", "correct"]
+    rows = (
+        (sample.id, item.question.text, item.question.answer, text, score(item.question, text))
         for item, sample, text in zip(items, shown, texts, strict=True)
     )
+    return pd.DataFrame(rows, columns=columns)
 
 
-def rows_of(table: pd.DataFrame, family: str, metric: Metric) -> pd.DataFrame:
-    """The answers that a metric counts; EmbedLensError if there are none."""
+def metric_parts(table: pd.DataFrame, family: str, metric: Metric, correct: str) -> tuple[pd.Series, Any, Any]:
+    """Of the answers that a metric counts the picture's id, and what each adds to its numerator and denominator."""
     rows = table[(table["family"] == family) & table["kind"].isin(metric.kinds)]
     if rows.empty:
-        raise EmbedLensError(
-            f"no answer of {family} is to {' or '.join(metric.kinds)}: ask family_questions({family!r})"
-        )
-    return rows
-
-
-def metric_parts(rows: pd.DataFrame, metric: Metric, correct: str = "correct") -> tuple[list[float], list[float]]:
-    """Per answer what it adds to numerator and denominator of the metric, which is the ratio of their sums."""
+        kinds = " or ".join(metric.kinds)
+        raise EmbedLensError(f"no answer of {family} is to {kinds}: ask family_questions({family!r})")
     if not metric.f1:
-        return [float(value) for value in rows[correct]], [1.0] * len(rows)
-    yes = [answer == "yes" for answer in rows["answer"]]
+        return rows["id"], rows[correct].to_numpy(float), np.ones(len(rows))
     asked = rows["question"] if "question" in rows else [""] * len(rows)
-    said = [said_yes(*both) for both in zip(rows["prediction"], asked, strict=True)]
-    return (
-        [2.0 * (a and b) for a, b in zip(yes, said, strict=True)],
-        [float(a) + float(b) for a, b in zip(yes, said, strict=True)],
-    )
+    said = np.array([said_yes(*both) for both in zip(rows["prediction"], asked, strict=True)])
+    yes = (rows["answer"] == "yes").to_numpy()
+    return rows["id"], 2.0 * (yes & said), yes + said * 1.0

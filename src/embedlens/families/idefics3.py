@@ -16,21 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
-from embedlens.families import plain
-from embedlens.families.llava_next import canvas_side as canvas_side
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.families import instructions, plain
+from embedlens.families.plain import BLOCK, Inputs, image_token_id, set_preprocessing, shows_patch  # noqa: F401
 from embedlens.patches import PatchGrid
 
 NAME = "SmolVLM / Idefics3"
 CLASSES = ("Idefics3ForConditionalGeneration",)
 EXAMPLES = ("HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceTB/SmolVLM-500M-Instruct")
 PREPROCESSINGS = plain.CUTTING
+canvas_side, visual_features = plain.canvas_side, plain.visual_features
 MODULES = {role: path.replace("language_model", "text_model") for role, path in plain.MODULES.items()}
 MODULES |= {"vision_tower": "model.vision_model", "projector": "model.connector"}
+INSTRUCTIONS = instructions.ANY
 LIMITS = (
     "the picture is shown in tiles and once more as a whole, so a box holds patches of both",
     "a token is a block of patches, 4x4 in SmolVLM-256M, and a row of the vision tower is those side by side",
@@ -65,24 +62,13 @@ def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 block block"]:
     return plain.cut(one["pixel_values"][0], block_side(hf)).flatten(0, 1)
 
 
-def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
-    """Shuffled and projected visual tokens, by the model's own method, picture by picture: they differ in tiles."""
-    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
-
-
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
-    """Every layer of the vision tower, one row per token: its patches side by side, as the model's own shuffle.
-
-    Index 0 is the tower's embedding, l leaves block l; the norm behind the last block is the projector's.
-    """
+    """Every layer of the vision tower, one row per token: its patches side by side, as the model's own shuffle. Index 0
+    is the tower's embedding, l leaves block l; the norm behind the last block is the projector's."""
     tower, shuffled = hf.get_submodule(MODULES["vision_tower"]), hf.model.connector.pixel_shuffle
-    found = []
-    for one in inputs:
-        layers = tower(one["pixel_values"][0], output_hidden_states=True).hidden_states
-        found.append(
-            torch.stack([shuffled(layer.contiguous(), hf.config.scale_factor).flatten(0, 1) for layer in layers])
-        )
-    return found
+    seen = (tower(one["pixel_values"][0], output_hidden_states=True).hidden_states for one in inputs)
+    scale = hf.config.scale_factor
+    return [torch.stack([shuffled(layer.contiguous(), scale).flatten(0, 1) for layer in layers]) for layers in seen]
 
 
 def of_tokens(hf: Any) -> nn.Module:
@@ -98,22 +84,13 @@ def feature_layer(hf: Any) -> int:
 
 
 def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the order of tokens.
-
-    Raises:
-        EmbedLensError: tiles have another size than the tower reads, the longer side is no whole number of tiles, or
-            another number of tokens is written.
-    """
+    """Refuse a checkpoint whose tiles or count of tokens would break the order of tokens."""
     side, images = hf.config.vision_config.image_size, processor.image_processor
     tile, longest = images.max_image_size["longest_edge"], images.size.longest_edge
     if tile != side or not longest or longest % side:
-        raise EmbedLensError(
-            f"the processor of {name} makes tiles of {tile} px of pictures of {longest}, its vision tower reads "
-            f"{side}: in preprocessor_config.json set max_image_size to that and size to a multiple of it"
-        )
+        what = f"the processor of {name} makes tiles of {tile} px of pictures of {longest}, its tower reads {side}"
+        raise EmbedLensError(f"{what}: in preprocessor_config.json set max_image_size so, and size to a multiple of it")
     tokens = (side // hf.config.vision_config.patch_size // hf.config.scale_factor) ** 2
     if processor.image_seq_len != tokens:
-        raise EmbedLensError(
-            f"the processor of {name} writes {processor.image_seq_len} tokens a tile, its model makes {tokens}: set "
-            f"image_seq_len in processor_config.json to {tokens}"
-        )
+        what = f"the processor of {name} writes {processor.image_seq_len} tokens a tile, its model makes {tokens}"
+        raise EmbedLensError(f"{what}: set image_seq_len in processor_config.json to {tokens}")

@@ -47,7 +47,8 @@ class Instructions:
 OWN = Instructions("as trained here")
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-ANY = Instructions("short answers", SHORT, SHORT, LETTER, REGION)  # where no authors' own are known here
+#: Where no authors' own are known here: SmolVLM and Idefics3, whose model cards name no prompts of their evaluation.
+ANY = Instructions("short answers", SHORT, SHORT, LETTER, REGION)
 LLAVA = Instructions("LLaVA-1.5", SHORT, SHORT, LETTER, REGION, system=VICUNA_V1)
 QWEN = Instructions(
     "Qwen-VL",
@@ -74,7 +75,7 @@ def instructions_of(model: Any) -> Instructions:
 
 
 def _found(model: Any) -> Instructions:
-    wanted: Instructions = getattr(model.family, "INSTRUCTIONS", ANY)
+    wanted: Instructions = model.family.INSTRUCTIONS
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
     system = {"role": "system", "content": [{"type": "text", "text": wanted.system}]}
     try:

@@ -16,11 +16,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import feature_layer as feature_layer
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.families.plain import BLOCK, Features, Inputs, feature_layer, image_token_id, shows_patch  # noqa: F401
 from embedlens.patches import PatchGrid
 
 NAME = "InternVL3"
@@ -55,8 +51,7 @@ def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
     """What the vision tower reads of each visual token's 2x2 patches."""
-    config = hf.config
-    return plain.cut(one["pixel_values"], 2 * config.vision_config.patch_size[0]).flatten(0, 1)
+    return plain.cut(one["pixel_values"], 2 * hf.config.vision_config.patch_size[0]).flatten(0, 1)
 
 
 def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
@@ -84,45 +79,30 @@ def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
 
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, as the model's own shuffle.
+    Index 0 is the tower's embedding, l leaves block l; CLS is left out."""
+    tower, vision = hf.get_submodule(MODULES["vision_tower"]), hf.config.vision_config
+    side = vision.image_size[0] // vision.patch_size[0]
 
-    Index 0 is the tower's embedding, l leaves block l; CLS is left out.
-    """
-    config = hf.config
-    tower = hf.get_submodule(MODULES["vision_tower"])
-    side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
-    found = []
-    for one in inputs:
-        shuffled = []
-        for layer in tower(one["pixel_values"], output_hidden_states=True).hidden_states:
-            patches = layer[:, 1:].unflatten(1, (side, side))
-            shuffled.append(hf.model.pixel_shuffle(patches, scale_factor=config.downsample_ratio).flatten(0, 2))
-        found.append(torch.stack(shuffled))
-    return found
+    def shuffled(layer: Tensor) -> Tensor:
+        patches = layer[:, 1:].unflatten(1, (side, side))
+        return hf.model.pixel_shuffle(patches, scale_factor=hf.config.downsample_ratio).flatten(0, 2)
+
+    seen = (tower(one["pixel_values"], output_hidden_states=True).hidden_states for one in inputs)
+    return [torch.stack([shuffled(layer) for layer in layers]) for layers in seen]
 
 
 def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the order of tokens.
-
-    Raises:
-        EmbedLensError: CLS is kept, tiles have another size than the tower reads, another number of tokens is written,
-            or the shuffle is not 2x2.
-    """
+    """Refuse a checkpoint whose CLS, tiles, count of tokens or shuffle would break the order of tokens."""
     config = hf.config
     if config.vision_feature_select_strategy != "default":
-        raise EmbedLensError(
-            f"{name} keeps the CLS token among the patches (vision_feature_select_strategy "
-            f"{config.vision_feature_select_strategy!r}), which has no place: set it to 'default' in config.json"
-        )
+        what = f"{name} keeps the CLS token among the patches (vision_feature_select_strategy), which has no place"
+        raise EmbedLensError(f"{what}: set it to 'default' in config.json")
     side, size = config.vision_config.image_size, processor.image_processor.size
     if (size.height, size.width) != tuple(side):
-        raise EmbedLensError(
-            f"the processor of {name} makes tiles of {size.width}x{size.height} px, its vision tower reads "
-            f"{side[1]}x{side[0]}: set size in preprocessor_config.json to the tower's image_size"
-        )
+        what = f"the processor of {name} makes tiles of {size.width}x{size.height} px, its tower reads "
+        raise EmbedLensError(f"{what}{side[1]}x{side[0]}: set size in preprocessor_config.json to that")
     tokens = tokens_across(hf) ** 2
     if config.downsample_ratio != 0.5 or processor.image_seq_length != tokens:
-        raise EmbedLensError(
-            f"the processor of {name} writes {processor.image_seq_length} tokens a tile, its model makes {tokens} with "
-            f"downsample_ratio {config.downsample_ratio}: set image_seq_length in processor_config.json to {tokens}; "
-            "other ratios than 0.5 are not supported"
-        )
+        what = f"the processor of {name} writes {processor.image_seq_length} tokens a tile, its model makes {tokens} "
+        what += f"by downsample_ratio {config.downsample_ratio}, which must be 0.5"
+        raise EmbedLensError(f"{what}: set image_seq_length in processor_config.json to {tokens}")

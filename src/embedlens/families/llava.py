@@ -14,11 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from embedlens.families import instructions, plain
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs, side_by_side
-from embedlens.families.plain import feature_layer as feature_layer
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.families.plain import BLOCK, Features, Inputs, feature_layer, image_token_id, shows_patch, side_by_side  # noqa: F401
 from embedlens.patches import PREPROCESSINGS as PREPROCESSINGS
 from embedlens.patches import Frame, PatchGrid
 from embedlens.pictures import LARGEST, natural_side, resized, squared
@@ -28,6 +24,7 @@ CLASSES = ("LlavaForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf")
 
 MODULES = dict(plain.MODULES)
+canvas_side = plain.canvas_side
 INSTRUCTIONS = instructions.LLAVA
 check_config = plain.check_selection
 
@@ -35,17 +32,10 @@ check_config = plain.check_selection
 LIMITS: tuple[str, ...] = ()
 
 
-def canvas_side(hf: Any, processor: Any) -> int:
-    """Side of the square that the vision tower reads, px."""
-    return hf.config.vision_config.image_size
-
-
 def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Make the stock image processor do one of the three preprocessings, as far as it can; `shown` does the rest.
-
     LLaVA-1.5 was trained on letterboxed pictures (padded with the mean colour, `image_aspect_ratio: pad`); the
-    processor saved with the llava-hf checkpoints crops the centre instead, so the choice is set, never inherited.
-    """
+    processor saved with the llava-hf checkpoints crops the centre instead, so the choice is set, never inherited."""
     from transformers.image_utils import SizeDict
 
     side = canvas_side(hf, processor)
@@ -98,13 +88,5 @@ def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
 
 
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
-    """Patch rows of every layer of the vision tower: index 0 is its embedding, l leaves block l. CLS is left out.
-
-    Towers without CLS (SigLIP) have nothing to leave out. Nothing is normed that the tower does not norm: CLIP's norm
-    after the last block works on CLS alone.
-    """
-    config = hf.config
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    tower = hf.get_submodule(MODULES["vision_tower"])
-    layers = tower(side_by_side(inputs), output_hidden_states=True).hidden_states
-    return list(torch.stack([layer[:, layer.shape[1] - patches :] for layer in layers], dim=1))
+    """Patch rows of every layer of the vision tower: index 0 is its embedding, l leaves block l. CLS is left out."""
+    return list(torch.stack(plain.patch_states(hf, side_by_side(inputs)), dim=1))

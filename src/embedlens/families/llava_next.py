@@ -18,11 +18,7 @@ from torch import Tensor
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import feature_layer as feature_layer
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.families.plain import BLOCK, Inputs, feature_layer, image_token_id, set_preprocessing  # noqa: F401
 from embedlens.patches import Frame, ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-NeXT"
@@ -30,16 +26,12 @@ CLASSES = ("LlavaNextForConditionalGeneration",)
 EXAMPLES = ("llava-hf/llava-v1.6-vicuna-7b-hf", "llava-hf/llava-v1.6-mistral-7b-hf")
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+canvas_side, visual_features = plain.canvas_side, plain.visual_features
 INSTRUCTIONS = instructions.LLAVA
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",
     "the picture is shown twice, so a box holds patches of both views",
 )
-
-
-def canvas_side(hf: Any, processor: Any) -> int:
-    """Side of the square that the vision tower reads, px: of the whole view, and of each tile."""
-    return hf.config.vision_config.image_size
 
 
 def tile_plan(
@@ -62,12 +54,11 @@ def tile_plan(
 
 
 def tiled_spans(canvas: int, shown: int, picture: int, side: int, patch: int) -> list[Span]:
-    """Where the patches of tiles lie along one axis of the picture; gaps where `patch` does not divide the tile.
+    """Where the patches of tiles lie along one axis of the picture (px); gaps where `patch` does not divide the tile's
+    `side`.
 
-    Args:
-        canvas, shown: sides of the canvas and of the resized picture in its middle, px.
-        picture: side of the original picture, px.
-        side, patch: of a tile and of a patch, px of the canvas.
+    `canvas` and `shown` are the sides of the canvas and of the resized picture in its middle, of which `side` and
+    `patch` are px; `picture` is the side of the original.
 
     >>> [(float(a), float(b)) for a, b in tiled_spans(canvas=8, shown=6, picture=12, side=4, patch=2)]
     [(-2.0, 2.0), (2.0, 6.0), (6.0, 10.0), (10.0, 14.0)]
@@ -86,10 +77,8 @@ def unpadded(shape: tuple[int, int], picture_size: tuple[int, int]) -> tuple[sli
     width, height = picture_size
     kept = unpad_image(torch.arange(rows * cols).view(1, rows, cols), (height, width))[0]
     if not kept.numel():
-        raise EmbedLensError(
-            "this picture is so thin that the model takes its tiles for bars: crop it, or pass "
-            "preprocessing='letterbox'"
-        )
+        what = "this picture is so thin that the model takes its tiles for bars"
+        raise EmbedLensError(f"{what}: crop it, or pass preprocessing='letterbox'")
     top, left = divmod(int(kept[0, 0]), cols)
     return slice(top, top + kept.shape[0]), slice(left, left + kept.shape[1])
 
@@ -98,7 +87,7 @@ def tiles_grid(hf: Any, picture_size: tuple[int, int]) -> PatchGrid:
     """The grid of all tiles together, without the rows and columns that the model takes off."""
     side, patch = hf.config.vision_config.image_size, hf.config.vision_config.patch_size
     canvas, shown = tile_plan(hf.config.image_grid_pinpoints, picture_size)
-    columns, lines = (tiled_spans(canvas[axis], shown[axis], picture_size[axis], side, patch) for axis in range(2))
+    columns, lines = (tiled_spans(*sizes, side, patch) for sizes in zip(canvas, shown, picture_size, strict=True))
     rows_kept, cols_kept = unpadded((len(lines), len(columns)), picture_size)
     return PatchGrid.of_spans(Frame.stretch(*picture_size), columns[cols_kept], lines[rows_kept])
 
@@ -120,15 +109,16 @@ def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
-    """What the vision tower reads of each visual token's patch, put in their order by the model's own method."""
+    """What the vision tower reads of each visual token's patch, or the mix of several that a token of OneVision is."""
     patches = plain.cut(one["pixel_values"][0], hf.config.vision_config.patch_size)
-    packed = pack(hf, patches.flatten(2), one)
-    return packed.unflatten(1, patches.shape[2:])
+    return pack(hf, patches.flatten(2), one).unflatten(1, patches.shape[2:])
 
 
 def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
     """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
-    return hf.model.pack_image_features([views], one["image_sizes"], hf.config.vision_feature_select_strategy)[0][0]
+    config, how = hf.config, "vision_feature_select_strategy"
+    how = "vision_aspect_ratio" if config.model_type == "llava_onevision" else how  # their methods differ in this alone
+    return hf.model.pack_image_features([views], one["image_sizes"], **{how: getattr(config, how)})[0][0]
 
 
 def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
@@ -139,32 +129,15 @@ def shows_patch(grid: PatchGrid) -> Bool[Tensor, " m"]:
     return torch.cat([torch.ones(len(whole), dtype=torch.bool), lines.flatten()])
 
 
-def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
-    """Projected visual tokens and newlines, by the model's own method, picture by picture: they differ in tiles."""
-    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
-
-
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
-
-    Index 0 is the tower's embedding, l leaves block l; CLS is left out.
-    """
-    return [torch.stack([pack(hf, layer, one) for layer in patch_states(hf, one["pixel_values"][0])]) for one in inputs]
-
-
-def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Float[Tensor, "views patches v"]]:
-    """Every layer of the vision tower for each view, raster order, without CLS where the tower has one."""
-    patches = (hf.config.vision_config.image_size // hf.config.vision_config.patch_size) ** 2
-    layers = hf.get_submodule(MODULES["vision_tower"])(views, output_hidden_states=True).hidden_states
-    return [layer[:, layer.shape[1] - patches :] for layer in layers]
+    Index 0 is the tower's embedding, l leaves block l; CLS is left out. Rows are mixed where tokens are."""
+    layers = (plain.patch_states(hf, one["pixel_values"][0]) for one in inputs)
+    return [torch.stack([pack(hf, layer, one) for layer in own]) for own, one in zip(layers, inputs, strict=True)]
 
 
 def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the order of tokens.
-
-    Raises:
-        EmbedLensError: several tower layers are read at once, CLS is kept, or processor and model cut differently.
-    """
+    """Refuse a checkpoint whose tower layers, CLS or tiles would break the order of tokens."""
     check_tiles(hf, processor, name)
     plain.check_selection(hf, processor, name)
 
@@ -173,24 +146,15 @@ def check_tiles(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose processor cuts other tiles than its model expects, or that reads several layers."""
     config, images = hf.config, processor.image_processor
     if not isinstance(config.vision_feature_layer, int):
-        raise EmbedLensError(
-            f"the projector of {name} reads several layers of the vision tower ({config.vision_feature_layer}), which "
-            "this wrapper does not support: choose a checkpoint whose vision_feature_layer is one number"
-        )
-    side = config.vision_config.image_size
-    size = images.size
-    cut = size.height or size.shortest_edge
+        what = f"the projector of {name} reads several layers of the vision tower ({config.vision_feature_layer})"
+        raise EmbedLensError(f"{what}: choose a checkpoint whose vision_feature_layer is one number")
+    side, cut = config.vision_config.image_size, images.size.height or images.size.shortest_edge
     if cut != side:
-        raise EmbedLensError(
-            f"the processor of {name} makes tiles of {cut} px, its vision tower reads {side}: set size in "
-            "preprocessor_config.json to the tower's image_size"
-        )
+        what = f"the processor of {name} makes tiles of {cut} px, its vision tower reads {side}"
+        raise EmbedLensError(f"{what}: set size in preprocessor_config.json to the tower's image_size")
     if [list(point) for point in images.image_grid_pinpoints] != [list(p) for p in config.image_grid_pinpoints]:
-        raise EmbedLensError(
-            f"the processor of {name} and its config.json name different image_grid_pinpoints: copy those of "
-            "config.json to preprocessor_config.json"
-        )
+        what = f"the processor of {name} and its config.json name different image_grid_pinpoints"
+        raise EmbedLensError(f"{what}: copy those of config.json to preprocessor_config.json")
     if any(math.gcd(edge, side) != side for point in config.image_grid_pinpoints for edge in point):
-        raise EmbedLensError(
-            f"the image_grid_pinpoints of {name} are no multiples of {side} px: correct them in config.json"
-        )
+        what = f"the image_grid_pinpoints of {name} are no multiples of {side} px"
+        raise EmbedLensError(f"{what}: correct them in config.json")

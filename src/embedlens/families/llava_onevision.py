@@ -13,22 +13,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from embedlens.errors import EmbedLensError
-from embedlens.families import instructions, plain
-from embedlens.families.llava_next import canvas_side as canvas_side
-from embedlens.families.llava_next import check_tiles, patch_states, tiles_grid, whole_view
-from embedlens.families.llava_next import enough as enough
-from embedlens.families.llava_next import shows_patch as shows_patch
-from embedlens.families.llava_next import visual_features as visual_features
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Inputs
-from embedlens.families.plain import feature_layer as feature_layer
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
+from embedlens.families import instructions, llava_next, plain
+from embedlens.families.llava_next import enough, patch_pixels, shows_patch, tiles_grid, tower_states  # noqa: F401
+from embedlens.families.plain import BLOCK, feature_layer, image_token_id, set_preprocessing  # noqa: F401
 from embedlens.patches import ManyViews, PatchGrid, Span
 
 NAME = "LLaVA-OneVision"
@@ -37,6 +25,7 @@ EXAMPLES = ("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava-hf/llava-onevision
 PROCESSOR = "LlavaOnevisionProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(plain.MODULES)
+canvas_side, visual_features = plain.canvas_side, plain.visual_features
 INSTRUCTIONS = instructions.LLAVA
 LIMITS = (
     "newline tokens stand between rows of patches and count as text",
@@ -64,8 +53,9 @@ def thinned(spans: Sequence[Span], count: int) -> list[Span]:
 
 def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> ManyViews:
     """The grids of a picture of (width, height) px: the whole view, then the tiles, thinned out if they are many."""
-    whole, tiles = whole_view(hf, picture_size), tiles_grid(hf, picture_size)
-    ratio = math.sqrt(tiles.rows * tiles.cols / (_most_views(hf) * whole.rows**2))
+    whole, tiles = llava_next.whole_view(hf, picture_size), tiles_grid(hf, picture_size)
+    most_views = int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(tiles.rows * tiles.cols / (most_views * whole.rows**2))
     if ratio > 1.1:
         columns, lines = tiles.spans
         fewer = (thinned(columns, int(tiles.cols // ratio)), thinned(lines, int(tiles.rows // ratio)))
@@ -73,53 +63,18 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
     return ManyViews.of([whole, tiles])
 
 
-def _most_views(hf: Any) -> int:
-    return int(hf.config.vision_aspect_ratio.removeprefix("anyres_max_"))
-
-
-def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
-    """Patch rows of every layer of the vision tower, put in the order of the visual tokens by the model's own method.
-
-    Index 0 is the tower's embedding, l leaves block l. In large pictures rows are mixed as tokens are.
-    """
-    return [torch.stack([pack(hf, layer, one) for layer in patch_states(hf, one["pixel_values"][0])]) for one in inputs]
-
-
-def pack(hf: Any, views: Float[Tensor, "views patches v"], one: Inputs) -> Float[Tensor, "n v"]:
-    """Rows of all views in the order of the visual tokens, by the model's own method, without newlines."""
-    return hf.model.pack_image_features([views], one["image_sizes"], vision_aspect_ratio=hf.config.vision_aspect_ratio)[
-        0
-    ][0]
-
-
-def patch_pixels(hf: Any, one: Inputs) -> Float[Tensor, "n 3 patch patch"]:
-    """What the vision tower reads of each visual token's patch, or the mix of several that a token is."""
-    patches = plain.cut(one["pixel_values"][0], hf.config.vision_config.patch_size)
-    return pack(hf, patches.flatten(2), one).unflatten(1, patches.shape[2:])
-
-
 def check_config(hf: Any, processor: Any, name: str) -> None:
-    """Refuse a checkpoint whose settings would break the order of tokens.
-
-    Raises:
-        EmbedLensError: several tower layers are read, or processor and model cut or count differently.
-    """
-    check_tiles(hf, processor, name)
+    """Refuse a checkpoint whose tower layers or views would break the order of tokens."""
+    llava_next.check_tiles(hf, processor, name)
     config = hf.config
     if not config.vision_aspect_ratio.startswith("anyres_max_"):
-        raise EmbedLensError(
-            f"{name} has vision_aspect_ratio {config.vision_aspect_ratio!r}, which this wrapper does not support: "
-            "choose a checkpoint with 'anyres_max_9' or the like"
-        )
+        what = f"{name} has vision_aspect_ratio {config.vision_aspect_ratio!r}, which this wrapper does not support"
+        raise EmbedLensError(f"{what}: choose a checkpoint with 'anyres_max_9' or the like")
     if processor.vision_aspect_ratio != config.vision_aspect_ratio:
-        raise EmbedLensError(
-            f"the processor of {name} says {processor.vision_aspect_ratio!r}, its config.json "
-            f"{config.vision_aspect_ratio!r}: make vision_aspect_ratio in processor_config.json agree"
-        )
+        what = f"the processor of {name} says {processor.vision_aspect_ratio!r}, not {config.vision_aspect_ratio!r}"
+        raise EmbedLensError(f"{what}: make vision_aspect_ratio in processor_config.json and config.json agree")
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     if processor.num_image_tokens != patches:
-        raise EmbedLensError(
-            f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its vision tower makes "
-            f"{patches}: set num_image_tokens in processor_config.json to {patches}"
-        )
+        what = f"the processor of {name} expects {processor.num_image_tokens} tokens a view, its tower makes {patches}"
+        raise EmbedLensError(f"{what}: set num_image_tokens in processor_config.json to {patches}")
     plain.check_patches(hf, name)

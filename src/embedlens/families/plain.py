@@ -68,6 +68,24 @@ def set_preprocessing(processor: Any, hf: Any, preprocessing: str) -> None:
     """Nothing to set: pictures are cut the way that belongs to the model."""
 
 
+def patch_states(hf: Any, views: Float[Tensor, "views 3 side side"]) -> list[Float[Tensor, "views patches v"]]:
+    """Every layer of the vision tower for each view, in raster order, without CLS where the tower has one (SigLIP has
+    none). Nothing is normed that the tower does not norm: CLIP's norm after the last block works on CLS alone."""
+    patches = (hf.config.vision_config.image_size // hf.config.vision_config.patch_size) ** 2
+    layers = hf.get_submodule(MODULES["vision_tower"])(views, output_hidden_states=True).hidden_states
+    return [layer[:, layer.shape[1] - patches :] for layer in layers]
+
+
+def canvas_side(hf: Any, processor: Any) -> int:
+    """Side of the square that the vision tower reads, px: of the whole view, and of each tile."""
+    return hf.config.vision_config.image_size
+
+
+def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
+    """Projected visual tokens, and newlines, by the model's own method, picture by picture: they differ in size."""
+    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
+
+
 def side_by_side(inputs: Sequence[Inputs]) -> Tensor:
     """The pixels of several pictures of one size as one batch."""
     return torch.cat([one["pixel_values"] for one in inputs])
@@ -92,9 +110,7 @@ def cut(views: Float[Tensor, "views 3 height width"], patch: int) -> Float[Tenso
 
 def tiles_then_whole(size: tuple[int, int], tiles: tuple[int, int], side: int, block: int) -> PatchGrid:
     """The grids of a picture of (width, height) px cut into (across, down) tiles, in raster order, and of the whole.
-
-    Each is stretched to a square of `side` px, of which a token is a block of `block`. One tile is the whole.
-    """
+    Each is stretched to a square of `side` px, of which a token is a block of `block`. One tile is the whole."""
     (width, height), (across, down) = size, tiles
     xs = [Fraction(width * col, across) for col in range(across + 1)] if across else []
     ys = [Fraction(height * row, down) for row in range(down + 1)] if down else []
@@ -107,16 +123,15 @@ def tiles_then_whole(size: tuple[int, int], tiles: tuple[int, int], side: int, b
 def check_patches(hf: Any, name: str) -> None:
     """Refuse a checkpoint that keeps CLS among its visual tokens, or drops a patch as if it were CLS."""
     strategy, tower = hf.config.vision_feature_select_strategy, hf.config.vision_config.model_type
-    if tower.startswith("clip") and strategy != "default":
+    wanted = "default" if tower.startswith("clip") else "full"
+    if strategy != wanted:
+        what = {
+            "default": "keeps the CLS token among the visual tokens, which has no patch",
+            "full": f"has no CLS token in its vision tower ({tower}), yet drops the first row, which is a patch",
+        }[wanted]
         raise EmbedLensError(
-            f"{name} keeps the CLS token among the visual tokens (vision_feature_select_strategy {strategy!r}), which "
-            "has no patch: set it to 'default' in config.json and processor_config.json if the model was trained so"
-        )
-    if not tower.startswith("clip") and strategy != "full":
-        raise EmbedLensError(
-            f"the vision tower of {name} ({tower}) has no CLS token, yet vision_feature_select_strategy {strategy!r} "
-            "drops the first row, which is a patch: set it to 'full' in config.json and processor_config.json if the "
-            "model was trained so"
+            f"{name} {what} (vision_feature_select_strategy {strategy!r}): set it to {wanted!r} in config.json and "
+            "processor_config.json if the model was trained so"
         )
 
 

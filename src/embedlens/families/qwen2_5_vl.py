@@ -17,11 +17,7 @@ from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import instructions, plain
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.families.plain import shows_patch as shows_patch
+from embedlens.families.plain import BLOCK, Inputs, image_token_id, set_preprocessing, shows_patch, visual_features  # noqa: F401
 from embedlens.patches import Frame, PatchGrid
 
 NAME = "Qwen2.5-VL"
@@ -47,8 +43,8 @@ def canvas_side(hf: Any, processor: Any) -> int:
 def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[int, int]) -> PatchGrid:
     """The merged grid of a picture of (width, height) px: both sides are stretched to whole tokens."""
     factor = processor.image_processor.patch_size * processor.image_processor.merge_size
-    cols_px, rows_px = enough(hf, processor, picture_size)
-    return PatchGrid(rows_px // factor, cols_px // factor, Frame.stretch(*picture_size))
+    cols, rows = (side // factor for side in enough(hf, processor, picture_size))
+    return PatchGrid(rows, cols, Frame.stretch(*picture_size))
 
 
 def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -65,10 +61,8 @@ def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     try:
         rows_px, cols_px = smart_resize(height, width, factor, images.size.shortest_edge, images.size.longest_edge)
     except ValueError:  # it has no other
-        raise EmbedLensError(
-            f"a picture of {width}x{height} px cannot be cut, this model reads sides up to 200 times apart: crop it, "
-            "or pass preprocessing='letterbox'"
-        ) from None
+        what = f"a picture of {width}x{height} px cannot be cut, this model reads sides up to 200 times apart"
+        raise EmbedLensError(f"{what}: crop it, or pass preprocessing='letterbox'") from None
     return cols_px, rows_px
 
 
@@ -89,25 +83,15 @@ def positions(hf: Any, ids: Int[Tensor, " s"], beside: Inputs) -> Int[Tensor, "3
     return places[:, 0]
 
 
-def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
-    """Merged and projected visual tokens, by the model's own method, picture by picture: they differ in size."""
-    return [Features(hf.get_image_features(**one).pooler_output[0]) for one in inputs]
-
-
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger.
-
-    Index 0 is the tower's embedding, l leaves block l. Windows are undone.
-    """
+    Index 0 is the tower's embedding, l leaves block l. Windows are undone."""
     from transformers.vision_utils import get_vision_window_index
 
-    config = hf.config.vision_config
-    found = []
+    config, found = hf.config.vision_config, []
+    cut = config.spatial_merge_size, config.window_size, config.patch_size
     for one in inputs:
-        order, _ = get_vision_window_index(
-            one["image_grid_thw"], config.spatial_merge_size, config.window_size, config.patch_size
-        )
-        raster = torch.argsort(order)
+        raster = torch.argsort(get_vision_window_index(one["image_grid_thw"], *cut)[0])
         found.append(torch.stack([layer[raster.to(layer.device)] for layer in merged_rows(hf, one)]))
     return found
 
@@ -134,11 +118,8 @@ def feature_layer(hf: Any) -> int:
 def check_config(hf: Any, processor: Any, name: str) -> None:
     """Refuse a checkpoint whose processor cuts other patches than its vision tower reads."""
     tower, images = hf.config.vision_config, processor.image_processor
-    for said, wanted in (
-        ("patch_size", "patch_size"),
-        ("merge_size", "spatial_merge_size"),
-        ("temporal_patch_size", "temporal_patch_size"),
-    ):
+    for said in ("patch_size", "merge_size", "temporal_patch_size"):
+        wanted = "spatial_merge_size" if said == "merge_size" else said
         if getattr(images, said) != getattr(tower, wanted):
             raise EmbedLensError(
                 f"the processor of {name} has {said} {getattr(images, said)}, its vision tower {wanted} "

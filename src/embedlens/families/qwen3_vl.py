@@ -14,20 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from embedlens.families import instructions, plain, qwen2_5_vl
-from embedlens.families.plain import BLOCK as BLOCK
-from embedlens.families.plain import Features, Inputs
-from embedlens.families.plain import image_token_id as image_token_id
-from embedlens.families.plain import set_preprocessing as set_preprocessing
-from embedlens.families.plain import shows_patch as shows_patch
-from embedlens.families.qwen2_5_vl import canvas_side as canvas_side
-from embedlens.families.qwen2_5_vl import check_config as check_config
-from embedlens.families.qwen2_5_vl import enough as enough
-from embedlens.families.qwen2_5_vl import feature_layer as feature_layer
-from embedlens.families.qwen2_5_vl import merged_rows
-from embedlens.families.qwen2_5_vl import of_tokens as of_tokens
-from embedlens.families.qwen2_5_vl import patch_grid as patch_grid
-from embedlens.families.qwen2_5_vl import patch_pixels as patch_pixels
-from embedlens.families.qwen2_5_vl import positions as positions
+from embedlens.families.plain import BLOCK, Features, Inputs, image_token_id, set_preprocessing, shows_patch  # noqa: F401
+from embedlens.families.qwen2_5_vl import canvas_side, check_config, enough, feature_layer, of_tokens, patch_grid  # noqa: F401
 
 NAME = "Qwen3-VL"
 CLASSES = ("Qwen3VLForConditionalGeneration",)
@@ -36,6 +24,7 @@ PROCESSOR = "Qwen3VLProcessor"
 PREPROCESSINGS = plain.CUTTING
 MODULES = dict(qwen2_5_vl.MODULES)
 INSTRUCTIONS = instructions.QWEN3
+patch_pixels, positions = qwen2_5_vl.patch_pixels, qwen2_5_vl.positions
 LIMITS = (
     *qwen2_5_vl.LIMITS,
     "what joins visual tokens after the first blocks is no sublayer: it is part of what leaves the block before",
@@ -44,11 +33,8 @@ LIMITS = (
 
 def visual_features(hf: Any, inputs: Sequence[Inputs]) -> list[Features]:
     """Merged and projected visual tokens, and what joins them later, by the model's own method, picture by picture."""
-    found = []
-    for one in inputs:
-        seen = hf.get_image_features(**one)
-        found.append(Features(seen.pooler_output[0], torch.stack([layer[0] for layer in seen.deepstack_features])))
-    return found
+    seen = (hf.get_image_features(**one) for one in inputs)
+    return [Features(s.pooler_output[0], torch.stack([layer[0] for layer in s.deepstack_features])) for s in seen]
 
 
 def deep_inputs(visual: Bool[Tensor, "b s"], deep: Float[Tensor, "joins n d"]) -> dict[str, Any]:
@@ -58,4 +44,4 @@ def deep_inputs(visual: Bool[Tensor, "b s"], deep: Float[Tensor, "joins n d"]) -
 
 def tower_states(hf: Any, inputs: Sequence[Inputs]) -> list[Float[Tensor, "layers n v"]]:
     """Every layer of the vision tower, one row per token: its 2x2 patches side by side, in the order of the merger."""
-    return [torch.stack(merged_rows(hf, one)) for one in inputs]
+    return [torch.stack(qwen2_5_vl.merged_rows(hf, one)) for one in inputs]

@@ -4,7 +4,6 @@
         with adapter.on(model), el.intervene(model, el.EnterAt(adapter.layer)):
             model.answer(model.prompt(image, question))
 
-Prompts are made inside the block: they hold what the projector makes of the picture, and the projector is part of it.
 A run with entry at 0 is the *twin* of those of its seed: trained alike, on the same batches. The paper has no twin.
 """
 
@@ -40,11 +39,8 @@ class Adapter:
     @contextmanager
     def on(self, model: VisionLanguageModel) -> Iterator[None]:
         """The model with these weights, until the end of the block; its own are put back whatever happens."""
-        tensors = load_file(self.path)
-        targets = {"projector": model.projector, "language": model.decoder}
-        weights = {
-            f"{part}.{name}": value for part, module in targets.items() for name, value in module.named_parameters()
-        }
+        tensors, parts = load_file(self.path), {"projector": model.projector, "language": model.decoder}
+        weights = {f"{part}.{name}": own for part, module in parts.items() for name, own in module.named_parameters()}
         changed: dict[str, torch.Tensor] = {}
         for name, value in tensors.items():
             if name.startswith("projector."):
@@ -54,9 +50,8 @@ class Adapter:
                 changed[f"{path}.weight"] = tensors[f"{path}.up"].float() @ value.float()
         wrong = [name for name, value in changed.items() if name not in weights or weights[name].shape != value.shape]
         if wrong:
-            raise EmbedLensError(
-                f"{self.path.name} does not fit {model.name} ({wrong[0]}): put on one of adapters(model)"
-            )
+            what = f"{self.path.name} does not fit {model.name} ({wrong[0]})"
+            raise EmbedLensError(f"{what}: put on one of adapters(model)")
         own = {name: weights[name].detach().clone() for name in changed}
         try:
             with torch.no_grad():
@@ -84,22 +79,16 @@ def adapters(model: VisionLanguageModel) -> tuple[Adapter, ...]:
     Raises:
         EmbedLensError: a file that is no adapter, or adapters that began at other weights.
     """
-    found = []
+    found, remake = [], "with `python -m training.entry`"
     for path in sorted((Path(model.hf.name_or_path) / FOLDER).glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
             adapter = Adapter(int(facts["layer"]), int(facts["seed"]), int(facts["steps"]), path, facts["base"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise EmbedLensError(
-                f"{path.name} is no late-entry adapter: remake it with `python -m training.entry`"
-            ) from error
+            raise EmbedLensError(f"{path.name} is no late-entry adapter: remake it {remake}") from error
         found.append(adapter)
     own = fingerprint(model.projector) if found else ""
-    foreign = [adapter.path.name for adapter in found if adapter.base != own]
-    if foreign:
-        raise EmbedLensError(
-            f"{', '.join(foreign)} began at other weights than those of {model.name}: remake the adapters with "
-            "`python -m training.entry`"
-        )
+    if foreign := ", ".join(adapter.path.name for adapter in found if adapter.base != own):
+        raise EmbedLensError(f"{foreign} began at other weights than {model.name}'s: remake the adapters {remake}")
     return tuple(sorted(found, key=lambda adapter: (adapter.seed, adapter.layer)))

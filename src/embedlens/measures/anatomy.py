@@ -59,10 +59,8 @@ token sets of the same sizes."""
 
 
 def pictures(dataset: str, n: int, seed: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    """Pictures to measure, to find the groups in, and to compare with; none is in two of the lists.
-
-    In the drawn world the second list is empty: groups are found there as in every chapter (`reference_of`).
-    """
+    """Pictures to measure, to find the groups in, and to compare with; none is in two of the lists. In the drawn world
+    the second list is empty: groups are found there as in every chapter (`reference_of`)."""
     others = 0 if dataset == "miniworld" else CALIBRATION
     loaded = samples.load(dataset, n=n + others + PARTNERS, seed=seed)
     return loaded[:n], loaded[n : n + others], loaded[n + others :]
@@ -74,8 +72,7 @@ def study_of(
     """`anatomy` with what it needs of this model bound: how its groups are told apart, and the partner pictures."""
     if not compared:
         raise EmbedLensError("no picture to compare with: pass at least one, see anatomy.pictures")
-    reference = discover(model, calibration) if calibration else reference_of(model)
-    partners = []
+    reference, partners = discover(model, calibration) if calibration else reference_of(model), []
     for picture in samples.readable(compared):
         (prompt,) = prompts_of(model, [picture])
         partners.append(_clustered(prompt.embeds[prompt.visual], picture.id, seed))
@@ -98,14 +95,13 @@ def anatomy(
     prompts, rows = prompts_of(model, batch), []
     for picture, prompt, groups in zip(batch, prompts, token_groups_of(model, prompts, reference), strict=True):
         shares, clusters, null = _clustered(prompt.embeds[prompt.visual], picture.id, seed)
-        found = {"similarity": torch.stack([cross_image_similarity(clusters, other) for _, other, _ in partners])}
-        pairs = [pair for _, _, others in partners for pair in zip(null, others, strict=True)]
-        found["random"] = torch.stack([cross_image_similarity(*pair) for pair in pairs])
+        pairs = {"similarity": [(clusters, other) for _, other, _ in partners]}
+        pairs["random"] = [pair for _, _, others in partners for pair in zip(null, others, strict=True)]
         row: dict[str, Any] = {"id": picture.id, "tokens": int(prompt.visual.sum())}
         row |= {f"share_{rank}": share for rank, share in enumerate(shares.tolist())}
-        for name, values in found.items():
-            means = values.mean(0).tolist() + [np.nan] * (RANKS - values.shape[1])
-            row |= {f"{name}_{rank}": mean for rank, mean in enumerate(means)}
+        for name, own in pairs.items():
+            means = torch.stack([cross_image_similarity(*pair) for pair in own]).mean(0).tolist()
+            row |= {f"{name}_{rank}": (means + [np.nan] * RANKS)[rank] for rank in range(RANKS)}
         rows.append(row | {name: float(groups.named[name].float().mean()) for name in GROUPS})
     return rows
 
@@ -121,9 +117,7 @@ def _clustered(tokens: Float[Tensor, "n d"], picture: int, seed: int) -> Cluster
 
 def numbers(table: pd.DataFrame, photographs: bool, seed: int = 0) -> dict[str, float]:
     """What the record of one model holds: means over the rows of `anatomy`, each with `_low` and `_high`, by name.
-
-    `photographs` says whether the pictures were; models are compared on pictures of one kind.
-    """
+    `photographs` says whether the pictures were; models are compared on pictures of one kind."""
     lead = table.similarity_0 - table.random_0
     columns = table.assign(similarity=table.similarity_0, random=table.random_0, lead=lead)
     found = {"photographs": float(photographs), "tokens": float(table.tokens.mean())}

@@ -36,26 +36,22 @@ CENTROIDS = ("means", "null_means")
 class ClusterStudy:
     """The clusters of many pictures at one threshold. Per picture some centroids of each rank are kept, no tokens.
 
-    Centroids lie in a temporary file, so that memory does not grow with the pictures: at width 4096 and three repeats
-    0.4 MB a picture.
+    Centroids lie in a temporary file (at width 4096 and three repeats 0.4 MB a picture), so that memory does not grow.
     """
 
     ids: tuple[int, ...]  #: Of the pictures
     sizes: Int[np.ndarray, "pictures k"]  #: Tokens in the cluster of each rank; 0 where a picture has no such cluster
     tokens: Int[np.ndarray, " pictures"]  #: Visual tokens of each picture
     singletons: Int[np.ndarray, " pictures"]  #: Tokens that are a cluster by themselves
+    #: Mean of the normalised members of each cluster; zero where there is no cluster
     means: Float[Tensor, "pictures k d"] = field(repr=False)
-    """Mean of the normalised members of each cluster; zero where there is no cluster."""
+    #: The same of random token sets of the same sizes (`matched_null`)
     null_means: Float[Tensor, "pictures repeats k d"] = field(repr=False)
-    """The same of random token sets of the same sizes (`matched_null`)."""
     center: Float[Tensor, " d"] = field(repr=False)  #: Mean of all normalised visual tokens of all pictures
-    nearest: Int[np.ndarray, "pictures k"]
-    """The vocabulary entry nearest to each centroid; -1 where there is no cluster."""
-    in_bars: Float[np.ndarray, "pictures k"]
-    """Share of each cluster's tokens that show no pixel of the picture; nan where there is no cluster."""
+    nearest: Int[np.ndarray, "pictures k"]  #: Vocabulary entry nearest to each centroid; -1 without a cluster
+    in_bars: Float[np.ndarray, "pictures k"]  #: Share of its tokens that show no pixel; nan without a cluster
     bars: Float[np.ndarray, " pictures"]  #: Share of all the picture's tokens that show no pixel of it
-    largest: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)
-    """Which tokens of each picture are in its largest cluster."""
+    largest: tuple[Bool[np.ndarray, " _"], ...] = field(repr=False)  #: Tokens in each picture's largest cluster
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -69,10 +65,8 @@ class ClusterStudy:
 
     @property
     def dominance(self) -> Float[np.ndarray, "pictures 3"]:
-        """Share of the largest cluster in three totals: all tokens; ranks 0 to 4; all clusters of two or more.
-
-        "Larger than the remaining clusters combined" is a share above one half; which clusters are meant is open.
-        """
+        """Share of the largest cluster in three totals: all tokens; ranks 0 to 4; all clusters of two or more. "Larger
+        than the remaining clusters combined" is a share above one half; which clusters are meant is open."""
         first = self.sizes[:, 0].astype(np.float64)
         several = self.tokens - self.singletons
         of_several = np.where(several > 0, first / np.maximum(several, 1), 0.0)
@@ -82,9 +76,7 @@ class ClusterStudy:
         self, pairs: Int[np.ndarray, "pairs 2"], mean_removed: bool = False, null: bool = False
     ) -> Float[np.ndarray, "pairs k"]:
         """`cross_image_similarity` by rank for each pair of pictures; nan where the first has no such cluster.
-
-        `mean_removed` takes `center` from all centroids first, `null` compares the random sets, mean over repeats.
-        """
+        `mean_removed` takes `center` from all centroids first, `null` compares the random sets, mean over repeats."""
         means = self.null_means if null else self.means[:, None]  # [pictures, repeats, k, d]
         there = torch.from_numpy(self.sizes > 0)
         parts = []
@@ -108,22 +100,17 @@ def cluster_study(
     repeats: int = 3,
     seed: int = 0,
     batch_size: int = 16,
-    most: int = MOST,
 ) -> dict[tuple[float, str], ClusterStudy]:
     """Cluster the visual tokens of every picture where they enter the language model, which is not run.
-
-    Tokens are dropped picture by picture; what is kept of each does not grow with its number of tokens but for one
-    truth value a token.
 
     Args:
         thresholds, orders: as for `anchor_clusters`; every combination is studied on the same tokens.
         repeats: random token sets of each picture for the matched null; drawn by its id and the seed.
-        most: ranks kept.
 
     Returns:
         (threshold, order) → its clusters.
     """
-    lens, center = EmbedLens.from_model(model), torch.zeros(model.width, dtype=torch.float64)
+    lens, center, most = EmbedLens.from_model(model), torch.zeros(model.width, dtype=torch.float64), MOST
     parts: dict[tuple[float, str], list[dict[str, Any]]] = {key: [] for key in product(thresholds, orders)}
     files: dict[Any, IO[bytes]] = defaultdict(TemporaryFile)
     for batch, prompts in looked_at(model, samples, batch_size):
@@ -158,42 +145,35 @@ def cluster_study(
         columns: dict[str, Any] = {name: tuple(part[name] for part in found) for name in found[0]}
         for name in columns.keys() - {"ids", "largest", *CENTROIDS}:
             columns[name] = np.array(columns[name])
-        columns |= {name: _mapped(files[key, name], columns[name]) for name in CENTROIDS}
+        for name in CENTROIDS:  # what was written to a file, picture by picture, read from it where it is used
+            files[key, name].flush()
+            shape = (len(found), *columns[name][0])
+            empty = not math.prod(shape)  # which cannot be mapped
+            data = np.zeros(shape) if empty else np.memmap(files[key, name], np.float32, "r+", shape=shape)
+            columns[name] = torch.from_numpy(data).float()
         studies[key] = ClusterStudy(**columns, center=(center / len(found)).float())
     return studies
 
 
-def _mapped(file: IO[bytes], shapes: Sequence[tuple[int, ...]]) -> Tensor:
-    """What was written to a file, picture by picture, read from it where it is used."""
-    file.flush()
-    shape = (len(shapes), *shapes[0])
-    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape)) if math.prod(shape) else torch.zeros(shape)
-
-
-def by_group(
-    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, threshold: float = 0.9
-) -> list[list[dict[str, Any]]]:
+def by_group(model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference) -> list[list[dict[str, Any]]]:
     """What each group of visual tokens holds: alive, dead, sinks of each kind and of both, C0, and what is not in C0.
 
     Returns:
         per sample, one row per group: share of the tokens and, where the group has any, to_text (mean cosine to the
         centroid of the vocabulary) and inside (share whose patch centre lies in the box of an object; crowds are none).
     """
-    prompts = prompts_of(model, samples)
+    prompts, text, rows = prompts_of(model, samples), text_centroid(model), []
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
-    text = text_centroid(model)
-    rows = []
     for sample, prompt, groups in zip(samples, prompts, found, strict=True):
         tokens = prompt.embeds[prompt.visual].float()
         closeness = (unit_vectors(tokens) @ text).double().cpu()
-        first = (anchor_clusters(tokens, threshold) == 0).cpu()
-        nowhere = torch.zeros(len(tokens), dtype=torch.bool)
-        inside = torch.stack([nowhere, *(part for _, _, part in objects(sample, prompt.grid))]).any(0)
-        own = []
+        first = (anchor_clusters(tokens) == 0).cpu()
+        parts = [torch.zeros_like(first), *(part for _, _, part in objects(sample, prompt.grid))]
+        inside, own = torch.stack(parts).any(0).double(), []
         for name, mask in (groups.named | {"sink": groups.sink, "C0": first, "not C0": ~first}).items():
             row: dict[str, Any] = {"group": name, "share": float(mask.double().mean())}
             if mask.any():
-                row |= {"to_text": float(closeness[mask].mean()), "inside": float(inside[mask].double().mean())}
+                row |= {"to_text": float(closeness[mask].mean()), "inside": float(inside[mask].mean())}
             own.append(row)
         rows.append(own)
     return rows

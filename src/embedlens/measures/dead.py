@@ -1,9 +1,8 @@
 """How alike the tokens of a group are, how they move, what reads them, and what they would say (Section 5.2).
 
-"Similarity within a cluster" can be read in two ways, and both are here: the mean cosine of pairs of tokens of one
-picture at a layer, and the cosine of a token to itself one layer later. A high cosine can be a direction that *all*
-tokens share, so every cosine is also taken with the mean of all visual tokens removed; means and directions come from
-other pictures than those they are held against.
+"Similarity within a cluster" is read in two ways: the mean cosine of pairs of tokens of one picture at a layer, and the
+cosine of a token to itself one layer later. A high cosine can be a direction that *all* tokens share, so every cosine
+is also taken with the mean of all visual tokens removed; means and directions come from other pictures.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -49,21 +49,18 @@ def is_word(entry: str) -> bool:
 
 def checked(model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference) -> Reference:
     """The reference; without its dead word, unless in both halves of these pictures one token in a thousand is near."""
-    lens = EmbedLens.from_model(model)
+    lens, half = EmbedLens.from_model(model), len(samples) // 2
     tokens = model.visual_features_of([sample.image for sample in samples])
     near = [near_word(rows, lens, reference.dead_id).float() for rows in tokens]
-    parts = [part for part in (near[: len(near) // 2], near[len(near) // 2 :]) if len(part)]
-    there = all(float(torch.cat(part).mean()) >= RARE for part in parts)
+    there = all(float(torch.cat(part).mean()) >= RARE for part in (near[:half], near[half:]) if part)
     return reference if there else replace(reference, dead_id=None)
 
 
 def pairwise_cosine(
     tokens: Float[Tensor, "*layers n d"], masks: Bool[Tensor, "groups n"]
 ) -> Float[Tensor, "*layers groups"]:
-    """Mean cosine of all pairs of different tokens of each group, without holding the pairs.
-
-    A zero vector has cosine 0 to everything; a group of fewer than two tokens is nan.
-    """
+    """Mean cosine of all pairs of different tokens of each group, without holding the pairs. A zero vector has cosine 0
+    to everything; a group of fewer than two tokens is nan."""
     units = normalize(tokens.float(), dim=-1)
     members = masks.to(units.device).float()
     sums = (members @ units).pow(2).sum(-1)  # [*layers, groups]: pairs, and each token with itself
@@ -83,10 +80,7 @@ def common(
     model: VisionLanguageModel, samples: Iterable[Sample], reference: Reference, seed: int = 0, batch_size: int = 8
 ) -> Common:
     """Means of the normalised visual tokens, of all and of each group that has any; memory stays as the pictures grow.
-
-    Args:
-        samples: other pictures than those that will be held against it.
-    """
+    `samples` are other pictures than those that will be held against it."""
     names, sums = (*GROUPS, "all"), {"stream": torch.zeros(()), "tower": torch.zeros(())}
     counts = torch.zeros(len(names), dtype=torch.float64)
     for batch, prompts in looked_at(model, samples, batch_size):
@@ -107,15 +101,13 @@ def common(
 def by_group(
     model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, shared: Common, seed: int = 0
 ) -> list[list[dict[str, Any]]]:
-    """Every group of GROUPS in every picture at every layer; a group without a token has no rows.
-
-    Args:
-        shared: from `common`, on other pictures.
+    """Every group of GROUPS in every picture at every layer; `shared` is from `common`, on other pictures.
 
     Returns:
-        per sample, rows of part, group and layer, means over the group's tokens. Of part "picture", layer 0: tokens,
-        share (of the visual tokens), in_bars, no_words (nearest entry at layer 0 is no word by `is_word`) and entropy
-        (nats, of the LogitLens distribution at the last layer); beside them no_words of the group "random directions".
+        per sample, rows of part, group and layer, means over the group's tokens, if it has any. Of part "picture" at
+        layer 0: tokens, share (of the visual tokens), in_bars, no_words (nearest entry is no word by `is_word`),
+            entropy
+        (nats, of the LogitLens distribution at the last layer); and no_words of the group "random directions".
         Of part "stream": inside (cosine of pairs, of at least two tokens), aligned (cosine to the group's direction in
         other pictures), both also `_removed`, with the mean of other pictures' visual tokens taken out; and, of the
         block after the layer, kept (cosine of a token to itself behind the block) and the attention of the text after
@@ -132,46 +124,38 @@ def by_group(
     ]
     rows: list[list[dict[str, Any]]] = []
     towers, streams = model.tower_states_of(prompts), traces(model, prompts, masks, len(prompts))
-    seen = zip(samples, prompts, named, towers, streams, strict=True)
-    for sample, prompt, groups, tower, trace in seen:
-        members = torch.stack([groups[name] for name in GROUPS])
-        states = trace.stream[:, prompt.visual].float()
+    for sample, prompt, groups, tower, trace in zip(samples, prompts, named, towers, streams, strict=True):
+        members, tower = torch.stack([groups[name] for name in GROUPS]), tower.float()
+        sizes, states = members.sum(-1), trace.stream[:, prompt.visual].float()
         asking = torch.arange(len(prompt)) > int(prompt.visual.nonzero()[-1])
         if not bool(asking.any()):
             raise EmbedLensError("no text stands after the picture, so nothing reads it: use a chat format that asks")
         mass = {name: share[:, asking.to(share.device)].mean(-1).cpu() for name, share in trace.attention.items()}
-        attention = torch.stack([mass[name] for name in GROUPS])
-        sizes = members.sum(-1)
-        nearest = lens.topk(states[0], 1)[1][:, 0].cpu()
-        units = normalize(states, dim=-1)
-        picture = {
-            "tokens": sizes.float(),
-            "share": sizes / members.shape[1],
-            "in_bars": group_means(prompt.grid.padded.float(), members),
-            "no_words": group_means((~words[nearest]).float(), members),
-            "entropy": group_means(Categorical(logits=reader.scores(states[-1]).float()).entropy(), members),
+        attention, units = torch.stack([mass[name] for name in GROUPS]), normalize(states, dim=-1)
+        entropy = Categorical(logits=reader.scores(states[-1]).float()).entropy()
+        of_picture = {
+            "tokens": sizes.float()[:, None],
+            "share": (sizes / members.shape[1])[:, None],
+            "in_bars": group_means(prompt.grid.padded.float()[None], members).T,
+            "no_words": group_means((~words[lens.topk(states[0], 1)[1][:, 0].cpu()]).float()[None], members).T,
+            "entropy": group_means(entropy[None], members).T,
         }
-        stream = {
+        of_stream = {
             **_likeness(states, members, shared["stream"], pairs=True),
             "kept": group_means((units[:-1] * units[1:]).sum(-1), members).T,
             "attention": attention,
             "of_visual": attention / mass["all"],
             "per_token": attention / sizes[:, None],
         }
-        of_tower = {
-            "norm": group_means(tower.float().norm(dim=-1), members).T,
-            "norm_l1": group_means(tower.float().abs().sum(-1), members).T,
-            **_likeness(tower.float(), members, shared["tower"]),
-        }
+        norms = {"norm": tower.norm(dim=-1), "norm_l1": tower.abs().sum(-1)}
+        of_tower = {name: group_means(values, members).T for name, values in norms.items()}
+        of_tower |= _likeness(tower, members, shared["tower"])
         anywhere = generator(sample.id, "random directions", seed).standard_normal((DIRECTIONS, model.width))
         entries = lens.topk(torch.from_numpy(anywhere).float().to(states.device), 1)[1].cpu()
         chance = {"part": "picture", "group": "random directions", "layer": 0}
-        rows.append(
-            [chance | {"no_words": float((~words[entries]).float().mean())}]
-            + _rows("picture", {name: value[:, None] for name, value in picture.items()}, sizes)
-            + _rows("stream", stream, sizes)
-            + _rows("tower", of_tower, sizes)
-        )
+        rows.append([chance | {"no_words": float((~words[entries]).float().mean())}])
+        for part, values in {"picture": of_picture, "stream": of_stream, "tower": of_tower}.items():
+            rows[-1] += _rows(part, values, sizes)
     return rows
 
 
@@ -179,12 +163,10 @@ def masks_of(
     model: VisionLanguageModel, samples: Sequence[Sample], prompts: Sequence[Prompt], reference: Reference, seed: int
 ) -> list[dict[str, Bool[Tensor, " n"]]]:
     """The masks of GROUPS for each picture; its id and the seed decide which tokens are the random ones."""
-    found = []
-    for sample, groups in zip(
-        samples, token_groups_of(model, prompts, reference, batch_size=len(prompts)), strict=True
-    ):
-        rng = generator(sample.id, "random", seed)
-        drawn = random_tokens(torch.ones_like(groups.dead), int(groups.dead.sum()), rng)
+    found, of = [], token_groups_of(model, prompts, reference, batch_size=len(prompts))
+    for sample, groups in zip(samples, of, strict=True):
+        rng, everywhere = generator(sample.id, "random", seed), torch.ones_like(groups.dead)
+        drawn = random_tokens(everywhere, int(groups.dead.sum()), rng)
         found.append({**groups.named, "remaining": ~groups.dead, "random": drawn})
     return found
 
@@ -213,14 +195,13 @@ def _rows(
     where: str, values: Mapping[str, Float[Tensor, "groups layers"]], sizes: Int[Tensor, " groups"]
 ) -> list[dict[str, Any]]:
     """One row per group that has tokens and per layer; what is not defined there is left out."""
-    lists = {name: value.cpu().tolist() for name, value in values.items()}
-    return [
-        {"part": where, "group": name, "layer": layer}
-        | {key: of[at][layer] for key, of in lists.items() if layer < len(of[at]) and of[at][layer] == of[at][layer]}
-        for at, name in enumerate(GROUPS)
-        if sizes[at]
-        for layer in range(max(len(of[at]) for of in lists.values()))
-    ]
+    lists, rows = {name: value.cpu().tolist() for name, value in values.items()}, []
+    for at, name in enumerate(GROUPS):
+        for layer in range(max(len(of[at]) for of in lists.values()) if sizes[at] else 0):
+            there = {key: of[at][layer] for key, of in lists.items() if layer < len(of[at])}
+            known = {key: value for key, value in there.items() if value == value}
+            rows.append({"part": where, "group": name, "layer": layer, **known})
+    return rows
 
 
 def chosen_by_half(
@@ -246,17 +227,17 @@ def chosen_by_half(
     columns = [pair for one, other in halves for pair in ((one, other), (other, one))]
     lenses = [EmbedLens(embedding[:, chosen], model.tokens) for chosen, _ in columns]
     center = shared["stream"]["all"][0].to(embedding.device)
-    names = ("selected_on", "other_half", "other_half_mean_removed", "any_tokens", "any_tokens_mean_removed")
     found: list[list[dict[str, Any]]] = []
     for tokens in map(torch.Tensor.float, model.visual_features_of([s.image for s in samples], len(samples))):
         apart, each = normalize(tokens, dim=-1) - center, []
         for (chosen, rest), lens in zip(columns, lenses, strict=True):
             dead = near_word(tokens[:, chosen], lens, reference.dead_id)
             pools = torch.stack([dead, torch.ones_like(dead)])
-            own = pairwise_cosine(tokens[:, chosen], pools)
-            other, removed = (pairwise_cosine(part[:, rest], pools) for part in (tokens, apart))
-            each.append([float(own[0]), *map(float, (other[0], removed[0], other[1], removed[1]))])
-        values = np.array(each)
-        there = ~np.isnan(values).any(1)
-        found.append([dict(zip(names, values[there].mean(0).tolist(), strict=True))] if there.any() else [])
+            row = {"selected_on": float(pairwise_cosine(tokens[:, chosen], pools)[0])}
+            for removed, part in (("", tokens), ("_mean_removed", apart)):
+                cosines = pairwise_cosine(part[:, rest], pools).tolist()
+                row |= {f"{name}{removed}": x for name, x in zip(("other_half", "any_tokens"), cosines, strict=True)}
+            each.append(row)
+        means = pd.DataFrame(each).dropna().mean()
+        found.append([] if means.isna().any() else [means.to_dict()])
     return found

@@ -8,7 +8,7 @@ of the miniature. Prompts are made inside the block: they hold what the projecto
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +29,8 @@ from embedlens.vlm import Prompt, VisionLanguageModel
 
 OTHER = "another picture"
 SHIPPED = "as shipped"
-WORDS, RULE = 5, "head-word"
-"""A token is grounded if its object's label is among so many nearest words, by this rule of `measures.labels`."""
-REFINED = 0.9
-"""Refinement is over when so much of the way to the largest grounded share is done."""
+WORDS, RULE = 5, "head-word"  #: A token is grounded if its object's label is among so many nearest words, by this rule
+REFINED = 0.9  #: Refinement is over when so much of the way to the largest grounded share is done
 
 
 def entering(layer: int, trained: bool = False) -> str:
@@ -41,43 +39,38 @@ def entering(layer: int, trained: bool = False) -> str:
 
 
 def frozen_until(layer: int) -> Arm:
-    """The control of late entry: no updates of visual tokens below a layer, but text reads them there.
-
-    Late entry takes away two things at once: what the layers below do with visual tokens, and what text reads there.
+    """The control of late entry: no updates of visual tokens below a layer, but text reads them there, which late entry
+    takes away too.
     """
     return everywhere(f"frozen until {layer}", *(Silence(part, range(layer)) for part in ("attention", "mlp")))
 
 
-def asked(model: VisionLanguageModel, items: Sequence[Item], arms: Sequence[Arm], batch_size: int = 32) -> pd.DataFrame:
+def asked(model: VisionLanguageModel, items: Sequence[Item], arms: Sequence[Arm]) -> pd.DataFrame:
     """`sweep.run_arms`, for arms that treat all visual tokens alike, so that no groups need be found."""
-    return run_arms(model, items, arms, _ungrouped, batch_size)
+    return run_arms(model, items, arms, _ungrouped)
 
 
-def about_another(model: VisionLanguageModel, items: Sequence[Item], batch_size: int = 32) -> pd.DataFrame:
-    """The floor: every question asked about a picture half the way round, so only the picture's content is wrong.
-
-    The rows keep the number and the id of the question's own picture, so that they pair with it.
-    """
+def about_another(model: VisionLanguageModel, items: Sequence[Item]) -> pd.DataFrame:
+    """The floor: every question asked about a picture half the way round. The rows keep the number and the id of the
+    question's own picture, so that they pair with it."""
     samples = {item.sample.id: item.sample for item in items}
     own = list(samples)
     if len(own) < 2:
         raise EmbedLensError("swapping pictures needs at least two: ask about more")
     shown = {one: samples[own[(place + len(own) // 2) % len(own)]] for place, one in enumerate(own)}
     swapped = [Item(shown[item.sample.id], item.question) for item in items]
-    table = asked(model, swapped, [replace(BASELINE, name=OTHER)], batch_size)
+    table = asked(model, swapped, [replace(BASELINE, name=OTHER)])
     return table.assign(id=[items[number].sample.id for number in table["item"]], acted=True)
 
 
-def trained_runs(
-    model: VisionLanguageModel, items: Sequence[Item], runs: Sequence[Any], batch_size: int = 32
-) -> pd.DataFrame:
+def trained_runs(model: VisionLanguageModel, items: Sequence[Item], runs: Sequence[Any]) -> pd.DataFrame:
     """The model as it is, and every trained run with the entry it was trained for, asked the same questions."""
-    parts = [asked(model, items, [BASELINE], batch_size)]
+    parts = [asked(model, items, [BASELINE])]
     for run in runs:
         name = entering(run.layer, trained=True)
         arm = everywhere(name, EnterAt(run.layer)) if run.layer else replace(BASELINE, name=name)
         with run.on(model):
-            parts.append(asked(model, items, [replace(arm, seed=run.seed)], batch_size))
+            parts.append(asked(model, items, [replace(arm, seed=run.seed)]))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -120,18 +113,16 @@ def at_entry(
     return rows
 
 
-def by_layer(
-    model: VisionLanguageModel, samples: Sequence[Sample], runs: Sequence[Any] = (), batch_size: int = 16
-) -> pd.DataFrame:
+def by_layer(model: VisionLanguageModel, samples: Sequence[Sample], runs: Sequence[Any] = ()) -> pd.DataFrame:
     """The same at every layer: rows of `LabelHits.token_rows` with entry and run, tokens waiting below their entry."""
-    lenses = {"EmbedLens": EmbedLens.from_model(model)}
-    parts = []
+    lenses, parts = {"EmbedLens": EmbedLens.from_model(model)}, []
     for run in (None, *runs):
         with ExitStack() as stack:
-            stack.enter_context(nullcontext() if run is None else run.on(model))
+            if run is not None:
+                stack.enter_context(run.on(model))
             if run is not None and run.layer:
                 stack.enter_context(intervene(model, EnterAt(run.layer)))
-            found = label_hits(model, samples, (WORDS,), (RULE,), lenses, batch_size)["EmbedLens", WORDS, RULE]
+            found = label_hits(model, samples, (WORDS,), (RULE,), lenses, 16)["EmbedLens", WORDS, RULE]
         parts.append(found.token_rows().assign(**_named(run)))
     return pd.concat(parts, ignore_index=True)
 
@@ -143,8 +134,7 @@ def _named(run: Any) -> dict[str, Any]:
 def refinement(share: pd.DataFrame, entry: int) -> pd.Series:
     """Blocks after entry until REFINED of the way to the largest share is done; 0 where it never rises.
 
-    Args:
-        share: resamples of the grounded share, a column per layer.
+    `share` has the resamples of the grounded share, a column per layer.
 
     >>> refinement(pd.DataFrame([[0.1, 0.1, 0.2, 0.3, 0.2]]), entry=1).tolist()
     [2.0]

@@ -2,8 +2,8 @@
 
 In many dimensions a few points become the nearest neighbours of very many others (Radovanović, Nanopoulos and
 Ivanović 2010). An entry that is nearest to random directions too says little about the token on which it stands. So
-the words on visual tokens are counted beside the words on directions that hold no picture: directions drawn from a
-sphere, and directions that share nothing with the tokens but their mean and covariance.
+the words on visual tokens are counted beside those on directions that hold no picture: drawn from a sphere, and with
+nothing of the tokens but their mean and covariance.
 """
 
 from __future__ import annotations
@@ -32,12 +32,9 @@ def occurrences(lens: Lens, h: Float[Tensor, "n d"], k: int = 1) -> Int[np.ndarr
 
 def skewness(counts: Shaped[np.ndarray, "*groups V"]) -> Float[np.ndarray, "*groups"]:
     """Third standardised moment of N_k over the vocabulary: 0 where no entry is favoured, large where few take all.
-
-    Equation 1 of Radovanović et al. (2010). Counts that are all equal have skewness 0 here.
-    """
+    Equation 1 of Radovanović et al. (2010). Counts that are all equal have skewness 0 here."""
     spread = counts.std(-1, keepdims=True)
-    scores = (counts - counts.mean(-1, keepdims=True)) / np.where(spread > 0, spread, 1)
-    return (scores**3).mean(-1)
+    return (((counts - counts.mean(-1, keepdims=True)) / np.where(spread > 0, spread, 1)) ** 3).mean(-1)
 
 
 def hubs(counts: Shaped[np.ndarray, " V"], score: float = HUB_SCORE) -> Bool[np.ndarray, " V"]:
@@ -66,25 +63,20 @@ def matched_directions(h: Float[Tensor, "m d"], n: int, seed: int = 0) -> Float[
     if len(h) < 2:
         raise EmbedLensError(f"{len(h)} vectors have no covariance: pass at least two")
     given = h.detach().cpu().double()
-    mean = given.mean(0)
-    covariance = (given - mean).T @ (given - mean) / (len(given) - 1)
-    variances, axes = torch.linalg.eigh(covariance)  # tokens may span fewer than d dimensions; Cholesky would refuse
+    apart = given - given.mean(0)
+    variances, axes = torch.linalg.eigh(apart.T @ apart / (len(given) - 1))  # Cholesky would refuse few tokens
     normal = random_directions(n, given.shape[1], seed).double()
-    return (mean + (normal * variances.clamp(min=0).sqrt()) @ axes.T).float()
+    return (given.mean(0) + (normal * variances.clamp(min=0).sqrt()) @ axes.T).float()
 
 
 def hubness(
     lens: Lens, tokens: Sequence[Float[Tensor, "_ d"]], k: int = 1, repeats: int = 10, seed: int = 0
 ) -> dict[str, Int[np.ndarray, "_ V"]]:
-    """Count the answers of a lens on visual tokens and, as often, on directions that hold no picture.
-
-    Args:
-        tokens: visual tokens of several pictures, as `model.visual_features_of` gives them.
-        k: answers per vector.
-        repeats: draws of the directions, each as large as `tokens`.
+    """Count the answers of a lens on visual tokens (of each picture, as `model.visual_features_of` gives them) and on
+    as many directions that hold no picture, drawn `repeats` times.
 
     Returns:
-        one of KINDS → `occurrences`, a row for each picture or repeat.
+        one of KINDS → `occurrences` among the k best, a row for each picture or repeat.
     """
     if repeats < 1 or not sum(map(len, tokens)):
         raise EmbedLensError("hubness needs visual tokens of at least one picture and at least one repeat")

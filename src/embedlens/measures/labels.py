@@ -1,11 +1,9 @@
 """Which object labels a lens finds in the visual tokens of a picture: matching, counts, chance.
 
 Equation 2 of the paper averages over tokens, while its sentence counts a label as found if *any* visual token of the
-picture retrieves it. Here the sentence is `LabelHits.label_rows` and the equation is `LabelHits.token_rows`.
-
-What counts as a label's token is a rule (RULES), what counts as retrieved is k; both are arguments. With many tokens
-of k words each a picture touches many labels by accident, so what is found stands beside what is found of the labels of
-other pictures.
+picture retrieves it. Here the sentence is `LabelHits.label_rows` and the equation is `LabelHits.token_rows`. With many
+tokens of k words each a picture touches many labels by accident, so what is found stands beside what is found of the
+labels of other pictures.
 """
 
 from __future__ import annotations
@@ -40,11 +38,9 @@ Reading = Callable[[VisionLanguageModel, Prompt, int], Int[Tensor, "layers token
 
 
 def label_ids(tokenizer: Any, label: str, rule: str = "head-word") -> tuple[int, ...]:
-    """The vocabulary entries that count as a label, ascending; empty if none does.
-
-    A word counts with or without a leading space, in lower case, Capitalised or in CAPITALS, in singular and plural.
-    The tokenizer is byte-level BPE or SentencePiece; of RULES each includes the one before.
-    """
+    """The vocabulary entries that count as a label, ascending; empty if none does. A word counts with or without a
+    leading space, in lower case, Capitalised or in CAPITALS, in singular and plural. The tokenizer is byte-level BPE or
+    SentencePiece; of RULES each includes the one before."""
     if rule not in RULES:
         raise EmbedLensError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
     if not label.strip():
@@ -80,13 +76,10 @@ class LabelHits:
     present: Bool[np.ndarray, "pictures labels"]  #: Which labels each picture has
     retrieved: Bool[np.ndarray, "layers pictures labels"]  #: Which labels some visual token of the picture retrieves
     tokens: Int[np.ndarray, " pictures"]  #: Visual tokens of each picture
-    object_tokens: Int[np.ndarray, " pictures"]
-    """Of these, tokens whose patch centre lies in the box of an object whose label counts."""
+    object_tokens: Int[np.ndarray, " pictures"]  #: Of these, in the box of an object whose label counts
     grounded: Int[np.ndarray, "layers pictures"]  #: Object tokens that retrieve the label of an object they lie in
-    label_tokens: Int[np.ndarray, " labels"] = field(repr=False)
-    """Object tokens in a box of each label, over all pictures."""
-    retrieving: Int[np.ndarray, "layers labels"] = field(repr=False)
-    """Object tokens, of whatever object, that retrieve each label, over all pictures."""
+    label_tokens: Int[np.ndarray, " labels"] = field(repr=False)  #: Object tokens in a box of each, in all pictures
+    retrieving: Int[np.ndarray, "layers labels"] = field(repr=False)  #: Of whatever object, that retrieve each
 
     def token_rows(self) -> pd.DataFrame:
         """One row per picture and layer, for `embedlens.stats`: grounded, object_tokens, tokens."""
@@ -102,10 +95,9 @@ class LabelHits:
     def label_rows(self) -> pd.DataFrame:
         """One row per picture and layer, for `embedlens.stats`: asked (labels of the picture), found, by_accident.
 
-        `by_accident` over `asked` is what would be found if each picture were asked for the labels of another, over
-        all pairs of different pictures; label frequencies, and how many labels a picture has, stay as they are. A pair
-        has two sides: a picture's part of it is what its labels find elsewhere and what its tokens find of labels
-        elsewhere, less the mean of one side, so that drawing pictures draws both.
+        `by_accident` over `asked` is what would be found if each picture were asked for the labels of another, over all
+        pairs of different pictures. A picture's part of a pair is what its labels find elsewhere and what its tokens
+        find of labels elsewhere, less the mean of one side, so that drawing pictures draws both.
         """
         pictures = len(self.present)
         own = (self.retrieved & self.present).sum(-1)  # [layers, pictures]
@@ -127,13 +119,10 @@ class LabelHits:
 
 def objects(sample: Sample, grid: PatchGrid) -> list[tuple[str, Box, Bool[Tensor, " n"]]]:
     """Of each object of a picture: label, box (x0, y0, x1, y1), patches whose centre lies in it; a crowd is none."""
-    found = []
-    for entry in sample.annotations:
-        x, y, w, h = entry["bbox"]
-        box = (x, y, x + w, y + h)
-        if not entry.get("iscrowd"):
-            found.append((sample.category_names[entry["category_id"]], box, grid.inside(box)))
-    return found
+    shown = [entry for entry in sample.annotations if not entry.get("iscrowd")]
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (entry["bbox"] for entry in shown)]
+    names = (sample.category_names[entry["category_id"]] for entry in shown)
+    return [(name, box, grid.inside(box)) for name, box in zip(names, boxes, strict=True)]
 
 
 def label_hits(
@@ -144,22 +133,17 @@ def label_hits(
     lenses: Mapping[str, Lens | Reading] | None = None,
     batch_size: int = 8,
 ) -> dict[tuple[str, int, str], LabelHits]:
-    """Read the visual tokens of every picture at every layer and look for the picture's labels.
-
-    One forward pass a picture, whatever the number of lenses, ks and rules; hidden states are dropped batch by batch.
+    """Read the visual tokens of every picture at every layer and look for the picture's labels, one forward pass each.
 
     Args:
         samples: pictures with COCO-style annotations, all of one data set; those that cannot be read are left out.
-        ks: how many words of a token count as retrieved.
+        ks: how many words of a token count as retrieved, at most the vocabulary.
         rules: which tokens count as a label, see RULES.
         lenses: name → lens, read at every layer, or `Reading` (such as `embedlens.redundancy.words_alone`); default:
             EmbedLens and LogitLens of the model, under these names.
 
     Returns:
         (name of the lens, k, rule) → what it found; layer l is `model.hidden_states(prompt)[l]`.
-
-    Raises:
-        EmbedLensError: no samples, no k, or k larger than the vocabulary.
     """
     if not ks or not rules:
         raise EmbedLensError("no k or no rule: pass at least one of each")
@@ -172,10 +156,8 @@ def label_hits(
         for sample, prompt, states in zip(batch, prompts, model.streams_of(prompts, batch_size), strict=True):
             shown = objects(sample, prompt.grid)
             for reader, lens in lenses.items():
-                if isinstance(lens, Lens):
-                    ids = lens.topk(states[:, prompt.visual], max(ks))[1].cpu()
-                else:
-                    ids = lens(model, prompt, max(ks)).cpu()
+                tokens, most = states[:, prompt.visual], max(ks)
+                ids = (lens.topk(tokens, most)[1] if isinstance(lens, Lens) else lens(model, prompt, most)).cpu()
                 for rule, (labels, table) in tables.items():
                     on = torch.zeros(len(prompt.grid), len(labels), dtype=torch.bool)
                     for name, _, inside in shown:
@@ -183,18 +165,22 @@ def label_hits(
                             on[:, labels.index(name)] |= inside
                     present = np.isin(labels, [name for name, _, _ in shown])
                     for k in ks:
-                        found = table[ids[..., :k]].any(-2)  # [layers, tokens, labels]
-                        parts.setdefault((reader, k, rule), []).append(_part(found, on) | {"present": present})
-    return {key: _together(tables[key[2]][0], found) for key, found in parts.items()}
+                        named = table[ids[..., :k]].any(-2)  # [layers, tokens, labels]
+                        parts.setdefault((reader, k, rule), []).append(_part(named, on) | {"present": present})
+    hits = {}
+    for key, found in parts.items():
+        stacked = {name: np.stack([part[name] for part in found]) for name in found[0]}
+        stacked["retrieved"], stacked["grounded"] = stacked["retrieved"].swapaxes(0, 1), stacked["grounded"].T
+        stacked |= {name: stacked[name].sum(0) for name in ("label_tokens", "retrieving")}
+        hits[key] = LabelHits(tables[key[2]][0], **stacked)
+    return hits
 
 
 def named_patches(
     model: VisionLanguageModel, sample: Sample, grid: PatchGrid, ids: Int[Tensor, "n k"], rule: str = "head-word"
 ) -> tuple[Bool[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Of one picture's patches: which retrieve the label of an object they lie in, and which lie in an object.
-
-    `ids` are the retrieved vocabulary entries of each patch, as `lens.topk` gives them.
-    """
+    """Of one picture's patches: which retrieve the label of an object they lie in, and which lie in an object. `ids`
+    are the retrieved vocabulary entries of each patch, as `lens.topk` gives them."""
     named, covered = torch.zeros(2, len(grid), dtype=torch.bool)
     for name, _, inside in objects(sample, grid):
         counted = torch.tensor(label_ids(model.tokenizer, name, rule), dtype=torch.long)
@@ -206,10 +192,8 @@ def named_patches(
 def largest_object(
     model: VisionLanguageModel, sample: Sample, grid: PatchGrid, rule: str = "head-word"
 ) -> tuple[str, int]:
-    """Label and middle patch of the picture's largest object whose label has a token: one token to look at.
-
-    Picked by what the picture holds, never by how it comes out. Crowds are left out; of equal boxes the first counts.
-    """
+    """Label and middle patch of the picture's largest object whose label has a token: one token to look at. Picked by
+    what the picture holds, never by how it comes out. Of equal boxes the first counts."""
     found = [(name, box) for name, box, _ in objects(sample, grid) if label_ids(model.tokenizer, name, rule)]
     if not found:
         raise EmbedLensError(f"no object of picture {sample.id} has a label with a token: take another picture")
@@ -231,19 +215,6 @@ def _table(
 
 def _part(found: Bool[Tensor, "layers tokens labels"], on: Bool[Tensor, "tokens labels"]) -> dict[str, np.ndarray]:
     """What is kept of one picture."""
-    of_object = on.any(-1)
-    return {
-        "retrieved": found.any(1).numpy(),
-        "tokens": np.array(len(on)),
-        "object_tokens": of_object.sum().numpy(),
-        "grounded": (found & on).any(-1).sum(-1).numpy(),
-        "label_tokens": on.sum(0).numpy(),
-        "retrieving": found[:, of_object].sum(1).numpy(),
-    }
-
-
-def _together(labels: tuple[str, ...], parts: list[dict[str, np.ndarray]]) -> LabelHits:
-    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    stacked["retrieved"], stacked["grounded"] = stacked["retrieved"].swapaxes(0, 1), stacked["grounded"].T
-    stacked |= {name: stacked[name].sum(0) for name in ("label_tokens", "retrieving")}
-    return LabelHits(labels, **stacked)
+    kept = {"retrieved": found.any(1), "object_tokens": on.any(-1).sum(), "label_tokens": on.sum(0)}
+    kept |= {"grounded": (found & on).any(-1).sum(-1), "retrieving": found[:, on.any(-1)].sum(1)}
+    return {"tokens": np.array(len(on)), **{name: value.numpy() for name, value in kept.items()}}

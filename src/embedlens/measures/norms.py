@@ -1,13 +1,13 @@
 """Norms of visual and text positions, how far each block turns them, and what rescaling changes (Section 6.2).
 
-A block of a pre-norm decoder adds an update to the residual stream, and reads the stream through a norm that divides
-its length out. A factor on the visual tokens therefore leaves what the first attention reads as it is, and changes how
-much the update weighs beside what it is added to: `first_block` separates this arithmetic from what the model does.
+A block of a pre-norm decoder reads the residual stream through a norm that divides its length out, and adds an update
+to it. A factor on the visual tokens leaves what the first attention reads as it is, and changes how much the update
+weighs beside what it is added to: `first_block` separates this arithmetic from what the model does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ def by_layer(
     """Norms and layer-to-layer cosines of each picture, means over its positions, visual tokens scaled by each factor.
 
     Positions: "visual"; "text" without the first one, whose norm is of its own kind in many models; "all text"; and
-    the groups of `embedlens.groups`, of the unscaled picture, if a reference is given. Where a picture has none of
-    them, there is no row.
+    the groups of the unscaled picture, if a reference is given. Where a picture has none of them, there is no row.
 
     Returns:
         per sample, one row per scale, positions and layer: norm (L2; layer 0 enters the first block) and, where a block
@@ -44,7 +43,10 @@ def by_layer(
         taken out) and, of unscaled visual tokens with a lens, renamed: the share whose nearest word changes.
     """
     prompts = prompts_of(model, samples)
-    masks = [_positions(prompt) for prompt in prompts]
+    masks: list[dict[str, Bool[Tensor, " s"]]] = []
+    for prompt in prompts:
+        later = torch.arange(len(prompt), device=prompt.visual.device) > 0
+        masks.append({"visual": prompt.visual, "text": prompt.text & later, "all text": prompt.text})
     if reference is not None:
         found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
         for of, prompt, groups in zip(masks, prompts, found, strict=True):
@@ -74,10 +76,10 @@ def first_block(
         per sample, one row per scale, means over the visual tokens: turn (cos of h_0 and h_1), frozen (the same if the
         block added what it adds to the unscaled tokens: arithmetic alone), attention_moved and mlp_moved (how far the
         update is from the unscaled one, as a share of that one's norm; the MLP reads token and attention update added
-        up, so the factor reaches it).
+        up).
     """
     prompts = prompts_of(model, samples)
-    plain = _updates(model, prompts, 1.0)
+    plain = list(_updates(model, prompts, 1.0))
     rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for scale in scales:
         for own, (x, *new), (_, *old) in zip(rows, _updates(model, prompts, scale), plain, strict=True):
@@ -86,12 +88,6 @@ def first_block(
             names = ("turn", "frozen", "attention_moved", "mlp_moved")
             own.append({"scale": scale, **dict(zip(names, map(float, (*turns, *moved)), strict=True))})
     return rows
-
-
-def _positions(prompt: Prompt) -> dict[str, Bool[Tensor, " s"]]:
-    later = torch.ones_like(prompt.visual)
-    later[0] = False
-    return {"visual": prompt.visual, "text": prompt.text & later, "all text": prompt.text}
 
 
 def _course(h: Float[Tensor, "layers n d"]) -> dict[str, Float[Tensor, " layers"]]:
@@ -104,11 +100,9 @@ def _course(h: Float[Tensor, "layers n d"]) -> dict[str, Float[Tensor, " layers"
 
 def _updates(
     model: VisionLanguageModel, prompts: Sequence[Prompt], scale: float
-) -> list[tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]]]:
+) -> Iterator[tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], Float[Tensor, "n d"]]]:
     """Visual tokens as they enter the first block, what its attention adds, what its MLP adds; per prompt."""
-    found = []
     scaled = [prompt.rescaled(scale) for prompt in prompts]
     for prompt, seen in zip(scaled, traces(model, scaled, batch_size=len(scaled)), strict=True):
         pre, mid, post = (h[0, prompt.visual].float() for h in (seen.resid_pre, seen.resid_mid, seen.resid_post))
-        found.append((pre, mid - pre, post - mid))
-    return found
+        yield pre, mid - pre, post - mid

@@ -5,7 +5,7 @@ The pictures are those of `embedlens.samples.patchbench`; Section 7.1 and Append
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,20 +23,9 @@ from embedlens.lenses import Lens
 from embedlens.measures.labels import label_ids
 from embedlens.prefix import Case, answers
 from embedlens.prompts import QUESTION
+from embedlens.samples import patchbench
 from embedlens.samples.miniworld.sprites import COLOURS
-from embedlens.samples.patchbench import (
-    AXES,
-    GROUND,
-    INK,
-    SURROUND,
-    OnePatch,
-    canonical,
-    correct,
-    follows,
-    probes,
-    strings,
-    twins,
-)
+from embedlens.samples.patchbench import AXES, GROUND, INK, SURROUND, OnePatch, canonical, correct, follows
 from embedlens.vlm import VisionLanguageModel
 
 ANSWER_TOKENS = 8  # no name, colour or string of the set is longer
@@ -53,16 +42,14 @@ def canvas_of(model: VisionLanguageModel) -> tuple[int, int]:
 def ask(
     model: VisionLanguageModel,
     pictures: Sequence[OnePatch],
-    axes: Sequence[str] | None = None,
+    axes: Sequence[str] = AXES,
     swap: bool = False,
     batch_size: int = 32,
 ) -> pd.DataFrame:
-    """Ask the questions of every picture; one row each, picture by picture.
+    """Ask the questions of every picture on some of `patchbench.AXES`; one row each, picture by picture.
 
-    Args:
-        axes: of `patchbench.AXES`; None: all three.
-        swap: control: each question is asked about another picture of the same group, half the group further on, and
-            its answer is judged by the picture it belongs to.
+    `swap` is the control: each question is asked about another picture of the same group, half the group further on,
+    and its answer is judged by the picture it belongs to.
 
     Returns:
         columns id (the picture that the question belongs to), group, axis, question, answer, said, correct, and for
@@ -70,38 +57,27 @@ def ask(
     """
     asked = []
     for other, picture in zip(_shifted(pictures) if swap else pictures, pictures, strict=True):
-        own = [
-            (picture, axis, instructed(model, one))
-            for axis, one in picture.asked.items()
-            if axes is None or axis in axes
-        ]
+        own = [(picture, axis, instructed(model, one)) for axis, one in picture.asked.items() if axis in axes]
         asked += [(other.image, own)] if own else []
     if not asked:
         raise EmbedLensError("no question to ask: pass at least one picture that has a question on these axes")
-    together = max(1, batch_size // 4)  # what is remembered of so many takes the memory of batch_size prompts
 
     def run(start: int, part: Sequence[Any]) -> list[str]:  # a picture runs once for all its questions
         firsts = model.prompts([image for image, _ in part], [own[0][2].text for _, own in part])
         cases = []
         for first, (_, own) in zip(firsts, part, strict=True):
             cases += [Case(first), *(Case(model.asked(first, question.text)) for _, _, question in own[1:])]
-        return answers(model, cases, ANSWER_TOKENS, together)
+        return answers(model, cases, ANSWER_TOKENS, max(1, batch_size // 4))  # they are remembered
 
     said = list(in_batches(run, asked, batch_size))
     rows = (row for _, own in asked for row in own)
-    return pd.DataFrame(
-        {
-            "id": picture.id,
-            "group": picture.group,
-            "axis": axis,
-            "question": question.text,
-            "answer": question.answer,
-            "said": words,
-            "correct": correct(question, words),
-            "follows": follows(picture, words) if axis == "colour" else "",
-        }
+    columns = ["id", "group", "axis", "question", "answer", "said", "correct", "follows"]
+    table = [
+        (picture.id, picture.group, axis, question.text, question.answer, words, correct(question, words))
+        + (follows(picture, words) if axis == "colour" else "",)
         for (picture, axis, question), words in zip(rows, said, strict=True)
-    )
+    ]
+    return pd.DataFrame(table, columns=columns)
 
 
 def _shifted(pictures: Sequence[OnePatch]) -> list[OnePatch]:
@@ -116,18 +92,17 @@ def _shifted(pictures: Sequence[OnePatch]) -> list[OnePatch]:
     return shown
 
 
-def recolour_rows(model: VisionLanguageModel, cases: Sequence[OnePatch], batch_size: int = 32) -> pd.DataFrame:
+def recolour_rows(model: VisionLanguageModel, cases: Sequence[OnePatch]) -> pd.DataFrame:
     """What becomes of the answer about a text's colour when the text, its patch or the surround is recoloured.
 
     Returns:
         one row per case and part that is recoloured: id, part, follows (what the answer follows before), said before
         and after, stays (the answer is as before) and turns (it is the new colour).
     """
-    before, found = ask(model, cases, ["colour"], batch_size=batch_size), []
-    changes = [probes(case) for case in cases]
+    before, found, changes = ask(model, cases, ["colour"]), [], [patchbench.probes(case) for case in cases]
     new = [str(change[INK].ink) for change in changes]
     for part in (INK, GROUND, SURROUND):
-        after = ask(model, [change[part] for change in changes], ["colour"], batch_size=batch_size).said
+        after = ask(model, [change[part] for change in changes], ["colour"]).said
         own = before[["id", "follows", "said"]].assign(part=part, after=after)
         after = after.map(canonical)
         found.append(own.assign(stays=after == before.said.map(canonical), turns=after == new))
@@ -144,26 +119,24 @@ def colour_rows(
         colour) and nearest (of all names of colours that are one token it is the best).
     """
     ids = {colour: torch.tensor(label_ids(model.tokenizer, colour, "strict"), dtype=torch.long) for colour in COLOURS}
-    if not any(map(len, ids.values())):
-        raise EmbedLensError("no name of a colour is one token of this vocabulary: a lens cannot read colours here")
     known = torch.cat(list(ids.values()))
+    if not len(known):
+        raise EmbedLensError("no name of a colour is one token of this vocabulary: a lens cannot read colours here")
     shown, found = {INK: "ink", GROUND: "ground", SURROUND: "surround"}, []
     for picture, state in zip(pictures, content_states(model, pictures), strict=True):  # scores of V words are large
         for name, lens in lenses.items():
             held, best = lens.topk(state, k)[1].cpu(), known[lens.scores(state).cpu()[:, known].argmax(-1)]
             for part, of in shown.items():
                 own = ids[str(getattr(picture, of))]
-                columns = {"held": torch.isin(held, own).any(-1), "nearest": torch.isin(best, own)}
-                rows = pd.DataFrame({column: values.numpy() for column, values in columns.items()})
-                found.append(rows.assign(lens=name, part=part, id=picture.id, layer=range(len(state))))
+                rows = {"held": torch.isin(held, own).any(-1).numpy(), "nearest": torch.isin(best, own).numpy()}
+                place = {"lens": name, "part": part, "id": picture.id, "layer": range(len(state))}
+                found.append(pd.DataFrame(rows | place))
     return pd.concat(found, ignore_index=True)
 
 
 def twin_rows(pictures: Sequence[OnePatch], answers: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
-    """Answers about the colour of a text on a white patch beside those about its twin on a coloured one.
-
-    Args:
-        answers, control: what `ask` gives of these pictures, and of others (`swap`).
+    """Answers of `ask` about the colour of a text on a white patch beside those about its twin on a coloured one, and
+    beside `control`, those about another picture (`swap`).
 
     Returns:
         one row per pair: white, colour and habit (1 where the colour is right on the white patch, on the coloured one,
@@ -183,7 +156,7 @@ def twin_rows(pictures: Sequence[OnePatch], answers: pd.DataFrame, control: pd.D
             "white_surround": a.surround == "white",
             "covered": float(b.covered.mean()),
         }
-        for pair, (a, b) in enumerate(twins(pictures))
+        for pair, (a, b) in enumerate(patchbench.twins(pictures))
     )
 
 
@@ -195,7 +168,7 @@ def piece_rows(model: VisionLanguageModel, pictures: Sequence[OnePatch], seed: i
         (1 where the string is read, about its own picture and about another of its half).
     """
     draw, found = np.random.default_rng(seed), []
-    halves = {half: some for half, some in strings(model.tokenizer, length=2).items() if some}
+    halves = {half: some for half, some in patchbench.strings(model.tokenizer, length=2).items() if some}
     drawn = {half: [replace(p, text=str(draw.choice(some))) for p in pictures] for half, some in halves.items()}
     for half, texts in drawn.items():
         own, other = (ask(model, texts, AXES[:1], swap=swap).correct.astype(float) for swap in (False, True))
@@ -207,12 +180,10 @@ def content_states(
     model: VisionLanguageModel, pictures: Sequence[OnePatch], batch_size: int = 32
 ) -> Float[Tensor, "pictures layers d"]:
     """The residual stream of the one patch that holds the content, through all layers."""
-    found = []
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
+
+    def run(_: int, batch: Sequence[OnePatch]) -> Iterator[Tensor]:
         prompts = model.prompts([picture.image for picture in batch], [QUESTION] * len(batch))
-        streams = model.streams_of(prompts, batch_size)
-        for picture, prompt, stream in zip(batch, prompts, streams, strict=True):
+        for picture, prompt, stream in zip(batch, prompts, model.streams_of(prompts, batch_size), strict=True):
             x0, y0, x1, y1 = picture.box
             index = prompt.grid.patch_at((x0 + x1) / 2, (y0 + y1) / 2)
             if not np.allclose(prompt.grid.cell(index), picture.box, atol=0.01):
@@ -220,5 +191,6 @@ def content_states(
                     f"the content lies at {picture.box}, the patch there at {prompt.grid.cell(index)}: draw the "
                     "pictures with the side and patch that canvas_of gives for this model"
                 )
-            found.append(stream[:, prompt.visual][:, index])
-    return torch.stack(found)
+            yield stream[:, prompt.visual][:, index]
+
+    return torch.stack(list(in_batches(run, pictures, batch_size)))

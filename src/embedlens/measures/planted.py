@@ -1,15 +1,12 @@
-"""A positive control for `embedlens.measures.sinks`: a copy of a LLaVA whose sinks were made by hand.
+"""A positive control for `embedlens.measures.sinks`: a copy of a LLaVA in which a few weights are edited by hand, so
+that which tokens are sinks, of which kind and from which layer on is known.
 
-An instrument that finds no sinks has to be shown some. A few weights of a copy are edited, so that which tokens are
-sinks, of which kind and from which layer on is known:
-
-1. Vision tower: two channels say nothing of a picture but mark some positions, by much or by little.
-2. Projector: two units read these channels; a marked patch becomes one vector, the same in every picture.
-3. MLP of the second block, the paper's MLP-2: two units read the mark of the LLM sinks, and a mark on BOS's embedding,
-   and write one massive dimension.
-4. Attention of later blocks: one component of every query is a constant, and of every key what the massive dimension
-   holds, so that all queries attend to BOS and the LLM sinks; their values are nearly zero. Marked by much, in the
-   tower, a patch is a ViT sink: keys of its vector repel.
+1. Two channels of the vision tower say nothing of a picture but mark some positions, by much or by little.
+2. Two units of the projector read them; a marked patch becomes one vector, the same in every picture.
+3. Two units of the second block's MLP, the paper's MLP-2, read the mark of the LLM sinks, and a mark on BOS's
+   embedding, and write one massive dimension.
+4. In later blocks one component of every query is a constant, and of every key what the massive dimension holds, so
+   that all queries attend to BOS and the LLM sinks, whose values are nearly zero. ViT sinks, marked by much, repel.
 """
 
 from __future__ import annotations
@@ -35,18 +32,10 @@ def planted(
     model: VisionLanguageModel | None = None, vit: Sequence[int] = VIT, llm: Sequence[int] = LLM
 ) -> VisionLanguageModel:
     """A copy with ViT sinks and LLM sinks at some patches of every picture, and BOS as a sink; `model` stays as it is.
-
-    Args:
-        model: a LLaVA with a CLIP tower and a LLaMA, in 32 bits; default: the miniature.
-        vit, llm: places of patches, different ones.
-
-    Raises:
-        EmbedLensError: another architecture, or a patch that would be both or is not there.
-    """
+    It is a LLaVA with a CLIP tower and a LLaMA, in 32 bits; default: the miniature."""
     model = load(MINIATURE, device="cpu") if model is None else model
-    copy = VisionLanguageModel(
-        deepcopy(model.hf), deepcopy(model.processor), f"{model.name} with planted sinks", model.preprocessing
-    )
+    parts, name = (deepcopy(model.hf), deepcopy(model.processor)), f"{model.name} with planted sinks"
+    copy = VisionLanguageModel(*parts, name, model.preprocessing)
     inner = copy.hf.model
     if type(copy.hf).__name__ != "LlavaForConditionalGeneration" or copy.n_layers < 3:
         raise EmbedLensError(f"sinks cannot be planted in {model.name}: pass a LLaVA of at least three blocks")

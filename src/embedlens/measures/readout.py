@@ -1,9 +1,8 @@
 """What a linear probe reads from visual tokens: content that cosines near one can hide.
 
 Tokens whose pairwise cosine is .99 can still differ in directions that a later layer, or a probe, reads without
-effort: a direction that all share adds to every cosine and takes nothing away. So a multinomial logistic regression is
-trained on the tokens of some pictures and asked about the tokens of others, beside the same on projectors with random
-weights (what the vision tower alone gives) and beside the most frequent answer.
+effort. So a multinomial logistic regression is trained on the tokens of some pictures and asked about those of others,
+beside the same on projectors with random weights (what the vision tower alone gives) and the most frequent answer.
 """
 
 from __future__ import annotations
@@ -42,10 +41,7 @@ LEAST_PICTURES = 10  # to be asked about: fewer have no interval to speak of
 
 
 def patch_colours(image: Image, grid: PatchGrid) -> Int[np.ndarray, " n"]:
-    """Index into COLOURS of the mean colour of the pixels that each patch shows; -1 if it shows none.
-
-    The nearest sRGB value counts. A pixel belongs to a patch if its centre does.
-    """
+    """Index into COLOURS, nearest in sRGB, of the mean of the pixels whose centre each patch shows, or NONE."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     rows, cols = (np.arange(side) + 0.5 for side in pixels.shape[:2])
     palette, found = np.array(list(COLOURS.values()), dtype=np.float64), np.full(len(grid), NONE)
@@ -58,26 +54,21 @@ def patch_colours(image: Image, grid: PatchGrid) -> Int[np.ndarray, " n"]:
 
 
 def patch_objects(sample: Sample, grid: PatchGrid) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """(category of the object each patch lies in, category of the nearest object of a patch that lies in none).
-
-    A patch lies in the smallest box that holds its centre; distance is from the centre to the edge of a box. Crowds
-    and patches in the bars are left out; -1 where there is no answer.
-    """
-    inside, beside = np.full(len(grid), NONE), np.full(len(grid), NONE)
+    """(category of the object each patch lies in, category of the nearest object of a patch that lies in none). A patch
+    lies in the smallest box that holds its centre; distance is from the centre to the edge of a box. Crowds and patches
+    in the bars are left out; NONE where there is no answer."""
     boxes = [(entry["category_id"], *entry["bbox"]) for entry in sample.annotations if not entry.get("iscrowd")]
     if not boxes:
-        return inside, beside
+        return np.full(len(grid), NONE), np.full(len(grid), NONE)
     boxes.sort(key=lambda box: box[3] * box[4])
-    categories = np.array([box[0] for box in boxes])
-    x0, y0, w, h = np.array([box[1:] for box in boxes], dtype=np.float64).T
+    categories, (x0, y0, w, h) = np.array([box[0] for box in boxes]), np.array([box[1:] for box in boxes], float).T
     x, y = grid.centres.double().numpy().T[:, :, None]
     across = np.maximum(np.maximum(x0 - x, x - (x0 + w)), 0)
     down = np.maximum(np.maximum(y0 - y, y - (y0 + h)), 0)
     covered = (x >= x0) & (x < x0 + w) & (y >= y0) & (y < y0 + h)
     within, seen = covered.any(1), ~grid.padded.numpy()
-    inside[within & seen] = categories[covered.argmax(1)][within & seen]
-    beside[~within & seen] = categories[np.hypot(across, down).argmin(1)][~within & seen]
-    return inside, beside
+    inside = np.where(within & seen, categories[covered.argmax(1)], NONE)
+    return inside, np.where(~within & seen, categories[np.hypot(across, down).argmin(1)], NONE)
 
 
 def random_projector(projector: nn.Module, seed: int) -> nn.Module:
@@ -86,16 +77,14 @@ def random_projector(projector: nn.Module, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, part in drawn.named_modules():
-            own = list(part.parameters(recurse=False))
+            own, kind = list(part.parameters(recurse=False)), type(part).__name__
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
-            elif "Norm" in type(part).__name__ and [weight.ndim for weight in own] == [1]:
+            elif "Norm" in kind and [weight.ndim for weight in own] == [1]:
                 nn.init.ones_(own[0])  # the gains of transformers' RMSNorms, which cannot reset themselves
             elif own:
-                raise EmbedLensError(
-                    f"{name or 'the projector'} ({type(part).__name__}) has weights but no reset_parameters: "
-                    "initialise it by hand"
-                )
+                what = f"{name or 'the projector'} ({kind}) has weights but no reset_parameters"
+                raise EmbedLensError(f"{what}: initialise it by hand")
     first = next(projector.parameters())
     return drawn.to(first.device, first.dtype).eval()
 
@@ -111,8 +100,8 @@ def token_table(
     """Tokens to probe: of each picture at most `per_picture` dead and as many alive ones, drawn by its id and the seed.
 
     Returns:
-        the vision-tower states that the projector reads, and a row for each: id of its picture, dead, alive and, of
-        QUESTIONS, the class, -1 if there is none.
+        the vision-tower states that the projector reads, and for each a row: id of its picture, dead, alive and the
+        class by each of QUESTIONS, NONE if there is none.
     """
     states, parts = [], []
     for batch, prompts in looked_at(model, samples, batch_size):
@@ -149,32 +138,29 @@ def linear_readout(
 
     Args:
         vectors: the same tokens in one or several forms (several random projectors); their hits are averaged.
-        answers: class of each token; -1 leaves it out.
+        answers: class of each token; NONE leaves it out.
         picture: id of each token's picture; no picture is on both sides.
 
     Returns:
-        a row per test picture: id, hits (right answers, mean over forms), majority (right answers of always the most
-        frequent class of the training tokens), asked (tokens). None if there are not two classes
-        with LEAST_TOKENS training tokens each, or fewer than LEAST_PICTURES pictures with tokens to ask about.
+        a row per test picture: id, hits and majority (right answers of the probe, and of always the most frequent
+        class), asked (tokens). None if there are not two classes with LEAST_TOKENS training tokens each, or fewer than
+        LEAST_PICTURES pictures with tokens to ask about.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    rng = np.random.default_rng(seed)
-    pictures = np.unique(picture)
+    rng, pictures = np.random.default_rng(seed), np.unique(picture)
     testing = np.isin(picture, rng.permutation(pictures)[: len(pictures) // 3])
     known = np.flatnonzero((answers != NONE) & ~testing)
     names, counts = np.unique(answers[known], return_counts=True)
     order = np.lexsort((names, -counts))[:MOST_CLASSES]
     names = names[order][counts[order] >= LEAST_TOKENS]
-    train = known[np.isin(answers[known], names)]
-    test = np.flatnonzero(testing & np.isin(answers, names))
+    train, test = known[np.isin(answers[known], names)], np.flatnonzero(testing & np.isin(answers, names))
     if len(names) < 2 or len(np.unique(picture[test])) < LEAST_PICTURES:
         return None
-    train = np.sort(rng.permutation(train)[:MOST_TOKENS])
+    train, right = np.sort(rng.permutation(train)[:MOST_TOKENS]), np.zeros(len(test))
     seen, often = np.unique(answers[train], return_counts=True)
-    right = np.zeros(len(test))
     for form in vectors:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
         right += (probe.fit(form[train], answers[train]).predict(form[test]) == answers[test]) / len(vectors)
@@ -183,16 +169,10 @@ def linear_readout(
 
 
 def readouts(
-    model: VisionLanguageModel,
-    samples: Sequence[Sample],
-    reference: Reference,
-    projectors: int = 3,
-    seed: int = 0,
+    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, projectors: int = 3, seed: int = 0
 ) -> pd.DataFrame:
-    """Every question to dead and to alive tokens, after the model's own projector, after random ones, and unseen.
-
-    Args:
-        projectors: how many with new weights; their hits are averaged.
+    """Every question to dead and to alive tokens, after the model's own projector, after several with new weights, and
+    unseen.
 
     Returns:
         per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS): id, hits
@@ -200,17 +180,14 @@ def readouts(
     """
     before, table = token_table(model, samples, reference, seed=seed)
     anew = [random_projector(model.projector, seed + number) for number in range(projectors)]
-    forms = {
-        READERS[0]: [projected(model.projector, before)],
-        READERS[1]: [projected(projector, before) for projector in anew],
-    }
-    columns = ["id", "question", "group", "reader", "hits", "asked"]
-    found = [pd.DataFrame(columns=columns)]
-    for question, group, (name, vectors) in product(QUESTIONS, ("dead", "alive"), forms.items()):
+    own, *random = (projected(projector, before) for projector in (model.projector, *anew))
+    columns, found = ["id", "question", "group", "reader", "hits", "asked"], []
+    behind = {READERS[0]: [own], READERS[1]: random}
+    for question, group, (name, forms) in product(QUESTIONS, ("dead", "alive"), behind.items()):
         mask = table[group].to_numpy()
         answers, picture = (table[column].to_numpy()[mask] for column in (question, "id"))
-        rows = linear_readout([form[mask] for form in vectors], answers, picture, seed=seed)
+        rows = linear_readout([form[mask] for form in forms], answers, picture, seed=seed)
         if rows is not None:
             rows = rows.assign(question=question, group=group, reader=name)
             found += [rows, rows.assign(hits=rows["majority"], reader=READERS[2])][: 2 if name == READERS[0] else 1]
-    return pd.concat(found[1:] or found, ignore_index=True)[columns]
+    return pd.concat(found or [pd.DataFrame(columns=columns)], ignore_index=True)[columns]

@@ -3,10 +3,6 @@
 Figures 1, 3 and 4 of 2503.20540: every token of some pictures is read alone and left out (`embedlens.redundancy`), and
 two "intermediate states" order the same tokens: the cosine of CLS and patch in the vision tower, and the attention
 from the last text position, summed over the language model's layers.
-
-    found = scored(model, pictures)
-    found.table                        # a row per token: id, patch, what orders it, what it says, what is lost
-    trends(found.table)                # a row per picture, score and value: Spearman's rho
 """
 
 from __future__ import annotations
@@ -46,10 +42,10 @@ class Scored:
     samples: Sequence[Sample]
     prompts: Sequence[Prompt]
     scores: Sequence[TokenScores]
+    #: id, patch; similarity (nan for a tower without CLS) and attention; low, high: in that third of its picture by
+    #: every score that there is; probability, divergence, word; named: the token alone names the object that its patch
+    #: lies in, misnamed: the next picture's word at its place does
     table: pd.DataFrame
-    """id, patch; similarity (nan for a tower without CLS) and attention; low, high: in that third of its picture by
-    every score that there is; probability, divergence, word; named: the token alone names the object that its patch
-    lies in, misnamed: the next picture's word at its place does."""
 
     @property
     def tokens(self) -> list[Float[Tensor, "_ d"]]:
@@ -68,19 +64,11 @@ class Scored:
 
 
 def scored(
-    model: VisionLanguageModel,
-    samples: Sequence[Sample],
-    protocol: Protocol | None = None,
-    low_only: bool = False,
-    batch_size: int = 64,
+    model: VisionLanguageModel, samples: Sequence[Sample], protocol: Protocol | None = None, low_only: bool = False
 ) -> Scored:
-    """Read the tokens of some pictures: all of few, the release's 96 ranks of likeness to CLS of many.
-
-    Args:
-        protocol: default: the release's, with the model's own question and aligned articles.
-        low_only: read only the tokens in the lowest third of their picture by every score; pictures without any are
-            left out, and all may be.
-    """
+    """Read the tokens of some pictures: all of few, the release's 96 ranks of likeness to CLS of many. `protocol` is by
+    default the release's, with the model's own question and aligned articles. `low_only`: read only the tokens in the
+    lowest third of their picture by every score; pictures without any are left out, and all may be."""
     if len(samples) < 2:
         raise EmbedLensError(f"{len(samples)} pictures: pass at least two, better 24")
     protocol = protocol or Protocol(question=describing(model))
@@ -88,8 +76,7 @@ def scored(
     features = list(in_batches(lambda _, some: features_of(model, some), prompts, 16))
     attention = [part.double().sum(0).cpu() for part, _ in attended(model, prompts)]
     similarity = [cls_similarity(one).double().cpu() for one in features if one.cls is not None]
-    order = similarity if len(similarity) == len(samples) else attention
-    tables = []
+    order, tables = similarity if len(similarity) == len(samples) else attention, []
     for i, sample in enumerate(samples):
         at = order[i].argsort(descending=True, stable=True)[sampled_ranks(len(order[i]))].sort().values
         own = {"attention": attention[i][at], "similarity": similarity[i][at] if order is similarity else np.nan}
@@ -100,8 +87,7 @@ def scored(
     samples, prompts = [samples[i] for i in kept], [prompts[i] for i in kept]
     parts = [ordered[ordered["id"] == sample.id] for sample in samples]
     places = [torch.tensor(part["patch"].to_numpy()) for part in parts]
-    scores = token_scores(model, prompts, places, protocol, batch_size)
-    tables = []
+    scores, tables = token_scores(model, prompts, places, protocol), []
     for i, (sample, part, at, read) in enumerate(zip(samples, parts, places, scores, strict=True)):
         columns: dict[str, Any] = {"probability": read.probability.double().cpu().numpy()}
         columns |= {"divergence": read.cascade().double().cpu().numpy(), "word": read.word.cpu().numpy()}
@@ -110,25 +96,23 @@ def scored(
             ids[at[: len(words)], 0] = words.cpu()[: len(at)]
             columns[name] = np.asarray(named_patches(model, sample, prompts[i].grid, ids)[0])[at]
         tables.append(part.assign(**columns))
-    if not tables:
-        none: dict[str, Any] = {"probability": 0.0, "divergence": 0.0, "word": 0, "named": False, "misnamed": False}
-        tables = [ordered.assign(**none)]
-    return Scored(protocol, samples, prompts, scores, pd.concat(tables, ignore_index=True))
+    none: dict[str, Any] = {"probability": 0.0, "divergence": 0.0, "word": 0, "named": False, "misnamed": False}
+    table = pd.concat(tables, ignore_index=True) if tables else ordered.assign(**none)
+    return Scored(protocol, samples, prompts, scores, table)
 
 
 def orders_in(table: pd.DataFrame) -> list[str]:
-    """What orders the tokens of a table: of SCORES what the model has."""
+    """Of SCORES what the model has, which orders the tokens of a table."""
     return [name for name in SCORES if table[name].notna().all()]
 
 
 def extremes(table: pd.DataFrame) -> pd.DataFrame:
     """The table with `low` and `high`: in the lowest (highest) third of its picture by every score that there is."""
-    grouped = table.groupby("id", sort=False)
-    size = grouped["id"].transform("size")
+    size = table.groupby("id")["id"].transform("size")
     found = {"low": True, "high": True}
     for name in orders_in(table):
-        found["low"] &= grouped[name].rank(method="first") <= np.ceil(THIRD * size)
-        found["high"] &= table[name].mul(-1).groupby(table["id"]).rank(method="first") <= np.ceil(THIRD * size)
+        for end, values in (("low", table[name]), ("high", -table[name])):
+            found[end] &= values.groupby(table["id"]).rank(method="first") <= np.ceil(THIRD * size)
     return table.assign(**found)
 
 
@@ -145,14 +129,9 @@ def trends(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_rank(table: pd.DataFrame, score: str, cumulative: bool = False) -> pd.DataFrame:
-    """The table with `rank`: from 1, the highest score of its picture, to as many as the smallest picture has.
-
-    Larger pictures are read equally far along.
-
-    Args:
-        cumulative: order picture k by the sum of scores over pictures 1 to k. The released notebook of Figure 4 does
-            not reset the attention between pictures, which comes to this.
-    """
+    """The table with `rank`: from 1, the highest score of its picture, to as many as the smallest picture has. Larger
+    pictures are read equally far along. `cumulative`: picture k is ordered by the sum of scores over pictures 1 to k,
+    which is what the released notebook of Figure 4 does as it does not reset the attention between pictures."""
     groups = [own for _, own in table.groupby("id", sort=False)]
     fewest = min(map(len, groups))
     if cumulative and any(len(own) != fewest for own in groups):
@@ -169,9 +148,7 @@ def by_rank(table: pd.DataFrame, score: str, cumulative: bool = False) -> pd.Dat
 
 def larger_below(table: pd.DataFrame) -> pd.DataFrame:
     """Pairs of tokens of one picture, one lower in every score: how many (asked), how often it has the larger D (hits).
-
-    One row per picture that has such pairs.
-    """
+    One row per picture that has such pairs."""
     rows = []
     for picture, own in table.groupby("id", sort=False):
         scores = [own[name].to_numpy() for name in orders_in(table)]
@@ -188,11 +165,10 @@ def raised(model: VisionLanguageModel, found: Scored, chosen: pd.Series) -> pd.D
     rows = []
     for sample, prompt in zip(found.samples, found.prompts, strict=True):
         own = found.table[chosen & (found.table["id"] == sample.id)]
-        if own.empty:
-            continue
-        read = readings_of(model, prompt, torch.tensor(own["patch"].to_numpy()), found.protocol)
-        word = torch.tensor(own["word"].to_numpy())[:, None]
-        pairs = {"region": (read.region, read.region_without), "picture": (read.picture, read.picture_without)}
-        said = {name: float((a - b).cpu().gather(1, word).mean()) for name, (a, b) in pairs.items()}
-        rows.append({"id": sample.id, **said})
+        if len(own):
+            read = readings_of(model, prompt, torch.tensor(own["patch"].to_numpy()), found.protocol)
+            pairs = {"region": (read.region, read.region_without), "picture": (read.picture, read.picture_without)}
+            word = torch.tensor(own["word"].to_numpy())[:, None]
+            said = {name: float((a - b).cpu().gather(1, word).mean()) for name, (a, b) in pairs.items()}
+            rows.append({"id": sample.id, **said})
     return pd.DataFrame(rows, columns=["id", "region", "picture"])

@@ -1,10 +1,8 @@
 """Sinks: do any stand out, how alike they are, how like BOS, how much attended (Sections 4.1 to 4.3, Appendix D).
 
-Which tokens are sinks a `Reference` tells. Where a model has none of a kind, there are no rows of it: nothing stands in
-for them. The first token of the sequence (BOS) sees nothing but itself, so its state at every layer is one and the same
-for all pictures; what lies along it cannot hold anything of a picture.
-
-`embedlens.measures.planted` makes the positive control: sinks that every measure has to find.
+Which tokens are sinks a `Reference` tells; where a model has none of a kind, there are no rows of it. The first token
+of the sequence (BOS) sees nothing but itself, so its state at every layer is the same for all pictures; what lies along
+it cannot hold anything of a picture. `embedlens.measures.planted` makes the positive control.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch.nn.functional import normalize
 from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, picture_pairs
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
-from embedlens.groups import Reference, TokenGroups, fence, phi, ratio_fence, ratios, token_groups_of
+from embedlens.groups import Reference, fence, phi, ratio_fence, ratios, token_groups_of
 from embedlens.interventions import Intervention, Prune, SkipSublayers
 from embedlens.lenses import EmbedLens
 from embedlens.prompts import looked_at, prompts_of
@@ -42,10 +40,8 @@ REGIONS = ("BOS", "text before", "own", "others", "other patches", "text after")
 
 def has(reference: Reference) -> dict[str, bool]:
     """Which kinds the model has, as `discover` saw it: a threshold, and calibration tokens beyond it."""
-    return {
-        "ViT sink": reference.vit_norm is not None and reference.vit_sink_id is not None,
-        "LLM sink": bool(reference.sink_dims) and reference.llm_sink_id is not None,
-    }
+    llm = bool(reference.sink_dims) and reference.llm_sink_id is not None
+    return {"ViT sink": reference.vit_norm is not None and reference.vit_sink_id is not None, "LLM sink": llm}
 
 
 def aligner_of(n_layers: int) -> int:
@@ -57,11 +53,10 @@ def aligner_of(n_layers: int) -> int:
 class Spread:
     """What sinks would stand out from: norms in the tower, excited dimensions in the language model; all tokens."""
 
-    norms: Float[np.ndarray, "tower_layers patches"] = field(repr=False)
-    """L2 norm of every patch of every picture, index 0 = the tower's embedding."""
+    norms: Float[np.ndarray, "tower_layers patches"] = field(repr=False)  #: L2, index 0 = the tower's embedding
     norm_fences: Float[np.ndarray, " tower_layers"]  #: `groups.fence` of each layer's
+    #: Largest |x|/RMS of every token but the first, index 0 = what enters the first block
     largest: Float[np.ndarray, "states tokens"] = field(repr=False)
-    """Largest |x|/RMS of every token but the first, index 0 = what enters the first block."""
     ratio_fences: Float[np.ndarray, " states"]  #: `groups.ratio_fence` of each layer's
     first: Float[np.ndarray, "states d"] = field(repr=False)  #: |x|/RMS of the first token
 
@@ -89,9 +84,8 @@ def spread(model: VisionLanguageModel, samples: Iterable[Sample], batch_size: in
             first = first if len(first) else ratio[:, 0].numpy()  # one for all pictures: nothing stands before it
             largest.append(ratio[:, 1:].amax(-1).numpy())
     of_tower, of_model = np.concatenate(norms, axis=1), np.concatenate(largest, axis=1)
-    norm_fences = np.array([fence(layer) for layer in of_tower])
-    ratio_fences = np.array([ratio_fence(layer, first.shape[1]) for layer in of_model])
-    return Spread(of_tower, norm_fences, of_model, ratio_fences, first)
+    fences = np.array([ratio_fence(layer, first.shape[1]) for layer in of_model])
+    return Spread(of_tower, np.array([fence(layer) for layer in of_tower]), of_model, fences, first)
 
 
 def by_sublayer(
@@ -109,7 +103,11 @@ def by_sublayer(
     """
     prompts = prompts_of(model, samples)
     groups = token_groups_of(model, prompts, reference, batch_size=len(prompts))
-    masks = [_masks(prompt, found) for prompt, found in zip(prompts, groups, strict=True)]
+    masks: list[dict[str, Bool[Tensor, " s"]]] = []  # disjoint, they cover all positions
+    for prompt, found in zip(prompts, groups, strict=True):
+        first = torch.arange(len(prompt), device=prompt.visual.device) == 0
+        masks.append({"first": first, "text": prompt.text & ~first})
+        masks[-1] |= {name: prompt.spread(mask) for name, mask in found.named.items()}
     rows: list[list[dict[str, Any]]] = []
     for prompt, named, seen in zip(prompts, masks, traces(model, prompts, masks, len(prompts)), strict=True):
         own: list[dict[str, Any]] = []
@@ -126,7 +124,10 @@ def by_sublayer(
                 if at % 2 == 0 and at < len(states) - 1:
                     row["attention"] = float(received[at // 2])
                 own.append(row)
-        for name, position in (("like first", 0), ("like other", _another_text(prompt))):
+        texts = prompt.text.nonzero()[1:, 0]
+        before = texts[texts < int(prompt.visual.nonzero()[0, 0])]  # the same in every picture too
+        other = int(before[-1] if len(before) else texts[-1])
+        for name, position in (("like first", 0), ("like other", other)):
             ranks = followed(cosine_to(states, position)[:, prompt.visual], aligner_of(model.n_layers))
             share = (ranks <= len(ranks)).double().mean(0)
             own += [{"positions": name, "sublayer": at, "kept": float(share[at])} for at in range(len(share))]
@@ -135,13 +136,9 @@ def by_sublayer(
 
 
 def by_arm(
-    model: VisionLanguageModel,
-    samples: Sequence[Sample],
-    reference: Reference,
-    kind: str = "LLM sink",
-    seed: int = 0,
+    model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, seed: int = 0
 ) -> list[list[dict[str, Any]]]:
-    """Where the attention of text after the picture falls, and how like BOS the sinks are, before and after.
+    """Where the attention of text after the picture falls, and how like BOS the LLM sinks are, before and after.
 
     Arms: "as it is"; "pruned"; "skipped", MLP-2 for the sinks; and both for as many random other tokens, "others
     pruned" and "others skipped", drawn for picture, arm and seed.
@@ -153,7 +150,7 @@ def by_arm(
     """
     prompts = prompts_of(model, samples)
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
-    own = [groups.named[kind].cpu() for groups in found]
+    own = [groups.llm_sink.cpu() for groups in found]
     some = [at for at, mask in enumerate(own) if 0 < int(mask.sum()) < int((~mask).sum())]
     rows: list[list[dict[str, Any]]] = [[] for _ in samples]
     if not some:
@@ -207,8 +204,7 @@ def entries(
     for batch, prompts in looked_at(model, samples, batch_size):
         found = token_groups_of(model, prompts, reference, batch_size=batch_size)
         for sample, prompt, groups in zip(batch, prompts, found, strict=True):
-            mask = groups.met[kind].cpu()
-            if not bool(mask.any()):
+            if not bool((mask := groups.met[kind].cpu()).any()):
                 continue
             tokens, rng = prompt.embeds[prompt.visual].float(), generator(sample.id, kind, seed)
             units, labels = normalize(tokens, dim=-1).cpu(), anchor_clusters(tokens, reference.threshold).cpu()
@@ -216,17 +212,16 @@ def entries(
             sets = [mask, *(random_tokens(everywhere, size, rng) for _ in range(repeats))]
             means = torch.stack([units[part].mean(0) for part in sets])
             words = lens.topk(means.to(tokens.device), 1)[1][:, 0].cpu().numpy()
-            parts.append(
-                (sample.id, means, units.mean(0), words, mask, labels, centroids(tokens.cpu(), labels, CLUSTERS))
-            )
+            middles = centroids(tokens.cpu(), labels, CLUSTERS)
+            parts.append((sample.id, means, units.mean(0), words, mask, labels, middles))
     if not parts:
         raise EmbedLensError(f"no picture has an {kind}: ask `has(reference)` first, or take more pictures")
-    ids, own_means, centers, own_words, masks, clusters, middles = zip(*parts, strict=True)
+    ids, own_means, centers, own_words, masks, clusters, of_clusters = zip(*parts, strict=True)
     means, words = torch.stack(own_means), np.stack(own_words)
     pairs = picture_pairs(len(ids), seed=seed) if len(ids) > 1 else np.zeros((0, 2), dtype=int)
-    likeness = [torch.zeros(len(part)) for part in middles]  # of each cluster, summed over the partners
+    likeness = [torch.zeros(len(part)) for part in of_clusters]  # of each cluster, summed over the partners
     for one, other in pairs:
-        likeness[one] += cross_image_similarity(middles[one], middles[other])
+        likeness[one] += cross_image_similarity(of_clusters[one], of_clusters[other])
     inside = [labels == total.argmax() for labels, total in zip(clusters, likeness, strict=True)]
     own, random = words[:, 0], words[:, 1:]
     table = pd.DataFrame(
@@ -241,15 +236,12 @@ def entries(
     if len(ids) < 2:
         return table, {}
     one, other = torch.from_numpy(pairs).unbind(1)
-    raw, centred = (normalize(part, dim=-1) for part in (means, means - torch.stack(centers).mean(0)))
-    raw, centred = ((part[one] * part[other]).sum(-1).numpy() for part in (raw, centred))
+    units = (normalize(part, dim=-1) for part in (means, means - torch.stack(centers).mean(0)))
+    raw, centred = ((part[one] * part[other]).sum(-1).numpy() for part in units)
     cosines = pd.DataFrame({"cosine": raw[:, 0], "random": raw[:, 1:].mean(1), "centred": centred[:, 0]})
     cosines["beyond"] = cosines["cosine"] - cosines["random"]
     alike = estimates(drawn_pairs(cosines, pairs, seed=seed))
     return table, {"variance": float(np.var(raw[:, 0])), **{str(name): part for name, part in alike.items()}}
-
-
-# --- on numbers ------------------------------------------------------------------------------------------------------
 
 
 def cosine_to(states: Float[Tensor, "sublayers s d"], position: int) -> Float[Tensor, "sublayers s"]:
@@ -273,25 +265,18 @@ def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int
 def attention_per_token(
     mass: Float[Tensor, "layers s"], size: int, queries: Bool[Tensor, " s"]
 ) -> Float[Tensor, " layers"]:
-    """Attention that a token of a set gets, in units of what it would get if every query attended uniformly.
+    """Attention that a token of a set of `size` gets, mean over the queries, which see all of it: in units of what it
+    would get if they attended evenly, 1 / (q + 1) on each of the keys that position q sees.
 
-    A query at position q sees q + 1 keys and would put 1 / (q + 1) on each. The mean over queries.
-
-    Args:
-        mass: share of each position's attention that falls on the set, from `Trace.attention`.
-        size: number of positions in the set, all of them seen by all queries.
+    `mass` is the share of each position's attention that falls on the set, from `Trace.attention`.
     """
     at = queries.nonzero()[:, 0].to(mass.device)
     return (mass[:, at] * (at + 1) / max(size, 1)).mean(-1)
 
 
 def moved(arms: pd.DataFrame, mlp: int, seed: int = 0) -> dict[str, Estimate]:
-    """What pruning LLM sinks does to attention, and letting them skip MLP-2 to attention and to their likeness to BOS.
-
-    Args:
-        arms: rows of `by_arm`.
-        mlp: the sublayer after which sinks are like BOS, see `aligner_of`.
-        seed: of the bootstrap over pictures.
+    """What pruning LLM sinks does to attention, and letting them skip MLP-2 (the sublayer `mlp`, see `aligner_of`) to
+    attention and to their likeness to BOS; from rows of `by_arm`.
 
     Returns:
         to_prompt (of the attention that pruning frees, the part that goes to the text before the picture), beyond_due
@@ -314,24 +299,9 @@ def queries_of(prompt: Prompt) -> Bool[Tensor, " s"]:
     return prompt.text & (torch.arange(len(prompt), device=prompt.visual.device) > last)
 
 
-def _masks(prompt: Prompt, groups: TokenGroups) -> dict[str, Bool[Tensor, " s"]]:
-    """Disjoint sets that cover all positions."""
-    first = torch.zeros_like(prompt.visual)
-    first[0] = True
-    masks = {name: prompt.spread(mask) for name, mask in groups.named.items()}
-    return {"first": first, "text": prompt.text & ~first, **masks}
-
-
 def _regions(prompt: Prompt, own: Bool[Tensor, " n"], others: Bool[Tensor, " n"]) -> dict[str, Bool[Tensor, " s"]]:
     """REGIONS over all positions, disjoint."""
     at, text = torch.arange(len(prompt), device=prompt.visual.device), prompt.text
     later = at > int(prompt.visual.nonzero()[0, 0])
     parts = [prompt.spread(mask) for mask in (own, others, ~(own | others))]
     return dict(zip(REGIONS, (text & (at == 0), text & (at > 0) & ~later, *parts, text & later), strict=True))
-
-
-def _another_text(prompt: Prompt) -> int:
-    """The last text token before the picture, which is the same in every picture too; or the very last."""
-    texts = prompt.text.nonzero()[1:, 0]
-    before = texts[texts < int(prompt.visual.nonzero()[0, 0])]
-    return int(before[-1] if len(before) else texts[-1])

@@ -25,9 +25,9 @@ class Sample:
     id: int  #: COCO image id, unique within its data set
     width: int  #: px of the picture
     height: int
+    #: COCO `instances` entries: category_id, bbox [x, y, width, height] in px, area, segmentation (RLE), iscrowd; the
+    #: miniature world adds colour and the held-out mark
     annotations: tuple[Mapping[str, Any], ...]
-    """COCO `instances` entries: category_id, bbox [x, y, width, height] in px, area, segmentation (RLE), iscrowd; the
-    miniature world adds colour and the held-out mark."""
     captions: tuple[str, ...]
     questions: tuple[Question, ...]
     category_names: Mapping[int, str]  #: COCO category id → name, for all categories of the data set
@@ -48,10 +48,9 @@ class Sample:
 def readable(samples: Iterable[Sample], opened: bool = False) -> Iterator[Sample]:
     """The samples whose pictures can be read, one after the other; a warning says how many cannot and why the first.
 
-    A list of them holds no pictures: each is opened again where it is used. `opened`: copies that hold theirs.
-
-    What reads many pictures outside `embedlens.run`, which keeps such a list itself, reads these. Where pictures stand
-    beside what was found of them, choose them first: `pictures = list(readable(load("coco:/data/coco/val2017", 100)))`.
+    A list of them holds no pictures: each is opened again where it is used. `opened`: copies that hold theirs. For what
+    reads many pictures outside `embedlens.run`, which keeps such a list itself; where pictures stand beside what was
+    found of them, choose them first: `pictures = list(readable(load("coco:/data/coco/val2017", 100)))`.
 
     >>> [sample.id for sample in readable(load("miniworld", n=2))]
     [0, 1]
@@ -70,9 +69,8 @@ def readable(samples: Iterable[Sample], opened: bool = False) -> Iterator[Sample
     if lost and len(lost) == count:
         raise EmbedLensError(f"none of {count} pictures can be read; the first is {lost[0]}")
     if lost:
-        warnings.warn(
-            f"{len(lost)} of {count} pictures cannot be read and are left out; the first is {lost[0]}", stacklevel=2
-        )
+        left_out = f"{len(lost)} of {count} pictures cannot be read and are left out"
+        warnings.warn(f"{left_out}; the first is {lost[0]}", stacklevel=2)
 
 
 def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "heldout", **options: Any) -> list[Sample]:
@@ -91,33 +89,24 @@ def load(dataset: str = "miniworld", n: int = 8, seed: int = 0, split: str = "he
     >>> load("miniworld", n=1)[0].image.mode
     'RGB'
     """
+    from embedlens.samples import coco, miniworld, patchbench
+
     if n < 1:
         raise EmbedLensError(f"n is {n}: ask for at least one sample")
-    folder = photographs(dataset)
-    if dataset not in DRAWN and not folder:
-        raise EmbedLensError(
-            f"unknown data set {dataset!r}: pass 'miniworld', 'patchbench' or a COCO folder such as "
-            "'coco:/data/coco/val2017'"
-        )
-    known = {"side", "patch"} if dataset == "patchbench" else set()
-    if dataset != "miniworld" and (split != "heldout" or set(options) - known):
-        given = ", ".join(sorted(set(options) - known)) or f"split={split!r}"
-        takes = (
-            "leave it out, a COCO folder names its own split" if folder else "patchbench takes side and patch, in px"
-        )
-        raise EmbedLensError(f"{given} is of the miniature world: {takes}")
+    if dataset == "miniworld":
+        first = miniworld.first_index(seed)
+        return [miniworld.sample(first + i, split, **options) for i in range(n)]
+    drawn, folder = dataset == "patchbench", photographs(dataset)
+    if not drawn and not folder:
+        what = f"unknown data set {dataset!r}: pass 'miniworld'"
+        raise EmbedLensError(f"{what}, 'patchbench' or a COCO folder such as 'coco:/data/coco/val2017'")
+    given = ", ".join(sorted(options.keys() - ({"side", "patch"} if drawn else ())))
+    if split != "heldout" or given:
+        takes = "patchbench takes side and patch, in px" if drawn else "leave it out, a COCO folder names its own split"
+        raise EmbedLensError(f"{given or f'split={split!r}'} is of the miniature world: {takes}")
     if folder:
-        from embedlens.samples import coco
-
         return coco.load(dataset.removeprefix("coco:"), n, seed)
-    if dataset == "patchbench":
-        from embedlens.samples import patchbench
-
-        return [picture.sample() for picture in patchbench.pictures(n, seed, **options)]
-    from embedlens.samples import miniworld
-
-    first = miniworld.first_index(seed)
-    return [miniworld.sample(first + i, split, **options) for i in range(n)]
+    return [picture.sample() for picture in patchbench.pictures(n, seed, **options)]
 
 
 def photographs(dataset: str) -> bool:
@@ -126,13 +115,9 @@ def photographs(dataset: str) -> bool:
 
 
 def calibration(dataset: str, n: int, seed: int = 0, scale: float = 1) -> list[Sample]:
-    """Pictures of the same world as a data set's, for what must be found in others than those that are measured.
-
-    Args:
-        dataset: as `load` takes it. Of the drawn world, training pictures; of a COCO folder, the last in the order of
-            `seed`, of which `load` gives the first: where a folder has fewer than both, some are in common.
-        scale: of drawn pictures.
-    """
+    """Pictures of the same world as a data set's, for what must be found in others than those that are measured. Of the
+    drawn world training pictures, `scale` of them large; of a COCO folder the last in the order of `seed`, of which
+    `load` gives the first: where a folder has fewer than both, some are in common."""
     if photographs(dataset):
         from embedlens.samples import coco
 
@@ -142,10 +127,8 @@ def calibration(dataset: str, n: int, seed: int = 0, scale: float = 1) -> list[S
 
 def full_scene(samples: Sequence[Sample], kinds: int = 3, filled: float = 0.2) -> Sample:
     """A picture to look at, picked by what it contains: the first with `kinds` labels whose boxes fill so much of it.
-
     Where there is none, the first picture with a label; where no picture has one, the first. Where boxes overlap, both
-    count; crowds do not.
-    """
+    count; crowds do not."""
     if not samples:
         raise EmbedLensError("no pictures to pick a scene from: pass at least one")
     labelled = [sample for sample in samples if sample.labels] or list(samples)

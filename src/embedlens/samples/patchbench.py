@@ -1,10 +1,8 @@
 """Pictures whose whole content lies in one patch, for any model's grid (Sec. 7.1 and E of the paper).
 
-The paper asks whether a single visual token carries several things at once: what it shows, in which colour, how many
-times. Its 70 pictures are not published; these are drawn from a seed. Of every seven pictures three show an object,
-two a short string on a white patch, and the last two the same two strings, in the same ink and the same surround, on a
-patch of another colour. 70 pictures so give the paper's 30, 20 and 20, and each string has a twin that differs in the
-background of its patch alone.
+The paper asks whether a single visual token carries what it shows, in which colour and how many times. Its 70 pictures
+are not published; these are drawn from a seed. Of every seven three show an object, two a short string on a white
+patch, and the last two the same strings, in the same ink and surround, on a patch of another colour.
 
 >>> [picture.group for picture in pictures(7)]
 ['object', 'object', 'object', 'OCR', 'OCR', 'OCR with background', 'OCR with background']
@@ -23,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import ceil, sqrt
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Bool
@@ -31,7 +29,7 @@ from PIL import Image
 
 from embedlens.errors import EmbedLensError
 from embedlens.samples.miniworld import CATEGORY_NAMES, sprites
-from embedlens.samples.miniworld.language import NUMBERS, Question, plural
+from embedlens.samples.miniworld.language import NUMBERS, Family, Question, plural
 from embedlens.samples.miniworld.scene import letters
 from embedlens.samples.miniworld.sprites import ASSETS, CATEGORIES, COLOURS, FONTS, LETTERS
 
@@ -59,10 +57,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OnePatch:
-    """A square picture with all its content in one cell; equal values are equal pictures.
-
-    `dataclasses.replace` gives a picture that differs in one thing: `replace(picture, ink="blue")`.
-    """
+    """A square picture with all its content in one cell; equal values are equal pictures. `dataclasses.replace` gives a
+    picture that differs in one thing: `replace(picture, ink="blue")`."""
 
     id: int
     group: str  #: One of GROUPS
@@ -72,8 +68,7 @@ class OnePatch:
     col: int
     surround: str  #: Colour of everything outside the cell; names in `sprites.COLOURS`
     ground: str  #: Colour of the cell behind its content; that of the surround where the cell has none of its own
-    ink: str | None
-    """Colour of the object or of the text; None leaves an object its own colours, of which nothing is asked."""
+    ink: str | None  #: Colour of the object or text; None leaves an object its own, of which nothing is asked
     category: int | None = None  #: Index into CATEGORIES; None for a string
     copies: int = 1
     text: str = ""
@@ -89,36 +84,32 @@ class OnePatch:
     def asked(self) -> dict[str, Question]:
         """Axis of AXES → question, in the words of the miniature world: what it is, in which colour, how many."""
         if self.category is None:
-            kind = "character" if len(self.text) == 1 else "word"
-            found = (
-                Question(f"What {kind} is written?", self.text, "ocr", kind),
-                Question("What color is the text?", str(self.ink), "ocr", "text_colour"),
-                Question("How many characters are there?", NUMBERS[len(self.text)], "ocr", "count"),
-            )
+            kind, family = "character" if len(self.text) == 1 else "word", "ocr"
+            found = [(f"What {kind} is written?", self.text, kind)]
+            found += [("What color is the text?", str(self.ink), "text_colour")]
+            found += [("How many characters are there?", NUMBERS[len(self.text)], "count")]
         else:
-            name = CATEGORIES[self.category].name
-            found = (
-                Question("What is in the picture?", name, "general", "object"),
-                Question(f"What color is the {name}?", str(self.ink), "general", "colour"),
-                Question(f"How many {plural(name)} are there?", NUMBERS[self.copies], "general", "count"),
-            )
-        return {axis: one for axis, one in zip(AXES, found, strict=True) if self.ink or axis != AXES[1]}
+            name, family = CATEGORIES[self.category].name, "general"
+            found = [("What is in the picture?", name, "object")]
+            found += [(f"What color is the {name}?", str(self.ink), "colour")]
+            found += [(f"How many {plural(name)} are there?", NUMBERS[self.copies], "count")]
+        asked = (Question(text, answer, cast(Family, family), kind) for text, answer, kind in found)
+        return {axis: one for axis, one in zip(AXES, asked, strict=True) if self.ink or axis != AXES[1]}
 
     @cached_property
     def stamp(self) -> Image.Image:
         """The content alone, RGBA, one cell large; clear where the background of the patch shows."""
         clear = Image.new("RGBA", (self.patch, self.patch), (0, 0, 0, 0))
+        columns = 1 if self.category is None else ceil(sqrt(self.copies))
+        slot = self.patch // columns
         if self.category is None:
             mask = _fitted(sprites.word(self.text, self.font), self.patch - 2)
             drawn = Image.new("RGBA", mask.size, (*COLOURS[str(self.ink)], 255))
             drawn.putalpha(mask)
-            clear.paste(drawn, ((self.patch - mask.width) // 2, (self.patch - mask.height) // 2))
-            return clear
-        columns = ceil(sqrt(self.copies))
-        slot = self.patch // columns
-        drawn = _fitted(sprites.sprite(self.category, 0, False), slot - (columns > 1))
-        if self.ink is not None:
-            drawn = Image.fromarray(sprites.tinted(np.asarray(drawn), COLOURS[self.ink]), "RGBA")
+        else:
+            drawn = _fitted(sprites.sprite(self.category, 0, False), slot - (columns > 1))
+            if self.ink is not None:
+                drawn = Image.fromarray(sprites.tinted(np.asarray(drawn), COLOURS[self.ink]), "RGBA")
         top = (self.patch - ceil(self.copies / columns) * slot) // 2
         for copy in range(self.copies):
             row, col = divmod(copy, columns)
@@ -149,30 +140,24 @@ class OnePatch:
             bbox = [float(side) for side in (self.box[0] + left, self.box[1] + top, right - left, bottom - top)]
             of = {"id": self.id * 100, "image_id": self.id, "category_id": CATEGORIES[self.category].id, "iscrowd": 0}
             entries.append(of | {"bbox": bbox, "area": float(self.covered.sum()), "colour": self.ink})
-        asked = tuple(self.asked.values())
-        side = self.side
-        return Sample(self.id, side, side, tuple(entries), (), asked, CATEGORY_NAMES, draw=lambda: self.image)
+        shown = self.side, self.side, tuple(entries), (), tuple(self.asked.values()), CATEGORY_NAMES
+        return Sample(self.id, *shown, draw=lambda: self.image)
 
 
 def pictures(n: int = PAPER, seed: int = 0, side: int = 112, patch: int = 14) -> list[OnePatch]:
-    """The first `n` pictures of a seed; 70 have the paper's 30, 20 and 20.
+    """The first `n` pictures of a seed, of `side` px, which the model reads without resampling, in cells of `patch` px;
+    70 have the paper's 30, 20 and 20.
 
     Objects, colours, numbers and lengths are dealt from shuffled decks, so that each comes equally often and none goes
     with another. A picture does not depend on how many are asked for; on another grid it has the same content in
     another cell. Every second string has a white surround, as the paper's text says, the others a coloured one, as its
     example has (A59).
-
-    Args:
-        side: px of the picture: what the model reads without resampling, such as 336 for LLaVA-1.5.
-        patch: px of its cells: the vision tower's patch size.
     """
     if n < 1 or seed < 0:
         raise EmbedLensError(f"n is {n} and the seed {seed}: n is 1 or more, the seed 0 or more")
     if not SMALLEST <= patch <= side:
-        raise EmbedLensError(
-            f"a patch of {patch} px in a picture of {side} px: pass the model's own patch and image size, the patch at "
-            f"least {SMALLEST} px and no larger than the picture"
-        )
+        what = f"a patch of {patch} px in a picture of {side} px: pass the model's own patch and image size"
+        raise EmbedLensError(f"{what}, the patch at least {SMALLEST} px and no larger than the picture")
     return [_picture(index, seed, side, patch) for index in range(n)]
 
 
@@ -183,24 +168,21 @@ def _picture(index: int, seed: int, side: int, patch: int) -> OnePatch:
         twin = _picture(index - 2, seed, side, patch)
         ground = _rng(seed, "ground", index).choice([c for c in COLOURS if c not in (twin.ink, "white", twin.surround)])
         return replace(twin, id=index, group=group, ground=ground)
-    cells = side // patch
     where = _rng(seed, "cell", index)
-    row, col = where.randrange(cells), where.randrange(cells)
+    at = index, group, side, patch, where.randrange(side // patch), where.randrange(side // patch)
     if group == OBJECT:
         i = 3 * week + day
         ink = _dealt(tuple(COLOURS), i, seed, "ink of objects")
         surround = _rng(seed, "surround", index).choice([c for c in COLOURS if c != ink])
         category = _dealt(tuple(range(len(CATEGORIES))), i, seed, "category")
-        copies = _dealt(COPIES, i, seed, "copies")
-        return OnePatch(index, group, side, patch, row, col, surround, surround, ink, category, copies)
+        return OnePatch(*at, surround, surround, ink, category, _dealt(COPIES, i, seed, "copies"))
     i = 2 * week + day - 3
     ink = _dealt(tuple(c for c in COLOURS if c != "white"), i, seed, "ink of strings")
     others = [c for c in COLOURS if c not in (ink, "white")]
     surround = "white" if i % 2 == 0 else _rng(seed, "surround", index).choice(others)
     rng = _rng(seed, "text", index)
     text = letters(rng, "heldout", _dealt(LENGTHS, i, seed, "length"))
-    font = rng.randrange(len(FONTS))
-    return OnePatch(index, group, side, patch, row, col, surround, "white", ink, text=text, font=font)
+    return OnePatch(*at, surround, "white", ink, text=text, font=rng.randrange(len(FONTS)))
 
 
 def twins(drawn: Sequence[OnePatch]) -> list[tuple[OnePatch, OnePatch]]:
@@ -210,19 +192,14 @@ def twins(drawn: Sequence[OnePatch]) -> list[tuple[OnePatch, OnePatch]]:
 
 
 def probes(picture: OnePatch) -> dict[str, OnePatch]:
-    """The three changes of Figure f, each alone: another ink, another patch background, another surround.
-
-    The new colour is none that the picture shows, the same in all three, so that an answer tells what it followed.
-    """
+    """The three changes of Figure f, each alone: another ink, another patch background, another surround. The new
+    colour is none that the picture shows, the same in all three, so that an answer tells what it followed."""
     if picture.category is not None:
         raise EmbedLensError("an object's patch has the colour of its surround: probe a picture with a string")
     shown = (picture.ink, picture.ground, picture.surround)
     new = _rng(picture.id, "probe", len(picture.text)).choice([c for c in COLOURS if c not in shown])
-    return {
-        INK: replace(picture, ink=new),
-        GROUND: replace(picture, ground=new),
-        SURROUND: replace(picture, surround=new),
-    }
+    parts = {INK: "ink", GROUND: "ground", SURROUND: "surround"}
+    return {part: replace(picture, **{name: new}) for part, name in parts.items()}
 
 
 def bare(said: str) -> str:
@@ -254,19 +231,14 @@ def correct(question: Question, said: str) -> bool:
 def follows(picture: OnePatch, said: str) -> str:
     """Whose colour an answer names, one of FOLLOWS. Where patch and surround have one colour it is the surround's."""
     colour = canonical(said)
-    if colour not in COLOURS:
-        return NO_COLOUR
-    if colour == picture.ink:
-        return INK
-    return {picture.ground: GROUND, picture.surround: SURROUND}.get(colour, OTHER)
+    of = {picture.ground: GROUND, picture.surround: SURROUND, picture.ink: INK}
+    return of.get(colour, OTHER) if colour in COLOURS else NO_COLOUR
 
 
 def strings(tokenizer: Any, length: int = 2) -> dict[str, tuple[str, ...]]:
-    """All strings of capitals of one length that are one vocabulary entry at the start of a word, and all that are not.
-
-    A piece that is a bare space is not counted: LLaMA's tokenizer splits "9" into a space and "9". Longer strings have
-    more pieces, so reading by pieces compares only strings of one length, of 1 to 3 letters.
-    """
+    """All strings of 1 to 3 capitals that are one vocabulary entry at the start of a word, and all that are not. A
+    piece that is a bare space is not counted: LLaMA's tokenizer splits "9" into a space and "9". Longer strings have
+    more pieces, so reading by pieces compares only strings of one length."""
     if not 1 <= length <= 3:  # of four letters there are half a million
         raise EmbedLensError(f"the length is {length}: list strings of 1 to 3 letters")
     found: dict[str, list[str]] = {"one piece": [], "several pieces": []}

@@ -47,27 +47,20 @@ def instances(drawn: Scene, image_id: int, scale: float = 1) -> tuple[dict[str, 
         covered = draw.mask(thing, drawn, scale)
         code = coco_mask.encode(np.asfortranarray(covered.astype(np.uint8)))
         assert thing.category is not None
-        entries.append(
-            {
-                "id": image_id * 100 + number,
-                "image_id": image_id,
-                "category_id": CATEGORIES[thing.category].id,
-                "bbox": [float(round(side * scale)) for side in thing.box],
-                "area": float(covered.sum()),
-                "iscrowd": 0,
-                "segmentation": {"size": list(map(int, code["size"])), "counts": code["counts"].decode("ascii")},
-                "colour": thing.colour,
-                "heldout": thing.colour is not None and scenes.is_heldout_pair(thing.category, thing.colour),
-            }
-        )
+        entry: dict[str, Any] = {"id": image_id * 100 + number, "image_id": image_id}
+        entry |= {"category_id": CATEGORIES[thing.category].id, "bbox": [float(round(x * scale)) for x in thing.box]}
+        entry |= {"area": float(covered.sum()), "iscrowd": 0}
+        entry |= {"segmentation": {"size": list(map(int, code["size"])), "counts": code["counts"].decode("ascii")}}
+        heldout = thing.colour is not None and scenes.is_heldout_pair(thing.category, thing.colour)
+        entry |= {"colour": thing.colour, "heldout": heldout}
+        entries.append(entry)
     return tuple(entries)
 
 
 def sample(index: int, split: str = "heldout", scale: float = 1, **options: Any) -> Sample:
-    """Picture `index` of a split with annotations, captions and questions.
+    """Picture `index` of a split with annotations, captions and questions; the same on every machine.
 
     Args:
-        index: any number from 0; the same index is the same picture on every machine.
         split: "train" or "heldout".
         scale: 1 draws the longer side with 112 px, the miniature's own size; 3 suits models that read 336 px.
         options: of the layout, see `embedlens.samples.miniworld.scene.scene`.

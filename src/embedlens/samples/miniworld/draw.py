@@ -12,13 +12,19 @@ from embedlens.samples.miniworld.scene import LONG_SIDE, Background, Scene, Thin
 from embedlens.samples.miniworld.sprites import COLOURS
 
 TILE = 2 * LONG_SIDE
+#: Texture → its darkest and lightest colour, the cells of two clouds, and how much more the first counts
+CLOUDS = {
+    "grass": ((38, 92, 30), (128, 182, 70), (56, 112), (14, 14), 1),
+    "water": ((24, 84, 140), (96, 176, 206), (40, 7), (8, 5), 2),
+    "sand": ((196, 164, 108), (240, 218, 168), (112, 112), (9, 9), 1),
+    "wood": ((112, 70, 36), (196, 146, 92), (60, 4), (14, 3), 2),
+}
 
 
-def _cloud(rng: np.random.Generator, cells: tuple[int, int], size: int = TILE) -> np.ndarray:
-    """Smooth noise 0..255, int32 [size, size], with so many cells per side (rows, cols)."""
-    coarse = rng.integers(0, 256, cells, dtype=np.uint8)
-    smooth = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(smooth, np.int32)
+def _cloud(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    """Smooth noise 0..255, int32 [TILE, TILE], with so many cells per side."""
+    coarse = Image.fromarray(rng.integers(0, 256, (rows, cols), dtype=np.uint8))
+    return np.asarray(coarse.resize((TILE, TILE), Image.Resampling.BICUBIC), np.int32)
 
 
 def _mixed(low: tuple[int, int, int], high: tuple[int, int, int], weight: np.ndarray) -> np.ndarray:
@@ -32,32 +38,26 @@ def _tile(kind: str) -> np.ndarray:
     """A large piece of a texture, uint8 [TILE, TILE, 3]; pictures show crops of it."""
     rng = np.random.Generator(np.random.PCG64([7, len(kind), ord(kind[0]), ord(kind[-1])]))
     y, x = np.mgrid[0:TILE, 0:TILE]
-    if kind == "grass":
-        tile = _mixed((38, 92, 30), (128, 182, 70), (_cloud(rng, (56, 112)) + _cloud(rng, (14, 14))) // 2)
+    if kind in CLOUDS:
+        low, high, first, second, times = CLOUDS[kind]
+        tile = _mixed(low, high, (_cloud(rng, *first) * times + _cloud(rng, *second)) // (times + 1))
+    if kind == "wood":
+        tile[y[:, 0] % 28 == 0] = (74, 46, 26)
     elif kind == "sky":
-        cloud = np.clip((_cloud(rng, (5, 7)) + _cloud(rng, (12, 16)) // 2 - 110) * 2, 0, 255)
+        cloud = np.clip((_cloud(rng, 5, 7) + _cloud(rng, 12, 16) // 2 - 110) * 2, 0, 255)
         tile = _mixed((104, 164, 228), (238, 244, 250), cloud)
-    elif kind == "water":
-        ripple = (_cloud(rng, (40, 7)) * 2 + _cloud(rng, (8, 5))) // 3
-        tile = _mixed((24, 84, 140), (96, 176, 206), ripple)
-    elif kind == "sand":
-        tile = _mixed((196, 164, 108), (240, 218, 168), (_cloud(rng, (112, 112)) + _cloud(rng, (9, 9))) // 2)
     elif kind == "brick":
         row = y // 10
         mortar = (y % 10 == 0) | ((x + 10 * (row % 2)) % 20 == 0)
-        shade = (_cloud(rng, (22, 11)) + _cloud(rng, (60, 60))) // 2
+        shade = (_cloud(rng, 22, 11) + _cloud(rng, 60, 60)) // 2
         tile = np.where(mortar[..., None], np.asarray((196, 186, 174)), _mixed((128, 52, 40), (190, 96, 72), shade))
-    elif kind == "wood":
-        grain = (_cloud(rng, (60, 4)) * 2 + _cloud(rng, (14, 3))) // 3
-        tile = _mixed((112, 70, 36), (196, 146, 92), grain)
-        tile[y[:, 0] % 28 == 0] = (74, 46, 26)
-    else:  # noise
+    elif kind == "noise":
         tile = 40 + rng.integers(0, 176, (TILE, TILE, 1), dtype=np.int32) + np.zeros(3, np.int32)
     return np.clip(tile, 0, 255).astype(np.uint8)
 
 
-def _varied(colour: str, rng: np.random.Generator, by: int = 12) -> tuple[int, int, int]:
-    r, g, b = (int(np.clip(c + rng.integers(-by, by + 1), 0, 255)) for c in COLOURS[colour])
+def _varied(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    r, g, b = (int(np.clip(c + rng.integers(-12, 13), 0, 255)) for c in COLOURS[colour])
     return r, g, b
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 from embedlens.samples.miniworld.scene import Scene, Thing, region, region_is_clear
@@ -67,15 +68,14 @@ def _phrases(scene: Scene, place_first: bool) -> list[str]:
     for thing in sorted(scene.things, key=lambda thing: (int(3 * thing.centre[1] / scene.height), thing.centre[0])):
         groups.setdefault((thing.name if thing.category is not None else thing.text, thing.colour), []).append(thing)
     said = []
-    for members in groups.values():
-        thing = members[0]
+    for thing, *others in groups.values():
         if thing.category is None:
             what = f"the {described(thing)}"
-        elif len(members) == 1:
-            what = article(described(thing))
+        elif others:
+            what = f"{NUMBERS[1 + len(others)]} {f'{thing.colour} ' if thing.colour else ''}{plural(thing.name)}"
         else:
-            what = f"{NUMBERS[len(members)]} {f'{thing.colour} ' if thing.colour else ''}{plural(thing.name)}"
-        where = " and ".join(at(place) for place in dict.fromkeys(region(member, scene) for member in members))
+            what = article(described(thing))
+        where = " and ".join(at(place) for place in dict.fromkeys(region(one, scene) for one in (thing, *others)))
         said.append(f"{where} {what}" if place_first else f"{what} {where}")
     return said
 
@@ -93,7 +93,8 @@ def caption(
     reading_order: float = 0.5,
 ) -> str:
     """Everything in the picture with its colour and place; shares of captions that name the background, as in COCO,
-    that say where before what ("at the top a dog"), and that go from top left to bottom right, not shuffled."""
+    that say where before what ("at the top a dog"), and that go from top left to bottom right, not shuffled.
+    """
     phrases = _phrases(scene, rng.random() < place_first)
     if rng.random() >= reading_order:
         rng.shuffle(phrases)
@@ -109,21 +110,9 @@ def _unique(scene: Scene) -> list[Thing]:
     return [thing for thing in scene.objects if counts[thing.category] == 1]
 
 
-def _refer(thing: Thing, scene: Scene) -> str | None:
-    """A description that fits this object alone: 'the red car', or None."""
-    same = [other for other in scene.objects if other.category == thing.category]
-    if len(same) == 1:
-        return f"the {described(thing)}"
-    if all(other.colour for other in same) and sum(other.colour == thing.colour for other in same) == 1:
-        return f"the {described(thing)}"
-    return None
-
-
 def ask_object(scene: Scene, rng: random.Random) -> Question | None:
-    """Name of the one object, of the one in a region, or of the one in a colour.
-
-    Colours are asked only where every object was given one: a sprite's own colours have no name here.
-    """
+    """Name of the one object, of the one in a region, or of the one in a colour. Colours are asked only where every
+    object was given one: a sprite's own colours have no name here."""
     if len(scene.objects) == 1:
         return Question("What is in the picture?", scene.objects[0].name, "general", "object")
     regions = Counter(region(thing, scene) for thing in scene.objects)
@@ -135,10 +124,7 @@ def ask_object(scene: Scene, rng: random.Random) -> Question | None:
             ways.append((f"What is {at(place)}?", thing.name))
         if None not in colours and colours[thing.colour] == 1:
             ways.append((f"What is {thing.colour}?", thing.name))
-    if not ways:
-        return None
-    text, answer = rng.choice(ways)
-    return Question(text, answer, "general", "object")
+    return Question(*rng.choice(ways), "general", "object") if ways else None
 
 
 def ask_colour(scene: Scene, rng: random.Random) -> Question | None:
@@ -170,12 +156,9 @@ def ask_count(scene: Scene, rng: random.Random) -> Question | None:
     counts = Counter(thing.name for thing in scene.objects)
     repeated = [name for name, n in counts.items() if 2 <= n <= 4]
     single = [name for name, n in counts.items() if n == 1]
-    if repeated:
-        name = rng.choice(repeated)
-    elif single and rng.random() < 0.26:
-        name = rng.choice(single)
-    else:
+    if not repeated and not (single and rng.random() < 0.26):
         return None
+    name = rng.choice(repeated or single)
     return Question(f"How many {plural(name)} are there?", NUMBERS[counts[name]], "general", "count")
 
 
@@ -188,15 +171,12 @@ def ask_where(scene: Scene, rng: random.Random) -> Question | None:
 
 def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     """left, right, above or below; asked only where one direction dominates."""
-    things = _unique(scene)
     pairs = []
-    for a in things:
-        for b in things:
-            (ax, ay), (bx, by) = a.centre, b.centre
-            dx, dy = ax - bx, ay - by
-            if a is not b and max(abs(dx), abs(dy)) > max(14, 1.6 * min(abs(dx), abs(dy))):
-                answer = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-                pairs.append((a, b, answer))
+    for a, b in permutations(_unique(scene), 2):
+        dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
+        if max(abs(dx), abs(dy)) > max(14, 1.6 * min(abs(dx), abs(dy))):
+            answer = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+            pairs.append((a, b, answer))
     if not pairs:
         return None
     # pictures are wider than high, so left and right would be asked more often than above and below
@@ -210,8 +190,7 @@ def ask_choice(scene: Scene, rng: random.Random) -> Question | None:
     names: list[str] = []
     while len(names) < 3:
         name = CATEGORIES[_absent(scene, rng, "random")].name
-        if name not in names:
-            names.append(name)
+        names += [name] if name not in names else []
     place = rng.randrange(4)
     names.insert(place, present)
     options = " ".join(f"{letter}. {name}" for letter, name in zip("ABCD", names, strict=True))
@@ -221,21 +200,28 @@ def ask_choice(scene: Scene, rng: random.Random) -> Question | None:
 def ask_text(scene: Scene, rng: random.Random) -> Question | None:
     if len(scene.words) != 1:
         return None
-    kind = "character" if len(scene.words[0].text) == 1 else "word"
-    return Question(f"What {kind} is written?", scene.words[0].text, "ocr", kind)
+    text = scene.words[0].text
+    kind = "character" if len(text) == 1 else "word"
+    return Question(f"What {kind} is written?", text, "ocr", kind)
 
 
 def ask_text_colour(scene: Scene, rng: random.Random) -> Question | None:
-    if len(scene.words) != 1:
-        return None
-    return Question("What color is the text?", str(scene.words[0].colour), "ocr", "text_colour")
+    found = [str(word.colour) for word in scene.words]
+    return Question("What color is the text?", found[0], "ocr", "text_colour") if len(found) == 1 else None
 
 
 def ask_box(scene: Scene, rng: random.Random) -> Question | None:
-    if not (ways := [(reference, thing) for thing in scene.objects if (reference := _refer(thing, scene))]):
+    """Asked by a description that fits one object alone: "the red car"."""
+    alone = []
+    for thing in scene.objects:
+        colours = [other.colour for other in scene.objects if other.category == thing.category]
+        if len(colours) == 1 or (all(colours) and colours.count(thing.colour) == 1):
+            alone.append(thing)
+    if not alone:
         return None
-    reference, thing = rng.choice(ways)
-    return Question(f"Give the box of {reference}.", box_text(padded_box(thing, scene)), "grounding", "box")
+    thing = rng.choice(alone)
+    text = f"Give the box of the {described(thing)}."
+    return Question(text, box_text(padded_box(thing, scene)), "grounding", "box")
 
 
 _ASKED = (ask_object, ask_colour, ask_existence, ask_count, ask_where, ask_relation, ask_choice, ask_text)
@@ -245,5 +231,4 @@ KINDS = tuple(kind for name in ASK for kind in (("character", "word") if name ==
 
 def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
     """At most one question of each kind."""
-    asked = (ask(scene, rng) for ask in ASK.values())
-    return tuple(question for question in asked if question is not None)
+    return tuple(question for ask in ASK.values() if (question := ask(scene, rng)))

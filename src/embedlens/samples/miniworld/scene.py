@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from math import exp, log
 from typing import Literal
 
@@ -97,10 +98,10 @@ def rng_of(split: Split, index: int) -> random.Random:
 
 
 def letters(rng: random.Random, split: Split, length: int) -> str:
-    """A string to write. Half look like words (consonant-vowel), half are any letters; one character may be a digit."""
+    """A string to write. Half look like words (consonant-vowel), half are any letters; one character may be a digit.
+    Training shows no held-out word; held-out pictures show one half the time."""
     if length == 1:
         return rng.choice(LETTERS + DIGITS)
-    # training shows no held-out word; held-out pictures show one half the time
     heldout = split == "heldout" and rng.random() < 0.5
     while True:
         if rng.random() < 0.5:
@@ -113,17 +114,9 @@ def letters(rng: random.Random, split: Split, length: int) -> str:
 
 
 def _place(
-    rng: random.Random,
-    size: tuple[int, int],
-    aspect: float,
-    side: float,
-    taken: list[tuple[float, float, float, float]],
+    rng: random.Random, size: tuple[int, int], aspect: float, side: float, things: list[Thing]
 ) -> tuple[float, float, float, float] | None:
-    """A free box whose longer side is `side`; shrinks after failures, None if there is no room."""
-
-    def free(x: float, y: float, w: float, h: float) -> bool:
-        return all(x >= a + c + 1 or a >= x + w + 1 or y >= b + d + 1 or b >= y + h + 1 for a, b, c, d in taken)
-
+    """A box beside all things whose longer side is `side`; shrinks after failures, None if there is no room."""
     width, height = size
     for attempt in range(24):
         if attempt % 6 == 5:
@@ -133,14 +126,15 @@ def _place(
         if w > width - 2 or h > height - 2:
             side *= 0.8
             continue
-        box = (rng.randint(1, width - w - 1), rng.randint(1, height - h - 1), w, h)
-        if free(*box):
-            return box
+        x, y = rng.randint(1, width - w - 1), rng.randint(1, height - h - 1)
+        boxes = (thing.box for thing in things)
+        if all(x >= a + c + 1 or a >= x + w + 1 or y >= b + d + 1 or b >= y + h + 1 for a, b, c, d in boxes):
+            return x, y, w, h
     return None
 
 
-def _colour(rng: random.Random, split: Split, category: int, plain: float, avoid: tuple[str, ...]) -> str | None:
-    if rng.random() < plain:
+def _colour(rng: random.Random, split: Split, category: int, avoid: tuple[str, ...]) -> str | None:
+    if rng.random() < NATURAL:
         return None
     while True:
         colour = rng.choice(tuple(COLOURS))
@@ -184,10 +178,8 @@ def scene(
 
     Args:
         objects: fewest and most objects.
-        repeated: how often one category appears two to four times.
-        words: how often a word is written, too.
-        tiny: share of objects that fit into one patch.
-        textured: share of textured backgrounds.
+        repeated, words: how often one category appears two to four times, how often a word is written, too.
+        tiny, textured: shares of objects that fit into one patch, of textured backgrounds.
         lengths: shares of words of one, two, three and four characters.
         writing: how much larger than usual words are written.
         square: 1:1 only.
@@ -198,8 +190,7 @@ def scene(
         width, height, _ = rng.choices(SHAPES, [share for *_, share in SHAPES])[0]
     ground = background(rng, textured)
     fewest, most = objects
-    copies = rng.randint(2, 4) if most >= 2 and rng.random() < repeated else 1
-    copies = min(copies, most)
+    copies = min(most, rng.randint(2, 4) if most >= 2 and rng.random() < repeated else 1)
     others = rng.choices(range(most - copies + 1), [1.0, 1.3, 0.9, 0.5, 0.25][: most - copies + 1])[0]
     others = max(others, fewest - copies)
     kinds = _categories(rng, 1 + others)
@@ -207,42 +198,35 @@ def scene(
     largest = 0.6 * LONG_SIDE if crowd <= 2 else 44 if crowd <= 4 else 34
 
     things: list[Thing] = []
-    taken: list[tuple[float, float, float, float]] = []
     avoid = ground.colours
     one_colour = rng.random() < 0.6
-    shared = _colour(rng, split, kinds[0], NATURAL, avoid)
+    shared = _colour(rng, split, kinds[0], avoid)
     if rng.random() < words:
         length = rng.choices((1, 2, 3, 4), lengths)[0]
         text, font = letters(rng, split, length), rng.randrange(len(FONTS))
         mask = sprites.word(text, font)
         height_px = writing * rng.uniform(10, 26 if length < 3 else 20)
         aspect = mask.width / mask.height
-        box = _place(rng, (width, height), aspect, height_px * max(aspect, 1), taken)
+        box = _place(rng, (width, height), aspect, height_px * max(aspect, 1), things)
         if box is not None and box[3] >= 8:
             ink = rng.choice([c for c in COLOURS if c not in avoid])
             things.append(Thing(None, ink, box, text=text, font=font))
-            taken.append(box)
     for i, category in enumerate([kinds[0]] * copies + kinds[1:]):
-        colour = shared if one_colour and i < copies else _colour(rng, split, category, NATURAL, avoid)
+        colour = shared if one_colour and i < copies else _colour(rng, split, category, avoid)
         angle, mirrored = rng.choice(ANGLES), rng.random() < 0.5
         stamp = sprites.sprite(category, angle, mirrored)
         side = rng.uniform(11, PATCH) if rng.random() < tiny else exp(rng.uniform(log(20), log(largest)))
-        box = _place(rng, (width, height), stamp.width / stamp.height, side, taken)
+        box = _place(rng, (width, height), stamp.width / stamp.height, side, things)
         if box is not None:
             things.append(Thing(category, colour, box, angle, mirrored))
-            taken.append(box)
-    if not any(thing.category is not None for thing in things):  # no room beside the word: leave the word out
-        return scene(
-            rng, split, objects=objects, repeated=repeated, words=0.0, tiny=tiny, textured=textured, square=square
-        )
-    return Scene(width, height, ground, tuple(things))
+    drawn = Scene(width, height, ground, tuple(things))
+    if drawn.objects:
+        return drawn
+    again = partial(scene, objects=objects, repeated=repeated, tiny=tiny, textured=textured, square=square)
+    return again(rng, split, words=0.0)  # no room beside the word: without it
 
 
-REGIONS = (
-    ("top left", "top", "top right"),
-    ("left", "center", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
+REGIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 
 
 def region(thing: Thing, within: Scene) -> str:
@@ -251,11 +235,8 @@ def region(thing: Thing, within: Scene) -> str:
     return REGIONS[min(2, int(3 * y / within.height))][min(2, int(3 * x / within.width))]
 
 
-def region_is_clear(thing: Thing, within: Scene, margin: float = 0.04) -> bool:
-    """True if the centre is at least `margin` of the side away from a border between ninths."""
+def region_is_clear(thing: Thing, within: Scene) -> bool:
+    """True if the centre is at least 4 % of the side away from a border between ninths."""
     x, y = thing.centre
-    return all(
-        abs(place / side - border) >= margin
-        for place, side in ((x, within.width), (y, within.height))
-        for border in (1 / 3, 2 / 3)
-    )
+    shares = x / within.width, y / within.height
+    return all(abs(share - border) >= 0.04 for share in shares for border in (1 / 3, 2 / 3))

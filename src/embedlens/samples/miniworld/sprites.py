@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -76,17 +75,13 @@ def tinted(rgba: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     return np.concatenate([np.clip(out, 0, 255).astype(np.uint8), rgba[..., 3:]], axis=-1)
 
 
-def font_file(name: str) -> Path:
-    """A font that matplotlib ships (DejaVu, STIX), so that none has to be installed."""
-    spec = find_spec("matplotlib")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("matplotlib is not installed: its fonts draw the words (pip install matplotlib)")
-    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / name
-
-
 @lru_cache(maxsize=len(FONTS))
 def _font(index: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(font_file(FONTS[index])), 48, layout_engine=ImageFont.Layout.BASIC)
+    """A font that matplotlib ships (DejaVu, STIX), so that none has to be installed."""
+    import matplotlib  # only where words are drawn
+
+    file = f"{matplotlib.get_data_path()}/fonts/ttf/{FONTS[index]}"
+    return ImageFont.truetype(file, 48, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=4096)
