@@ -166,13 +166,11 @@ class ReleasedLayer0:
     """
 
 
-Masked: TypeAlias = Prune | SkipSublayers | LeaveAt
-"""Interventions with a mask per prompt."""
-MASKED = (Prune, SkipSublayers, LeaveAt)
-Intervention: TypeAlias = Masked | Silence | EnterAt | Rescale | ReleasedLayer0
+MASKED = (Prune, SkipSublayers, LeaveAt)  # with a mask per prompt
+Intervention: TypeAlias = Prune | SkipSublayers | LeaveAt | Silence | EnterAt | Rescale | ReleasedLayer0
 
 
-def _checked_masks(value: Masked) -> tuple[Tensor, ...]:
+def _checked_masks(value: Prune | SkipSublayers | LeaveAt) -> tuple[Tensor, ...]:
     name = type(value).__name__
     if getattr(value, "positions", "keep") not in ("keep", "renumber"):
         raise EmbedLensError(f"positions is {value.positions!r}: pass 'keep' or 'renumber'")  # type: ignore[union-attr]
