@@ -385,8 +385,8 @@ class VisionLanguageModel:
 
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 16, batch_size: int = 8) -> list[str]:
         """Greedy answers to several prompts, run together and padded on the left."""
-        ids = self._written(prompts, max_new_tokens, batch_size)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        written = self._written(prompts, max_new_tokens, batch_size)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
     def answer_ids(self, prompt: Prompt, max_new_tokens: int = 16) -> Int[Tensor, " tokens"]:
         """The ids of the greedy answer, on the CPU, without the token that ends it."""
