@@ -24,7 +24,7 @@ from benchmarks.measure import spread, timed
 from embedlens import memory, records, sweep, tasks
 from embedlens.groups import TokenGroups
 from embedlens.loading import DTYPES
-from embedlens.released import configs
+from embedlens.memory import configs
 from embedlens.vlm import QUESTION, VisionLanguageModel
 
 SHARE = 0.33  # of the visual tokens that is pruned: what the paper calls dead

@@ -245,7 +245,7 @@ def ended_by(error: BaseException, monkeypatch) -> None:
     def fails() -> None:
         raise error
 
-    monkeypatch.setattr("embedlens.released.sizes", fails)
+    monkeypatch.setattr("embedlens.memory.sizes", fails)
     monkeypatch.setattr(sys, "argv", ["embedlens", "models"])
     __main__.main()
 

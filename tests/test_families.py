@@ -177,7 +177,7 @@ def test_a_batch_of_unequal_lengths_equals_one_by_one(case):
     assert model.answers(prompts, max_new_tokens=6) == [model.answer(prompt, max_new_tokens=6) for prompt in prompts]
     named = [{"visual": prompt.visual} for prompt in prompts]
     for stream, seen, prompt in zip(
-        model.hidden_states_of(prompts), el.traces(model, prompts, named), prompts, strict=True
+        list(model.streams_of(prompts)), el.traces(model, prompts, named), prompts, strict=True
     ):
         assert_close(stream, model.hidden_states(prompt), **CLOSE)
         assert_close(seen.stream, stream, **CLOSE)
@@ -365,10 +365,10 @@ def test_the_blocks_by_hand_give_the_model(case):
 
 def test_a_no_op_changes_nothing_bit_for_bit(case):
     model, prompts = case.model, case.prompts
-    plain, texts = model.hidden_states_of(prompts), model.answers(prompts, max_new_tokens=4)
+    plain, texts = list(model.streams_of(prompts)), model.answers(prompts, max_new_tokens=4)
     for nothing in (Rescale(1.0), EnterAt(0)):
         with intervene(model, nothing):
-            assert all(map(torch.equal, model.hidden_states_of(prompts), plain))
+            assert all(map(torch.equal, list(model.streams_of(prompts)), plain))
             assert model.answers(prompts, max_new_tokens=4) == texts
 
 

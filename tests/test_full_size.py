@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import full_size
 from embedlens import memory
-from embedlens.released import configs
+from embedlens.memory import configs
 
 
 def test_every_way_is_measured_and_no_memory_is_claimed_without_a_gpu(miniature):

@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from embedlens.__main__ import app
 from embedlens.families import FAMILIES
-from embedlens.memory import needed
-from embedlens.released import configs, sizes
+from embedlens.memory import configs, needed, sizes
 
 PAGE = (Path(__file__).parents[1] / "book/gpu.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"<!-- memory: .*? -->\n(.*?)\n<!-- end -->", re.S)

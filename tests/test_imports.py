@@ -21,7 +21,7 @@ HOUSE = [
     "clusters groups redundancy codebook pruners kept memory study scoring asking tasks arms prefix",
     "sweep paired pruner_arms measures",
     "book records claims figures probe explorer",
-    "released parameters lmms lmms_model studies",
+    "parameters lmms lmms_model studies",
 ]
 ORDER = [module for floor in HOUSE for module in floor.split()]
 

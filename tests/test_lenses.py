@@ -178,6 +178,17 @@ def test_vectors_that_are_no_numbers_are_refused_not_read(tiny, many, bad):
         EmbedLens(embeddings, named(300))
 
 
+def test_numbers_beyond_float32_and_logits_that_are_nan_get_their_sentence(tiny, many, monkeypatch):
+    far = torch.full((2, 16), 1e60, dtype=torch.float64)
+    with pytest.raises(EmbedLensError, match="2 of 2 vectors hold .* numbers too large for a norm"):
+        EmbedLens(many[0], named(300)).topk(far)
+    lens = LogitLens.from_model(tiny)
+    monkeypatch.setattr(tiny.unembed.head.weight, "data", torch.full_like(tiny.unembed.head.weight, torch.nan))
+    for read in (lens.topk, lambda h: lens.rank(h, [7])):
+        with pytest.raises(EmbedLensError, match="some logits are NaN: load the model with dtype='float32'"):
+            read(torch.ones(1, lens.width))
+
+
 def test_a_zero_vector_has_cosine_zero_not_nan(many):
     embeddings, h = many
     embeddings[5] = 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embedlens import EmbedLensError, batches, families, loading, memory
-from embedlens.released import configs
+from embedlens.memory import configs
 
 
 def test_a_batch_is_halved_until_it_fits_and_no_other_error_is_swallowed():

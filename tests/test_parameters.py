@@ -66,9 +66,9 @@ def test_an_impossible_value_is_refused_with_what_to_pass(changed, sentence):
 @pytest.mark.parametrize(
     ("device", "packages", "sentence"),
     [
-        ("cpu", ("bitsandbytes", "accelerate"), "needs a CUDA GPU, not cpu: pass device='cuda', or leave it out$"),
-        ("cuda", ("accelerate",), "needs bitsandbytes: pip install bitsandbytes$"),
-        ("cuda", ("bitsandbytes", "accelerate"), None),
+        ("cpu", ("bitsandbytes",), "needs a CUDA GPU, not cpu: pass device='cuda', or leave it out$"),
+        ("cuda", (), "needs bitsandbytes: pip install bitsandbytes$"),
+        ("cuda", ("bitsandbytes",), None),
     ],
 )
 def test_quantisation_needs_a_gpu_to_run_on_and_its_package(device, packages, sentence, monkeypatch):

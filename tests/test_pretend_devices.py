@@ -95,7 +95,7 @@ def hits(model):
 
 
 MEASURES = {
-    "hidden states": lambda model: model.hidden_states_of(prompts_of(model)),
+    "hidden states": lambda model: list(model.streams_of(prompts_of(model))),
     "answers": lambda model: model.answers(prompts_of(model), 4),
     "traces": lambda model: [each.resid_mid for each in el.traces(model, prompts_of(model))],
     "tower": lambda model: [states[-1] for states in model.tower_states_of(prompts_of(model))],

@@ -115,7 +115,7 @@ def test_models_lists_families_and_the_miniature(monkeypatch, capsys, miniature)
     ("arguments", "sentence"),
     [
         (["probe", "gone.jpg"], "no picture at gone.jpg: check the path"),
-        (["probe", "street.jpg", "--model", "nowhere"], "no folder 'nowhere': pass 'miniature', a checkpoint folder"),
+        (["probe", "street.jpg", "--model", "nowhere"], "no folder 'nowhere': pass 'miniature', the folder that"),
         (
             ["probe", "street.jpg", "--out", "street.jpg"],
             "street.jpg is the picture itself and would be written over: name another --out",

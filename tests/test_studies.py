@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+TABLE = pd.DataFrame({"correct": [True]})
 RECORD = "results/miniature/09_other_models.json"
 
 
@@ -170,11 +171,12 @@ def test_one_model_over_all_gpus_is_no_share_of_several_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sinks", "dead"])
-def test_the_arms_of_a_table_are_answered_family_by_family(name, tmp_path, monkeypatch, miniature):
-    study, pictures = STUDIES[name].prepare(miniature, "miniworld", 5, 0)
-    assert len({picture.id for picture in pictures}) == len(pictures)
-    (rows,) = study(miniature, pictures[:1])
-    assert {row["arm"] for row in rows} == {arm.name for arm in study.keywords["arms"]}
+def test_the_arms_of_a_table_are_answered_family_by_family(name, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(sweep, "run_arms", lambda model, items, arms, **how: asked.update(i=items, a=arms) or TABLE)
+    run_named(name, n=5, device="cpu", out=tmp_path)
+    assert [arm.name for arm in asked["a"]] == [arm.name for arm in STUDIES[name].arms()]
+    assert len(asked["i"]) == 5 * len(tasks.FAMILIES) and (tmp_path / "table.csv").is_file()
 
 
 def test_the_record_of_a_study_is_the_checkouts_and_replaces_none_of_other_parameters(tmp_path, monkeypatch, capsys):

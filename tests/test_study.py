@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -356,6 +356,23 @@ def calling(scale):
         return doubled(scale)
 
     return study
+
+
+def repeated(times):
+    def decorate(study):
+        @wraps(study)
+        def several(model, sample):
+            return [study(model, sample)] * times
+
+        return several
+
+    return decorate
+
+
+def test_a_digest_knows_what_decorators_were_given():
+    twice, again, thrice = (kept.digest(repeated(times)(one_row)) for times in (2, 2, 3))
+    assert twice == again != thrice and kept.digest(one_row) not in (twice, thrice)
+    assert kept.digest(torch.no_grad()(one_row)) == kept.digest(torch.no_grad()(one_row))
 
 
 def test_a_digest_is_of_values_and_of_the_code_that_is_called(monkeypatch):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,20 +153,12 @@ def _warn_of_the_miniature(model: str) -> None:
 def models() -> None:
     """List the supported families with sizes, limits and tested versions, and the facts of the shipped miniature."""
     from embedlens.families import FAMILIES, TESTED_WITH
-    from embedlens.memory import CARDS
-    from embedlens.released import sizes
+    from embedlens.memory import sizes
 
     table = sizes()
-    typer.echo("Below each model: how many pictures run at a time on a card, in 16 / 8 / 4 bit (–: not one).")
+    typer.echo("GiB are for one picture; below cards, how many pictures run at a time, in 16 / 8 / 4 bit (–: not one).")
     for family in FAMILIES:
-        typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}")
-        for example in family.EXAMPLES:
-            size = table.loc[example]
-            typer.echo(
-                f"  {example}: {size['parameters']} parameters; with one picture about {size['bfloat16']} GiB in "
-                f"bfloat16, {size['4 bit']} GiB in 4 bit"
-            )
-            typer.echo("    " + ", ".join(f"{card}: {size[card]}" for card in CARDS))
+        typer.echo(f"{family.NAME}: {', '.join(family.CLASSES)}\n{table.loc[list(family.EXAMPLES)].T.to_string()}")
         for limit in family.LIMITS:
             typer.echo(f"  note: {limit}")
     typer.echo(
@@ -184,18 +176,12 @@ def _miniature_facts() -> str:
     folder = Path(str(files("embedlens").joinpath("miniature")))
     config, size = config_of(folder), (folder / "model.safetensors").stat().st_size
     text, vision = config.text_config, config.vision_config
-    side = vision.image_size // vision.patch_size
-    stages = json.loads((folder / "training.json").read_text(encoding="utf-8"))["stages"]
-    steps = ", ".join(f"{name} {stage['steps']} steps" for name, stage in stages.items())
     return (
         f"miniature: {config.architectures[0]}, {needed(config).parameters / 1e6:.1f} M parameters, "
         f"{size / 1e6:.0f} MB, ships with this package\n"
         f"  vision tower: {vision.num_hidden_layers} layers of width {vision.hidden_size}, "
-        f"{vision.image_size} px in patches of {vision.patch_size} px = {side}x{side} visual tokens\n"
-        f"  language model: {text.num_hidden_layers} layers of width {text.hidden_size}, "
-        f"{text.vocab_size} embedding rows, {'tied' if config.tie_word_embeddings else 'untied'}\n"
-        f"  trained from scratch by training/: {steps}; "
-        f"{sum(stage['seconds'] for stage in stages.values()) / 60:.0f} minutes"
+        f"{vision.image_size} px in patches of {vision.patch_size} px\n"
+        f"  language model: {text.num_hidden_layers} layers of width {text.hidden_size}"
     )
 
 
@@ -242,12 +228,9 @@ def run(
     if batch_size != "auto" and not batch_size.isdecimal():
         raise EmbedLensError(f"--batch-size {batch_size}: pass a number or 'auto'")
     size = batch_size if batch_size == "auto" else int(batch_size)
+    say = partial(typer.echo, err=True)
     loaded_with = {"device": device, "dtype": dtype, "quantize": quantize, "preprocessing": preprocessing}
-    run_named(study, model, dataset, n, seed, **loaded_with, batch_size=size, out=out, results=results, say=_aside)
-
-
-def _aside(line: str) -> None:
-    typer.echo(line, err=True)
+    run_named(study, model, dataset, n, seed, **loaded_with, batch_size=size, out=out, results=results, say=say)
 
 
 @app.command()

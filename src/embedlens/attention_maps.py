@@ -106,12 +106,7 @@ def _run(
                 raise EmbedLensError("an intervention changes the sequence between layers: read attention without it")
             kept.append(read(weights, entered.visual.to(weights.device)).cpu())
 
-        rows = slice(-queries, None)
-        with reading(
-            model,
-            lambda query, key, mask, scaling: take(_weights(query[:, :, rows], key, mask, scaling)[0]),
-            lambda weights: take(weights[0, :, rows].float()),
-        ):
+        with reading(model, lambda query, key, *how: take(_weights(query[:, :, -queries:], key, *how)[0])):
             model.decoder(inputs_embeds=entered.embeds[None], attention_mask=None, use_cache=False)
     given = torch.stack(kept)
     if len(entered) == len(whole):
@@ -203,20 +198,3 @@ def _weights(
         mask = mask[:, :, -queries:, : key.shape[2]]
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     return scores.softmax(-1)
-
-
-@torch.no_grad()
-def generated(model: VisionLanguageModel, prompt: Prompt, max_new_tokens: int = 16) -> Int[Tensor, " tokens"]:
-    """The ids of the greedy answer, without the token that ends it; `model.answer` gives the same as text."""
-    if max_new_tokens < 1:
-        raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
-    own = model.greedy(max_new_tokens).eos_token_id
-    ends = set(own) if isinstance(own, (list, tuple)) else {own}
-    ids: list[int] = []
-    while len(ids) < max_new_tokens:
-        whole = followed_by(model, prompt, torch.tensor(ids, dtype=torch.long))
-        chosen = int(model.logits(whole)[-1].argmax())
-        if chosen in ends:
-            break
-        ids.append(chosen)
-    return torch.tensor(ids, dtype=torch.long)

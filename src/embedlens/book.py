@@ -15,7 +15,7 @@ from typing import Any
 from embedlens.errors import EmbedLensError
 
 
-def glue(name: str, value: Any, digits: int = 4) -> None:
+def glue(name: str, value: Any) -> None:
     """Hand one measured value to the prose: `` {glue:text}`name:.1%` `` prints it.
 
     Args:
@@ -24,7 +24,7 @@ def glue(name: str, value: Any, digits: int = 4) -> None:
     """
     from myst_nb import glue as myst_glue
 
-    myst_glue(name, printable(name, value, digits), display=False)
+    myst_glue(name, printable(name, value), display=False)
 
 
 def printable(name: str, value: Any, digits: int = 4) -> bool | int | float | str:

@@ -113,7 +113,7 @@ def _colour_error(seen: Float[Tensor, "n 3 h w"], grid: PatchGrid, mean: Float[T
 
     Left out is what lies as near to the picture's edge as interpolation reaches, there and back.
     """
-    cells = torch.tensor([grid.cell(index) for index in range(len(grid))])
+    cells = grid.cells.float()
     down, across = seen.shape[-2:]
     step = (cells[:, 2:] - cells[:, :2]) / torch.tensor([across, down])
     x = (cells[:, :1] + (torch.arange(across) + 0.5) * step[:, :1])[:, None, :].expand(-1, down, -1)

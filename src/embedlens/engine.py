@@ -1,7 +1,7 @@
 """Interventions at work: hooks on the stock modules, in prefill and while decoding, that go at the end of a block.
 
 The prompts reach the engine through `model.running`, which `model.answer(s)`, `model.logits`, `model.hidden_states`,
-`model.hidden_states_of` and `el.trace(s)` call. A forward that is not announced there is refused, as nobody could say
+`model.streams_of` and `el.trace(s)` call. A forward that is not announced there is refused, as nobody could say
 which of its positions are visual.
 """
 
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from embedlens.errors import EmbedLensError
@@ -43,9 +43,6 @@ class _Batch:
     visual: Bool[Tensor, "b s"]
     frozen: dict[int, Bool[Tensor, "b s"]]
     """Index of an intervention → rows whose updates it zeroes; left out where there are none."""
-    positions: Int[Tensor, "b s"] | None
-    """Rotary positions, if they are not the stock ones."""
-    next_position: Int[Tensor, " b"]
     pruned: bool
 
 
@@ -101,8 +98,8 @@ class Run:
                     "prompt, in their order"
                 )
             masks[index] = every[start : start + len(prompts)]
-        entered, keep = list(prompts), False
-        own = any(prompt.positions is not None for prompt in prompts)  # then rows carry their positions with them
+        entered = list(prompts)
+        own = any(prompt.positions is not None for prompt in prompts)
         if own and any(value.positions == "renumber" for _, value in self._of((Prune, LeaveAt))):
             raise EmbedLensError(
                 f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
@@ -111,8 +108,8 @@ class Run:
         for _, rescale in self._of(Rescale):
             entered = [prompt.rescaled(rescale.factor) for prompt in entered]
         for index, prune in self._of(Prune):
-            entered = [prompt.without(mask) for prompt, mask in zip(entered, masks[index], strict=True)]
-            keep = prune.positions == "keep" and not own
+            gaps = prune.positions == "keep"
+            entered = [prompt.without(mask, gaps) for prompt, mask in zip(entered, masks[index], strict=True)]
         rows = [torch.arange(len(p), device=p.visual.device) if p.rows is None else p.rows for p in entered]
         laid_out = partial(side_by_side, side=side)
 
@@ -131,8 +128,6 @@ class Run:
             entered,
             visual,
             {index: mask for index, mask in frozen.items() if bool(mask.any())},
-            laid_out(rows) if keep else None,
-            torch.tensor([len(prompt) for prompt in prompts], device=visual.device),
             any(bool(mask.any()) for index, _ in self._of(Prune) for mask in masks[index]),
         )
 
@@ -159,7 +154,7 @@ class Run:
             if closed:
                 hook(block.register_forward_pre_hook, partial(self._renumber, closed), with_kwargs=True)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the decoder: is this what was announced, and at which positions does it stand?"""
         batch = self._batch
         if batch is None:
@@ -180,20 +175,7 @@ class Run:
             for index, value in enumerate(self.interventions):
                 whole = isinstance(value, Rescale) or (isinstance(value, EnterAt) and value.layer == 0)
                 self.counts[index] += whole or (isinstance(value, Prune) and batch.pruned)
-        if batch.positions is None:
-            self._positions = kwargs.get("position_ids")
-            return None
-        kwargs = dict(kwargs)
-        if self._prefill:
-            kwargs["position_ids"] = batch.positions.to(embeds.device)
-            if kwargs.get("attention_mask") is None:
-                # Without a mask transformers takes a gap in the positions for the start of another sequence.
-                kwargs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        else:
-            new = self._cached - batch.visual.shape[1] + torch.arange(embeds.shape[1], device=embeds.device)
-            kwargs["position_ids"] = batch.next_position.to(embeds.device)[:, None] + new
-        self._positions = kwargs["position_ids"]
-        return args, kwargs
+        self._positions = kwargs.get("position_ids")
 
     def _acting(self, indices: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:
         """Those of the interventions that have rows in this batch, and these rows: Bool[b, s]."""

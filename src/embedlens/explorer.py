@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from embedlens.attention_maps import NEUTRAL, attention, generated, question_ids, relative, rollout
+from embedlens.attention_maps import NEUTRAL, attention, question_ids, relative, rollout
 from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError, writing
 from embedlens.figures import patch_words
@@ -222,7 +222,7 @@ def _scene(
     sure, ids = alone(model, prompt, k)
     parts.append(_reading("Alone", "probability", words.of(model.tokens, ids[None]), sure[None]))
     top["Alone"] = [model.tokens[index] for index in ids[:, 0].tolist()]
-    answer = generated(model, prompt, max_new_tokens)
+    answer = model.answer_ids(prompt, max_new_tokens)
     said = answer[:-1].tolist() or None
     behind = question_ids(model, prompt)
     asking = min(len(behind) - 1, ASKING_BYTES // (model.n_layers * n))  # its last one looks for the answer's first
@@ -295,11 +295,8 @@ def _views(prompt: Prompt) -> list[dict[str, Any]]:
     for grid in prompt.grid.views:
         seen = _seen(prompt.image, grid)
         kept = io.BytesIO()
-        if photographed(seen):
-            seen.save(kept, "JPEG", quality=85)
-        else:
-            seen.save(kept, "PNG", optimize=True)
-        kind = "png" if kept.getvalue().startswith(b"\x89PNG") else "jpeg"
+        kind = "jpeg" if photographed(seen) else "png"
+        seen.save(kept, kind, quality=85, optimize=True)
         address = f"data:image/{kind};base64,{base64.b64encode(kept.getvalue()).decode('ascii')}"
         views.append({"start": start, "rows": grid.rows, "cols": grid.cols, "picture": address})
         start += len(grid)

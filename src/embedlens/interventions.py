@@ -123,11 +123,6 @@ class LeaveAt:
 
     `positions="keep"` leaves gaps in the rotary positions, as FastV does; `"renumber"` closes them from `layer` on, as
     PyramidDrop does (both from their released code), which models refuse whose patches stand at a row and a column.
-
-    >>> LeaveAt(torch.tensor([True, False]), layer=-1)
-    Traceback (most recent call last):
-        ...
-    embedlens.errors.EmbedLensError: there is no layer -1: pass the first block without the tokens, 0-based
     """
 
     mask: Masks  #: True = leaves
@@ -136,8 +131,6 @@ class LeaveAt:
 
     def __post_init__(self) -> None:
         _checked_masks(self)
-        if self.layer < 0:
-            raise EmbedLensError(f"there is no layer {self.layer}: pass the first block without the tokens, 0-based")
 
 
 @dataclass(frozen=True)
@@ -166,13 +159,11 @@ class ReleasedLayer0:
     """
 
 
-Masked: TypeAlias = Prune | SkipSublayers | LeaveAt
-"""Interventions with a mask per prompt."""
-MASKED = (Prune, SkipSublayers, LeaveAt)
-Intervention: TypeAlias = Masked | Silence | EnterAt | Rescale | ReleasedLayer0
+MASKED = (Prune, SkipSublayers, LeaveAt)  # with a mask per prompt
+Intervention: TypeAlias = Prune | SkipSublayers | LeaveAt | Silence | EnterAt | Rescale | ReleasedLayer0
 
 
-def _checked_masks(value: Masked) -> tuple[Tensor, ...]:
+def _checked_masks(value: Prune | SkipSublayers | LeaveAt) -> tuple[Tensor, ...]:
     name = type(value).__name__
     if getattr(value, "positions", "keep") not in ("keep", "renumber"):
         raise EmbedLensError(f"positions is {value.positions!r}: pass 'keep' or 'renumber'")  # type: ignore[union-attr]

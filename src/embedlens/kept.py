@@ -29,6 +29,7 @@ from embedlens.vlm import VisionLanguageModel
 
 T = TypeVar("T")
 ROWS = "EMBEDLENS_ROWS"  # in the environment: the folder in which studies keep what they measure
+LIBRARIES = ("jaxtyping", "beartype")  # whose decorators do not change what a study gives
 AT_ONCE = 2**22  # values of a weight that are read at a time
 
 
@@ -65,11 +66,13 @@ class _Digest(NumpyHasher):
         elif inspect.ismethod(value):
             value = value.__func__, value.__self__
         elif inspect.isfunction(value):
-            value = self._of_function(inspect.unwrap(value))
+            value = self._of_function(value)
         super().save(value)
 
     def _of_function(self, function: Any) -> Any:
-        name = _qualname(function)
+        name, inner = _qualname(function), getattr(function, "__wrapped__", None)
+        if inner and (name.startswith("embedlens.") or function.__globals__["__name__"].split(".")[0] in LIBRARIES):
+            return self._of_function(inner)  # what such a decorator does depends on nothing of the user's
         if function in self.met:  # it calls itself, or is there twice
             return name, self.met[function]
         self.met[function] = len(self.met)
@@ -86,8 +89,8 @@ class _Digest(NumpyHasher):
 
 def source_of(thing: Any) -> str:
     """Source of a function or class without comments and spacing; its byte code where there is no source to read."""
-    try:
-        source = textwrap.dedent(inspect.getsource(thing))
+    try:  # of its code: a decorator's own, not that of what it wraps
+        source = textwrap.dedent(inspect.getsource(getattr(thing, "__code__", thing)))
     except (OSError, TypeError):
         return _byte_code(getattr(thing, "__code__", None))
     if getattr(thing, "__name__", "") == "<lambda>":  # its source is the line that it stands in, with others perhaps

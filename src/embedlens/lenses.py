@@ -210,8 +210,10 @@ class LogitLens(Lens):
 
     @torch.no_grad()
     def scores(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch V"]:
-        """Logits of every real vocabulary entry."""
+        """Logits of every real vocabulary entry; EmbedLensError where some are NaN, as the model overflows."""
         logits = self._unembed(_readable(h), norm=self.norm).float()
+        if bool(logits.isnan().any()):
+            raise EmbedLensError("some logits are NaN: load the model with dtype='float32' or 'bfloat16'")
         if len(self._exclude):
             logits[..., self._exclude] = -torch.inf
         return logits
@@ -258,10 +260,8 @@ def _readable(vectors: Float[Tensor, "*batch d"], what: str = "vectors") -> Floa
     embedlens.errors.EmbedLensError: 1 of 2 vectors hold NaN or inf, or numbers too large for a norm: load the model
     with dtype='float32' or 'bfloat16', or leave them out
     """
-    whole = vectors.detach()
-    wide = whole.dtype == torch.float64
-    parts = whole.reshape(-1, whole.shape[-1]).split(4096)  # no copy of a whole table
-    norms = torch.cat([torch.linalg.vector_norm(part if wide else part.float(), dim=-1) for part in parts])
+    parts = vectors.detach().reshape(-1, vectors.shape[-1]).split(4096)  # no copy of a whole table
+    norms = torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in parts])
     known = norms.isfinite()
     if not bool(known.all()):
         raise EmbedLensError(

@@ -15,18 +15,28 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from embedlens import batches, samples, study, sweep
+from embedlens import samples, study
+from embedlens.arms import Select
+from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError
-from embedlens.groups import Reference, TokenGroups, discover, reference_of, token_groups_of
+from embedlens.groups import Reference, discover, reference_of, token_groups_of
 from embedlens.interventions import EnterAt, Intervention, Rescale, Silence
 from embedlens.prefix import Case, answers
-from embedlens.sweep import Arm, acted_on, everywhere, members, pruning, random_alive, skipping
+from embedlens.sweep import (
+    BASELINE,
+    Arm,
+    acted_on,
+    everywhere,
+    members,
+    plan_of,
+    pruning,
+    random_alive,
+    skipping,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,23 +48,23 @@ CALIBRATION = 64  # pictures in which a model's groups are found
 NEW_TOKENS = 128  # where a task does not say
 DEAD, SINKS = ("dead",), ("LLM sink", "ViT sink")
 
-#: Name → the arm, of a seed, a layer and a factor.
-INTERVENTIONS: Mapping[str, Callable[[int, int | None, float | None], Arm]] = {
-    "none": lambda seed, layer, factor: sweep.BASELINE,
-    "prune_dead": lambda seed, layer, factor: pruning("prune_dead", partial(members, names=DEAD)),
-    "prune_random": lambda seed, layer, factor: pruning("prune_random", partial(random_alive, matched=DEAD), seed),
-    "prune_sinks": lambda seed, layer, factor: pruning("prune_sinks", partial(members, names=SINKS)),
-    "prune_llm_sinks": lambda seed, layer, factor: pruning("prune_llm_sinks", partial(members, names=SINKS[:1])),
-    "prune_vit_sinks": lambda seed, layer, factor: pruning("prune_vit_sinks", partial(members, names=SINKS[1:])),
-    "skip_llm_sinks": lambda seed, layer, factor: skipping(
-        "skip_llm_sinks", partial(members, names=SINKS[:1]), at=(1.5,)
-    ),
-    "silence_attention": lambda seed, layer, factor: everywhere("silence_attention", Silence("attention")),
-    "silence_mlp": lambda seed, layer, factor: everywhere("silence_mlp", Silence("mlp")),
-    "enter_at": lambda seed, layer, factor: everywhere("enter_at", EnterAt(_given("layer", layer, "enter_at"))),
-    "rescale": lambda seed, layer, factor: everywhere("rescale", Rescale(_given("factor", factor, "rescale"))),
+#: Name → the tokens that are pruned, or skip sublayers.
+SELECTED: Mapping[str, Select] = {
+    "prune_dead": partial(members, names=DEAD),
+    "prune_random": partial(random_alive, matched=DEAD),
+    "prune_sinks": partial(members, names=SINKS),
+    "prune_llm_sinks": partial(members, names=SINKS[:1]),
+    "prune_vit_sinks": partial(members, names=SINKS[1:]),
+    "skip_llm_sinks": partial(members, names=SINKS[:1]),
 }
-GROUPED = ("prune_", "skip_")  # interventions that need to know which token is dead or a sink
+#: Name → what is done to all tokens, given a layer and a factor.
+EVERYWHERE: Mapping[str, Callable[[int | None, float | None], Intervention]] = {
+    "silence_attention": lambda layer, factor: Silence("attention"),
+    "silence_mlp": lambda layer, factor: Silence("mlp"),
+    "enter_at": lambda layer, factor: EnterAt(_given("layer", layer, "enter_at")),
+    "rescale": lambda layer, factor: Rescale(_given("factor", factor, "rescale")),
+}
+INTERVENTIONS = ("none", *SELECTED, *EVERYWHERE)
 
 
 def _given(name: str, value: Any, intervention: str) -> Any:
@@ -81,7 +91,13 @@ def arm_of(intervention: str, seed: Any = 0, layer: Any = None, factor: Any = No
         if value is not None and (isinstance(value, (str, bool)) or value != int(value) or value < 0):
             raise EmbedLensError(f"{name} is {value!r}: pass a whole number, 0 or more")
         whole[name] = None if value is None else int(value)
-    return INTERVENTIONS[intervention](whole["seed"] or 0, whole["layer"], factor)
+    if intervention == "none":
+        return BASELINE
+    if intervention in EVERYWHERE:
+        return everywhere(intervention, EVERYWHERE[intervention](whole["layer"], factor))
+    if intervention.startswith("skip"):
+        return skipping(intervention, SELECTED[intervention], at=(1.5,))
+    return pruning(intervention, SELECTED[intervention], whole["seed"] or 0)
 
 
 def batch_size_of(given: Any) -> int | str:
@@ -126,7 +142,7 @@ class Answerer:
         asked: questions answered.
         acted: those whose picture the arm acted on; the others ran as the baseline.
         tokens: visual tokens that it acted on, in all.
-        batch_size: questions answered together; it becomes less where a batch does not fit into memory.
+        batch_size: questions answered together; fewer from where a batch does not fit into memory.
     """
 
     def __init__(
@@ -137,37 +153,27 @@ class Answerer:
         most = study.ON_CPU if model.device.type == "cpu" else study.LARGEST
         self.batch_size = most if isinstance(batch_size, str) else batch_size
         self._reference: Reference | None = None
-        if arm.name.startswith(GROUPED):
-            self._reference = (
-                discover(model, samples.load(calibration, CALIBRATION)) if calibration else reference_of(model)
-            )
+        if arm.name in SELECTED:
+            drawn = samples.load(calibration, CALIBRATION) if calibration else None
+            self._reference = discover(model, drawn) if drawn else reference_of(model)
 
-    def answers(self, questions: Iterable[Asked]) -> Iterator[Said]:
-        """The greedy answers in the order of the questions, which are read a batch at a time.
+    def answers(self, questions: Sequence[Any], read: Callable[[Any], Asked] = lambda one: one) -> Iterator[Said]:
+        """The greedy answers in the order of the questions, which `read` makes of what is given a batch at a time.
 
         Raises:
             EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was
                 to act and did not.
         """
-        for _, alike in groupby(questions, key=lambda one: one.max_new_tokens):
-            left: list[Asked] = []
-            while left := left or list(islice(alike, self.batch_size)):
-                batch = left[: self.batch_size]
-                said = self._said_if_it_fits(batch)
-                if said is None:
-                    batches.release()
-                    self.batch_size = len(batch) // 2
-                else:
-                    yield from said
-                    left = left[len(batch) :]
 
-    def _said_if_it_fits(self, batch: Sequence[Asked]) -> list[Said] | None:
-        try:
-            return self._said(batch)
-        except RuntimeError as error:
-            if len(batch) == 1 or not batches.out_of_memory(error):
-                raise
-        return None
+        def run(_: int, batch: Sequence[Any]) -> Iterator[Said]:
+            for _, alike in groupby(map(read, batch), key=lambda one: one.max_new_tokens):
+                yield from self._said(list(alike))
+
+        for said in in_batches(run, questions, self.batch_size):
+            self.asked += 1
+            self.acted += said.tokens > 0
+            self.tokens += said.tokens
+            yield said
 
     def _said(self, batch: Sequence[Asked]) -> list[Said]:
         prompts = self.model.prompts([one.picture for one in batch], [one.question for one in batch])
@@ -183,26 +189,17 @@ class Answerer:
                     "a wrong one: allow more new tokens, or choose another intervention"
                 )
             found.append(Said(text, acted_on(case.plan, len(case.prompt.grid))))
-        self.asked += len(found)
-        self.acted += sum(bool(plan) for plan in plans)
-        self.tokens += sum(said.tokens for said in found)
         return found
 
     def _plans(self, prompts: Sequence[Prompt], keys: Sequence[int]) -> list[tuple[Intervention, ...]]:
         """What is done to each picture; nothing where the arm finds nothing to act on."""
-        if self.arm.name == sweep.BASELINE.name:
-            return [()] * len(prompts)
+        groups: Sequence[Any] = [None] * len(prompts)  # an arm that does the same to all tokens looks at none
         if self._reference is not None:
             groups = token_groups_of(self.model, prompts, self._reference)
-        else:  # the arm does the same to all tokens
-            groups = [_all_alive(len(prompt.grid)) for prompt in prompts]
-        plans = [
-            self.arm.act(own, prompt.grid, sweep.generator(key, self.arm.name, self.arm.seed))
+        return [
+            tuple(plan_of(self.arm, key, own, prompt.grid))  # type: ignore[arg-type]  # no arm here asks another prompt
             for own, prompt, key in zip(groups, prompts, keys, strict=True)
         ]
-        if any(callable(plan) for plan in plans):
-            raise EmbedLensError(f"arm {self.arm.name!r} asks another prompt: use one that intervenes on the picture's")
-        return [() if plan is None or callable(plan) else tuple(plan) for plan in plans]
 
     def report(self) -> str:
         """How often the arm acted, in one sentence.
@@ -210,7 +207,7 @@ class Answerer:
         Raises:
             EmbedLensError: it never did, so that all scores are the baseline's.
         """
-        if self.arm.name == sweep.BASELINE.name:
+        if self.arm.name == BASELINE.name:
             return f"{self.asked} answers without an intervention"
         if self.asked and not self.acted:
             raise EmbedLensError(
@@ -222,11 +219,6 @@ class Answerer:
             f"{self.arm.name} (seed {self.arm.seed}) acted on {self.acted} of {self.asked} pictures, on {mean:.1f} "
             "visual tokens each; pruned positions keep their gaps, and the cache is short at every layer"
         )
-
-
-def _all_alive(n: int) -> TokenGroups:
-    none = torch.zeros(n, dtype=torch.bool)
-    return TokenGroups(none, none, none, ~none, {})
 
 
 def until(text: str, stops: Sequence[str]) -> str:

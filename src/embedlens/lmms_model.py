@@ -96,7 +96,7 @@ class EmbedLensModel(Base):
         answers: list[str] = []
         try:
             plugin.check_keys(sorted({request.args[4] for request in requests}), Path(lmms_eval.tasks.__file__).parent)
-            said = self.answerer.answers(map(self._asked, requests))
+            said = self.answerer.answers(requests, self._asked)
             bar = tqdm(said, total=len(requests), disable=self._quiet(), unit="question")
             for one, request in zip(bar, requests, strict=True):
                 context, _, kwargs, *_ = request.args

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,15 +10,13 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from embedlens import processes
 from embedlens.errors import EmbedLensError
-from embedlens.families.plain import OWN
 from embedlens.model_names import MINIATURE, signed
-from embedlens.patches import PREPROCESSINGS
 from embedlens.vlm import VisionLanguageModel, family_named, preprocessing_of
 
 if TYPE_CHECKING:
@@ -60,17 +57,11 @@ def load(
     with warnings.catch_warnings():  # in a notebook without ipywidgets its first import prints a path of this machine
         warnings.simplefilter("ignore")
         import_module("tqdm.auto")
-    own = processes.own_device()
-    if own is not None:  # a launcher started several, each with a GPU of its own, or all on the CPU
-        if device == AUTO:
-            raise EmbedLensError(processes.SPREAD)
-        device = own if device in (None, "cuda") else device
-        processes.processes("cpu" if device == "cpu" else "cuda")  # before anything else looks for devices
-    place = _device(device)
-    if preprocessing is not None and preprocessing not in (*PREPROCESSINGS, OWN):
-        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+    place = _device(processes.placed(device))
+    if processes.own_device() is not None:
+        processes.processes("cpu" if place == "cpu" else "cuda")  # before anything else looks for devices
     whole = place == "cpu" or name_or_folder == MINIATURE
-    asked = None if dtype in (None, AUTO) else _dtype(cast("str | torch.dtype", dtype))
+    asked = None if dtype in (None, AUTO) else dtype_of(dtype)
     check_quantization(quantize, place)
     source = _locate(name_or_folder)
     name = str(name_or_folder)
@@ -78,8 +69,6 @@ def load(
     stored = _stored_dtype(config)
     family = family_named((config.get("architectures") or ["model of unnamed class"])[0], name)
     preprocessing_of(preprocessing, family)
-    if isinstance(source, Path):
-        _check_weight_files(source, name)
     usual = torch.float32 if whole else stored
     quantization = _quantization(quantize, family, asked or usual)
     hf = _load_weights(source, name, place, asked or (usual if whole else AUTO), quantization)
@@ -90,31 +79,29 @@ def load(
 def _device(device: str | torch.device | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "auto":
-        if find_spec("accelerate") is None:
-            raise EmbedLensError("device='auto' needs accelerate: pip install accelerate, or name one device")
-        return "auto"
+    if device == AUTO:
+        return AUTO
+    known = "pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'"
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
-        raise EmbedLensError(f"unknown device {device!r}: pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'") from None
-    if wanted.type == "cuda":
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if seen == 0:
-            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch sees no CUDA GPU: pass device='cpu'")
-        if (wanted.index or 0) >= seen:
-            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch sees {seen} GPU(s): pass 'cuda:0'")
-    elif wanted.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise EmbedLensError(f"device {device!r} is asked for, but PyTorch has no MPS here: pass device='cpu'")
-    elif wanted.type != "cpu":
-        raise EmbedLensError(f"unsupported device {device!r}: pass 'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'")
+        raise EmbedLensError(f"unknown device {device!r}: {known}") from None
+    if wanted.type not in ("cpu", "cuda", "mps"):
+        raise EmbedLensError(f"unsupported device {device!r}: {known}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    seen = gpus if wanted.type == "cuda" else int(torch.backends.mps.is_available())
+    if wanted.type != "cpu" and (wanted.index or 0) >= seen:
+        raise EmbedLensError(
+            f"device {device!r} is asked for, but PyTorch sees {seen or 'no'} {wanted.type.upper()} GPU: pass "
+            f"device={f'{wanted.type}:0' if seen else 'cpu'!r}"
+        )
     return str(wanted)
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype if dtype in DTYPES.values() else None
-    if known is None:
+def dtype_of(dtype: Any) -> torch.dtype:
+    """Of a name, or of itself; EmbedLensError for another than the three of `DTYPES`."""
+    known = DTYPES.get(dtype, dtype)
+    if known not in DTYPES.values():
         raise EmbedLensError(f"unknown dtype {dtype!r}: pass one of {', '.join(map(repr, DTYPES))}")
     return known
 
@@ -135,9 +122,8 @@ def check_quantization(quantize: str | None, place: str) -> None:
         raise EmbedLensError(
             f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or leave it out"
         )
-    absent = [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]
-    if absent:
-        raise EmbedLensError(f"quantize={quantize!r} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+    if find_spec("bitsandbytes") is None:
+        raise EmbedLensError(f"quantize={quantize!r} needs bitsandbytes: pip install bitsandbytes")
 
 
 def unpacked(family: ModuleType) -> list[str]:
@@ -168,64 +154,37 @@ def _locate(name_or_folder: str | Path) -> Path | str:
                 f"the miniature is missing from this installation ({folder}): reinstall it, or run make train"
             )
         return folder
-    if not str(name_or_folder):
-        raise EmbedLensError("the model name is empty: pass 'miniature', a folder or a Hugging Face repository id")
-    folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
+    text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
+    if text and folder.is_dir():
         return folder
-    if folder.is_file():
-        raise EmbedLensError(f"{folder} is a file: pass the folder that holds config.json and the weights")
-    text = str(name_or_folder)
-    if text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not text.endswith("/"):
+    if text.count("/") == 1 and not text.startswith(("/", ".", "~")) and not text.endswith("/") and not folder.exists():
         return text
     raise EmbedLensError(
-        f"no folder {text!r}: pass 'miniature', a checkpoint folder, or a Hugging Face repository id such as "
-        "llava-hf/llava-1.5-7b-hf"
+        f"no folder {text!r}: pass 'miniature', the folder that holds config.json and the weights, or a Hugging Face "
+        "repository id such as llava-hf/llava-1.5-7b-hf"
     )
 
 
 def _config(source: Path | str, name: str) -> dict[str, Any]:
     """What config.json says."""
-    if isinstance(source, Path):
-        config = source / "config.json"
-        if not config.is_file():
-            raise EmbedLensError(
-                f"{name} is no checkpoint, it has no config.json: pass the folder that model.save_pretrained wrote"
-            )
-    else:
-        from transformers.utils import cached_file
+    from transformers import PreTrainedConfig
 
-        try:
-            config = Path(cached_file(source, "config.json") or "")
-        except (OSError, ValueError) as error:
-            raise EmbedLensError(
-                f"no folder {name!r}, and the Hugging Face hub did not give a model of this name: check the spelling "
-                f"and the connection, or pass a folder ({_first_line(error)})"
-            ) from None
     try:
-        return dict(json.loads(config.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError):
-        raise EmbedLensError(f"config.json of {name} is not a JSON object: download or save the model again") from None
+        config, why = PreTrainedConfig.get_config_dict(str(source))[0], "it says nothing"
+    except (OSError, ValueError) as error:
+        config, why = None, _first_line(error)
+    if isinstance(config, dict) and config:
+        return config
+    raise EmbedLensError(
+        f"no config.json of {name!r} that can be read: check the spelling and the connection, or pass the folder that "
+        f"model.save_pretrained wrote ({why})"
+    )
 
 
 def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """Of the weights as published; bfloat16, which does not overflow, where the config does not say."""
     said = [part.get(key) for part in (config, config.get("text_config") or {}) for key in ("dtype", "torch_dtype")]
     return next((DTYPES[dtype] for dtype in said if dtype in DTYPES), torch.bfloat16)
-
-
-def _check_weight_files(folder: Path, name: str) -> None:
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            absent = [shard for shard in shards if not (folder / shard).is_file()]
-            if absent:
-                raise EmbedLensError(
-                    f"{name} lacks {len(absent)} of {len(shards)} weight files ({absent[0]}): copy them too"
-                )
-            return
-    if not any((folder / file).is_file() for file in ("model.safetensors", "pytorch_model.bin")):
-        raise EmbedLensError(f"no weights in {name}: model.safetensors is missing; save or download the model again")
 
 
 def _load_weights(
@@ -238,12 +197,11 @@ def _load_weights(
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
-    # Straight to the GPU where accelerate can do it: the weights then never lie in main memory as a whole.
-    direct = find_spec("accelerate") is not None
-    device_map = place if place == "auto" or (place.startswith("cuda") and direct) else None
+    # Straight to the GPU: the weights then never lie in main memory as a whole.
+    device_map = place if place.startswith((AUTO, "cuda")) else None
     try:
         with _quiet(isinstance(source, Path)):
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            hf, found = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=dtype,
                 device_map=device_map,
@@ -254,7 +212,6 @@ def _load_weights(
         raise EmbedLensError(
             f"the weights of {name} cannot be loaded: save or download the model again ({_first_line(error)})"
         ) from error
-    hf, found = loaded
     absent = sorted(found["missing_keys"])
     if absent:
         # transformers would go on with random numbers in their place

@@ -6,19 +6,24 @@ Weights are counted exactly, on an architecture without storage; the rest is an 
 >>> found = needed(config_of(MINIATURE), dtype="float32")
 >>> found.parameters > 1e6, found.total(batch_size=8) > found.weights
 (True, True)
+
+Released checkpoints are known by the numbers of their config.json that decide their size (`released.json`).
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from embedlens.errors import EmbedLensError
 from embedlens.families import family_of
-from embedlens.loading import AUTO, DTYPES, _locate, unpacked
+from embedlens.loading import AUTO, _locate, dtype_of, unpacked
 from embedlens.model_names import MINIATURE
 
 GIB = 2**30
@@ -91,8 +96,7 @@ def needed(
     """
     from transformers import AutoModelForImageTextToText
 
-    if dtype not in DTYPES:
-        raise EmbedLensError(f"unknown dtype {dtype!r}: pass one of {', '.join(map(repr, DTYPES))}")
+    size = dtype_of(dtype).itemsize
     if quantize not in (None, *QUANTIZED):
         raise EmbedLensError(f"unknown quantize {quantize!r}: pass '4bit' or '8bit', or leave it out")
     try:
@@ -103,7 +107,7 @@ def needed(
             f"{type(config).__name__} is no config of a vision-language model: pass a checkpoint that embedlens.load "
             "takes"
         ) from None
-    family, size = family_of(type(model).__name__), DTYPES[dtype].itemsize
+    family = family_of(type(model).__name__)
     left = tuple(unpacked(family)) if family else ()
     packed = sum(  # the matrices that quantisation packs
         module.weight.numel()
@@ -139,13 +143,6 @@ def visual_tokens_of(config: Any) -> int:
     return round(TILES.get(config.model_type, 1) * (image // patch) ** 2 * ratio**2)
 
 
-def available(device: str) -> int | None:
-    """Bytes that are free on a device, or None where it cannot be asked."""
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return None
-
-
 def foretold(
     model: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None, batch_size: int = 1
 ) -> str:
@@ -157,6 +154,38 @@ def foretold(
     if dtype in (None, AUTO):  # as `load` chooses; of the two half precisions both are of a size
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
         dtype = "bfloat16" if on_gpu and model != MINIATURE else "float32"
-    need, free = needed(config_of(model), str(dtype), quantize), available(device or "cuda")
+    need, free = needed(config_of(model), str(dtype), quantize), 0
+    if (device or "cuda").startswith("cuda") and torch.cuda.is_available():
+        free = torch.cuda.mem_get_info(torch.device(device or "cuda"))[0]
     there = f"; {free / GIB:.1f} GiB are free" if free else ""
     return f"memory: {need.told(batch_size)} on each device{there}"
+
+
+def configs() -> dict[str, Any]:
+    """Released repository → config of the stock class, made without a network."""
+    from transformers import AutoConfig
+
+    listed = json.loads(files("embedlens").joinpath("released.json").read_text(encoding="utf-8"))
+    return {name: AutoConfig.for_model(**config) for name, config in listed.items()}
+
+
+def sizes() -> pd.DataFrame:
+    """Visual tokens, parameters, GiB for one picture by kind of weights, and what fits a card, as texts.
+
+    What fits: how many pictures at a time in 16, 8 and 4 bit, up to 64; – where not even one does. A row a repository.
+
+    >>> sizes().loc["llava-hf/llava-1.5-7b-hf", ["visual tokens", "parameters", "bfloat16"]].tolist()
+    ['576', '7.06 B', '16']
+    """
+    rows = {}
+    for name, config in configs().items():
+        kinds = {"bfloat16": None, "8 bit": "8bit", "4 bit": "4bit"}
+        found = {kind: needed(config, "bfloat16", quantize) for kind, quantize in kinds.items()}
+        plain = found["bfloat16"]
+        row = {"visual tokens": str(visual_tokens_of(config)), "parameters": f"{plain.parameters / 1e9:.2f} B"}
+        row |= {kind: f"{memory.total() / GIB:.0f}" for kind, memory in found.items()}
+        row["each further picture in a batch"] = f"{plain.sample / GIB:.1f}"
+        for card, gib in CARDS.items():
+            row[card] = " / ".join(str(memory.pictures(gib) or "–") for memory in found.values())
+        rows[name] = row
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name="model"))

@@ -179,12 +179,22 @@ class PatchGrid:
             raise EmbedLensError(f"no patch {index}: this grid of {self.rows}x{self.cols} has 0 to {len(self) - 1}")
         return divmod(int(index), self.cols)
 
+    @cached_property
+    def cells(self) -> Float[Tensor, "n 4"]:
+        """`cell` of every patch, float64."""
+        columns, lines = ([(float(a), float(b)) for a, b in spans] for spans in self.spans)
+        cells = [(x0, y0, x1, y1) for y0, y1 in lines for x0, x1 in columns]
+        return torch.tensor(cells, dtype=torch.float64)
+
+    @cached_property
+    def _clipped(self) -> Float[Tensor, "n 4"]:
+        edges = torch.tensor(2 * [self.frame.width, self.frame.height], dtype=torch.float64)
+        return torch.minimum(self.cells.clamp(min=0), edges)
+
     def cell(self, index: int) -> Box:
         """The whole cell of a patch: x0, y0, x1, y1. Reaches outside the picture where the cell lies in a bar."""
-        row, col = self._row_col(index)
-        columns, lines = self.spans
-        (x0, x1), (y0, y1) = columns[col], lines[row]
-        return float(x0), float(y0), float(x1), float(y1)
+        self._row_col(index)  # refuses what is not there
+        return tuple(self.cells[index].tolist())
 
     def box(self, index: int) -> Box:
         """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1.
@@ -194,30 +204,23 @@ class PatchGrid:
         >>> PatchGrid(4, 4, Frame.letterbox(100, 50)).box(0)
         (0.0, 0.0, 25.0, 0.0)
         """
-        x0, y0, x1, y1 = self.cell(index)
-        width, height = float(self.frame.width), float(self.frame.height)
-        return min(max(x0, 0.0), width), min(max(y0, 0.0), height), min(max(x1, 0.0), width), min(max(y1, 0.0), height)
+        self._row_col(index)
+        return tuple(self._clipped[index].tolist())
 
-    @cached_property
+    @property
     def boxes(self) -> Float[Tensor, "n 4"]:
-        """`box` of every patch."""
-        return torch.tensor([self.box(index) for index in range(len(self))], dtype=torch.float32)
+        """`box` of every patch, float32."""
+        return self._clipped.float()
 
-    @cached_property
+    @property
     def centres(self) -> Float[Tensor, "n 2"]:
-        """Centre (x, y) of every cell; outside the picture for a cell whose middle lies in a bar."""
-        columns, lines = self.spans
-        middle_x = [float(a + b) / 2 for a, b in columns]
-        middle_y = [float(a + b) / 2 for a, b in lines]
-        return torch.tensor([(x, y) for y in middle_y for x in middle_x], dtype=torch.float32)
+        """Centre (x, y) of every cell, float32; outside the picture for a cell whose middle lies in a bar."""
+        return ((self.cells[:, :2] + self.cells[:, 2:]) / 2).float()
 
-    @cached_property
+    @property
     def padded(self) -> Bool[Tensor, " n"]:
         """Which patches lie wholly in the bars, that is, show no pixel of the picture."""
-        columns, lines = self.spans
-        bar_x = [b <= 0 or a >= self.frame.width for a, b in columns]
-        bar_y = [b <= 0 or a >= self.frame.height for a, b in lines]
-        return torch.tensor([row or col for row in bar_y for col in bar_x], dtype=torch.bool)
+        return (self._clipped[:, :2] == self._clipped[:, 2:]).any(-1)
 
     def inside(self, box: Sequence[float]) -> Bool[Tensor, " n"]:
         """Which patches have their centre in a box x0, y0, x1, y1 (left and top edge count, right and bottom do not).
@@ -236,20 +239,20 @@ class PatchGrid:
         return (left < x1) & (right > x0) & (top < y1) & (bottom > y0)
 
     def patch_at(self, x: float, y: float) -> int:
-        """Index of the patch that shows the point (x, y); a point in the bars has its patch too.
+        """Index of the smallest patch that shows the point (x, y); a point in the bars has its patch too.
 
         Raises:
             EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it.
         """
-        columns, lines = self.spans
-        col = next((c for c, (a, b) in enumerate(columns) if a <= x < b), None)
-        row = next((r for r, (a, b) in enumerate(lines) if a <= y < b), None)
-        if col is None or row is None:
+        x0, y0, x1, y1 = self.cells.T
+        shown = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).nonzero()[:, 0]
+        if not len(shown):
             raise EmbedLensError(
-                f"no patch shows the point ({x:g}, {y:g}): the grid covers x from {float(columns[0][0]):g} to "
-                f"{float(columns[-1][1]):g} and y from {float(lines[0][0]):g} to {float(lines[-1][1]):g}"
+                f"no patch shows the point ({x:g}, {y:g}): the grid covers x from {float(x0.min()):g} to "
+                f"{float(x1.max()):g} and y from {float(y0.min()):g} to {float(y1.max()):g}"
             )
-        return row * self.cols + col
+        areas = ((x1 - x0) * (y1 - y0))[shown]
+        return int(shown[(areas == areas.min()).nonzero()[0, 0]])
 
     def neighbours(self, index: int) -> list[int]:
         """Patches that share a side with one: above, left, right, below; of the same view only.
@@ -313,8 +316,8 @@ class ManyViews(PatchGrid):
     @property
     def overview(self) -> tuple[int, PatchGrid]:
         starts = accumulate(map(len, self.parts), initial=0)
-        seen = [sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in map(v.box, range(len(v)))) for v in self.parts]
-        whole = [area >= 0.9 * self.frame.width * self.frame.height for area in seen]
+        sides = [view._clipped[:, 2:] - view._clipped[:, :2] for view in self.parts]
+        whole = [float(side.prod(-1).sum()) >= 0.9 * self.frame.width * self.frame.height for side in sides]
         finest = max(zip(whole, map(len, self.parts), starts, self.parts, strict=False), key=lambda one: one[:2])
         return finest[2:]
 
@@ -325,32 +328,9 @@ class ManyViews(PatchGrid):
         number = bisect_right(starts, index) - 1
         return number, int(index) - starts[number]
 
-    def cell(self, index: int) -> Box:
-        number, inner = self.view_of(index)
-        return self.parts[number].cell(inner)
-
     @cached_property
-    def centres(self) -> Float[Tensor, "n 2"]:
-        return torch.cat([view.centres for view in self.parts])
-
-    @cached_property
-    def padded(self) -> Bool[Tensor, " n"]:
-        return torch.cat([view.padded for view in self.parts])
-
-    def patch_at(self, x: float, y: float) -> int:
-        """Index of the smallest patch that shows the point (x, y)."""
-        start, found, refused = 0, [], ""
-        for view in self.parts:
-            try:
-                inner = view.patch_at(x, y)
-                x0, y0, x1, y1 = view.cell(inner)
-                found.append(((x1 - x0) * (y1 - y0), start + inner))
-            except EmbedLensError as error:
-                refused = str(error)
-            start += len(view)
-        if not found:
-            raise EmbedLensError(refused)
-        return min(found)[1]
+    def cells(self) -> Float[Tensor, "n 4"]:
+        return torch.cat([view.cells for view in self.parts])
 
     def neighbours(self, index: int) -> list[int]:
         number, inner = self.view_of(index)

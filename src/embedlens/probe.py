@@ -113,7 +113,8 @@ def named_objects(model: VisionLanguageModel, sample: Sample, seen: PictureProbe
         found = [word for word, i in zip(row, ids, strict=True) if hit and i in wanted]
         words.append((found or row)[0] if on else "")
     title = f"Layer {seen.layer}: {int(named.sum())} of {int(objects.sum())} object patches name their object"
-    footer = signature(seen.model, f"{LENSES[seen.lens].__name__}, {_number(seen.ids.shape[1])}, one held-out picture")
+    lens = LENSES[seen.lens].__name__
+    footer = signature(seen.model, f"{lens}, {seen.ids.shape[1]} nearest words, one held-out picture")
     return patch_figure(seen.image, seen.grid, words, title, named, footer)
 
 
@@ -131,12 +132,6 @@ def in_groups(seen: PictureProbe, groups: TokenGroups, title: str = "") -> Figur
 
 def _footer(seen: PictureProbe) -> str:
     return signature(seen.model, f"{LENSES[seen.lens].__name__}, layer {seen.layer}, one held-out picture")
-
-
-def _number(words: int) -> str:
-    """How many words of a token were looked at, in words where English has them."""
-    name = dict(enumerate(("the", "two", "three", "four", "five"), 1)).get(words, str(words))
-    return f"{name} nearest word{'s' * (words > 1)}"
 
 
 def _table(grid: PatchGrid, words: list[list[str]]) -> str:

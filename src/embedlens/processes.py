@@ -10,10 +10,6 @@ import torch
 
 from embedlens.errors import EmbedLensError
 
-SPREAD = (
-    "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or leave "
-    "device out so that each takes a GPU of its own"
-)
 ALONE = "run `unset WORLD_SIZE` to work in one process, or start several with accelerate launch or torchrun"
 
 
@@ -38,6 +34,17 @@ def own_device() -> str | None:
     if _launched() == 1:
         return None
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def placed(device: Any) -> Any:
+    """The device to load on: of several processes each has its own. EmbedLensError where these are to share "auto"."""
+    own = own_device()
+    if own is not None and device == "auto":
+        raise EmbedLensError(
+            "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
+            "leave device out so that each takes a GPU of its own"
+        )
+    return own if own is not None and device in (None, "cuda") else device
 
 
 def _met() -> bool:

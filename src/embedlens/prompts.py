@@ -43,7 +43,7 @@ class Prompt:
     beside: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """What the processor said of the picture beside its pixels: original size, numbers of patches, by its names."""
     positions: Int[Tensor, "axes s"] | None = field(default=None, repr=False)
-    """Rotary positions (time, height, width) where a family gives patches such; None: 0 to s-1."""
+    """Rotary positions: (time, height, width) where a family gives patches such, or one row; None: 0 to s-1."""
     deep: Float[Tensor, "joins n d"] | None = field(default=None, repr=False)
     """What is added to the visual rows after decoder block 0, 1, ..., where a family does that."""
     said: int = field(default=0, repr=False)  #: How many of the last ids are the answer's
@@ -67,19 +67,22 @@ class Prompt:
         embeds = torch.where(self.visual[:, None], self.embeds * factor, self.embeds)
         return replace(self, embeds=embeds, deep=None if self.deep is None else self.deep * factor)
 
-    def without(self, mask: Bool[Tensor, " n"]) -> Prompt:
+    def without(self, mask: Bool[Tensor, " n"], gaps: bool = False) -> Prompt:
         """The same prompt, physically shorter by the masked visual tokens.
 
-        Run as it is, its positions count anew, unless it has `positions`: the remaining rows keep those.
+        The remaining rows keep their `positions`; of a prompt without such they count anew, with `gaps` as before.
         """
         kept = (~self.spread(mask)).nonzero()[:, 0]
+        positions = self.positions
+        if gaps and positions is None:
+            positions = torch.arange(len(self), device=kept.device)[None]
         return replace(
             self,
             ids=self.ids[kept],
             embeds=self.embeds[kept],
             visual=self.visual[kept],
             rows=kept,
-            positions=None if self.positions is None else self.positions[:, kept],
+            positions=None if positions is None else positions[:, kept],
             deep=None if self.deep is None else self.deep[:, ~mask.to(self.deep.device)],
         )
 
@@ -262,12 +265,16 @@ def carried(prompts: Sequence[Prompt], side: Side, family: ModuleType) -> Callab
             )
         if cached == 0 and deep is not None:
             added = family.deep_inputs(visual.to(embeds.device), deep)
-        if positions is not None and cached == 0:
-            added["position_ids"] = positions.to(embeds.device)
-        elif positions is not None:
-            new = cached - visual.shape[1] + torch.arange(embeds.shape[1], device=embeds.device)
-            places = cast(Tensor, following).to(embeds.device)[:, None] + new
-            added["position_ids"] = places.expand(len(positions), -1, -1)
+        if positions is not None:
+            places = positions.to(embeds.device)
+            if cached:
+                new = cached - visual.shape[1] + torch.arange(embeds.shape[1], device=embeds.device)
+                new = cast(Tensor, following).to(embeds.device)[:, None] + new
+                places = new.expand(len(positions), -1, -1)
+            elif len(positions) == 1 and kwargs.get("attention_mask") is None:
+                # without a mask transformers takes a gap in the positions for the start of another sequence
+                added["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            added["position_ids"] = places[0] if len(positions) == 1 else places
         return args, kwargs | added
 
     return hand_over

@@ -11,71 +11,34 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedlens import memory, processes, records, samples, study
+from embedlens import memory, processes, records, samples, study, sweep, tasks
 from embedlens.errors import EmbedLensError, writing
 from embedlens.loading import load
 from embedlens.measures import anatomy
 from embedlens.model_names import MINIATURE, signed
-from embedlens.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from embedlens.samples import Sample
-
 LONG = 50  # from so many pictures on, time is estimated before the run
-Prepared = tuple[Callable[..., Any], "list[Sample]"]
 
 
 @dataclass(frozen=True)
 class Named:
-    """A study with its pictures, and what is written of its table."""
+    """What `embedlens run` knows by name: chapter 09, or the questions of all families under some arms."""
 
     about: str  #: What it is and whether a record comes of it; `embedlens run --help` says the same
-    #: (model, dataset, n, seed) → the study, taking a batch, and the samples to run it on
-    prepare: Callable[[VisionLanguageModel, str, int, int], Prepared]
-    #: (results, model, dataset, table, seed) → the record that a chapter reads; None: the table is all
-    record: Callable[[Path, str, str, pd.DataFrame, int], Path] | None = None
-
-
-def _anatomy(model: VisionLanguageModel, dataset: str, n: int, seed: int) -> Prepared:
-    measured, calibration, compared = anatomy.pictures(dataset, n, seed)
-    return anatomy.study_of(model, calibration, compared, seed), measured
-
-
-def _anatomy_record(folder: Path, model: str, dataset: str, table: pd.DataFrame, seed: int) -> Path:
-    found = anatomy.numbers(table, dataset != "miniworld", seed)
-    return records.write(folder, model, anatomy.CHAPTER, len(table), seed, {}, found, dataset=dataset)
-
-
-def _arms(model: VisionLanguageModel, dataset: str, n: int, seed: int, arms: str) -> Prepared:
-    from embedlens import sweep, tasks
-
-    if dataset != "miniworld":
-        raise EmbedLensError(
-            f"dataset={dataset!r} has no questions to answer: leave it out, the arms are asked about drawn pictures; "
-            "published benchmarks run through lmms-eval"
-        )
-    items = [item for family in tasks.FAMILIES for item in tasks.family_questions(family, n, seed)]
-    return partial(sweep.answer_arms, arms=getattr(sweep, arms)()), sweep.asked(items)
+    arms: Callable[[], list[sweep.Arm]] | None = None  #: None: chapter 09, which writes a record
 
 
 STUDIES: Mapping[str, Named] = {
-    "other_models": Named(
-        "clusters and token groups of one model; the whole of chapter 09, whose record it writes",
-        _anatomy,
-        _anatomy_record,
-    ),
-    "sinks": Named(
-        "the arms of Table 1; a part of chapter 03, whose notebook writes the record", partial(_arms, arms="sink_arms")
-    ),
-    "dead": Named(
-        "the arms of Table 2; a part of chapter 04, whose notebook writes the record", partial(_arms, arms="dead_arms")
-    ),
+    "other_models": Named("clusters and token groups of one model; the whole of chapter 09, whose record it writes"),
+    "sinks": Named("the arms of Table 1; a part of chapter 03, whose notebook writes the record", sweep.sink_arms),
+    "dead": Named("the arms of Table 2; a part of chapter 04, whose notebook writes the record", sweep.dead_arms),
 }
 
 
@@ -116,19 +79,20 @@ def run_named(
 ) -> pd.DataFrame:
     """Run a study on `n` pictures in as many processes as a launcher started, and write what it found.
 
-    Says beforehand what it will run on and what memory and time that is estimated to take. The rows and `table.csv`
-    go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record goes to
-    `results`, by default the checkout's own, as `records.results` finds it.
+    Says beforehand what it will run on and what memory and, for many pictures, time that may take. The rows and
+    `table.csv` go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record
+    goes to `results`, by default the checkout's own, as `records.results` finds it.
     """
     named = STUDIES.get(name)
     function = None if named else own_study(name)
+    if named is not None and named.arms is not None and dataset != "miniworld":
+        raise EmbedLensError(
+            f"dataset={dataset!r} has no questions to answer: leave it out, the arms are asked about drawn pictures; "
+            "published benchmarks run through lmms-eval"
+        )
     if n < 1:
         raise EmbedLensError(f"n is {n}: pass at least one picture")
-    place = processes.own_device()
-    if place is not None and device == "auto":
-        raise EmbedLensError(processes.SPREAD)
-    if place is not None and device in (None, "cuda"):
-        device = place
+    place, device = processes.own_device(), processes.placed(device)
     if place is not None and os.environ.get("RANK") == "0":  # what an earlier launcher left would wait for half an hour
         say(f"waiting for all processes of WORLD_SIZE={os.environ['WORLD_SIZE']}; if there are none, {processes.ALONE}")
     together = processes.processes("cpu" if device == "cpu" or (place or "cpu") == "cpu" else "cuda")
@@ -137,38 +101,38 @@ def run_named(
     aloud(f"{name} on {model}: {n} pictures of {dataset}, seed {seed}, {together.count} process{several}")
     aloud(memory.foretold(model, device, dtype, quantize, batch_size if isinstance(batch_size, int) else 1))
     loaded = load(model, device=device, dtype=dtype, quantize=quantize, preprocessing=preprocessing)
-    if named is not None:
-        function, measured = named.prepare(loaded, dataset, n, seed)
-    else:
-        measured = samples.load(dataset, n=n, seed=seed)
-        batch_size = None if batch_size == study.AUTO else batch_size
-    assert function is not None
-    if len(measured) >= LONG:
-        trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
-        seconds = study.rehearse(function, loaded, measured, trial)
-        whole = seconds * len(measured) / together.count
-        aloud(f"time: about {_duration(whole)} ({seconds:.2g} s a picture in a first batch, on this machine)")
     # a quantised model, or one that reads pictures in a way that is not its own, is another model: nothing is mixed
     measured_as = signed(loaded.name, None if preprocessing == loaded.family.PREPROCESSINGS[0] else preprocessing)
     own_folder = Path("runs") / measured_as.strip("/").replace("/", "--") / name.replace(":", ".")
     out = own_folder if out is None else Path(out)
-    table = study.run(function, loaded, measured, out, batch_size, progress=None)
+    if named is not None and named.arms is not None:
+        items = [item for family in tasks.FAMILIES for item in tasks.family_questions(family, n, seed)]
+        size: dict[str, Any] = {"batch_size": batch_size} if isinstance(batch_size, int) else {}
+        table = sweep.run_arms(loaded, items, named.arms(), **size, out=out)
+    else:
+        if named is not None:
+            measured, calibration, compared = anatomy.pictures(dataset, n, seed)
+            function = anatomy.study_of(loaded, calibration, compared, seed)
+        else:
+            measured = samples.load(dataset, n=n, seed=seed)
+            batch_size = None if batch_size == study.AUTO else batch_size
+        assert function is not None
+        if len(measured) >= LONG:
+            trial = study.ON_CPU if isinstance(batch_size, str) else batch_size
+            seconds = study.rehearse(function, loaded, measured, trial)
+            whole = timedelta(seconds=round(seconds * len(measured) / together.count))
+            aloud(f"time: about {whole} ({seconds:.2g} s a picture in a first batch, on this machine)")
+        table = study.run(function, loaded, measured, out, batch_size)
     if together.rank == 0:
         with writing(out / "table.csv"):
+            out.mkdir(parents=True, exist_ok=True)
             table.to_csv(out / "table.csv", index=False)
         aloud(f"{len(table)} rows in {out / 'table.csv'}")
-        if named is not None and named.record is not None:
-            aloud(f"record: {named.record(records.results(results), measured_as, dataset, table, seed)}")
+        if name == "other_models":
+            found = anatomy.numbers(table, dataset != "miniworld", seed)
+            folder = records.results(results)
+            file = records.write(folder, measured_as, anatomy.CHAPTER, len(table), seed, {}, found, dataset=dataset)
+            aloud(f"record: {file}")
         elif named is not None:
             aloud(f"no record: {name} is {named.about}")
     return table
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(40), _duration(5400)
-    ('40 s', '1.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

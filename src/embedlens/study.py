@@ -108,11 +108,15 @@ def run(
         return [answer for batch in parts for answer in _answers(study, model, batch, size)]
 
     def known(chunk: list[Sample]) -> list[Answer]:
-        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
+        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ.
+
+        What failed is tried again.
+        """
         if folder is None:
             return measured(chunk)
         what = key, size, list(map(kept.of_sample, chunk))
-        return kept.remembered(what, partial(measured, chunk), folder, worth=_whole)
+        tried = partial(measured, chunk)
+        return kept.remembered(what, tried, folder, lambda made: all("rows" in one for one in made))
 
     stream, count, found = iter(samples), 0, dict[int, "list[Answer]"]()
     total = len(samples) if isinstance(samples, Sized) else None
@@ -202,11 +206,6 @@ def _place(study: Callable[..., Any], model: VisionLanguageModel, out: str | Pat
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder, key
-
-
-def _whole(answers: Sequence[Answer]) -> bool:
-    """Whether every sample of a chunk could be measured: what failed is tried again."""
-    return not any("error" in answer for answer in answers)
 
 
 def _answers(

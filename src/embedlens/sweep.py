@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,13 +24,11 @@ from embedlens.arms import (  # noqa: F401 - arms are named as of this module, t
     BASELINE,
     Arm,
     Plan,
-    block_alive,
     dead_arms,
     everywhere,
     generator,
     members,
     on_things,
-    others,
     pruning,
     random_alive,
     random_tokens,
@@ -43,7 +42,7 @@ from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention
 from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, identity
-from embedlens.processes import Processes, processes
+from embedlens.processes import processes
 from embedlens.samples import Sample
 from embedlens.tasks import Item, able, answer_tokens, box_score, in_words_of, score
 from embedlens.vlm import Prompt, VisionLanguageModel
@@ -58,7 +57,7 @@ def run_arms(
     groups: Callable[..., Sequence[Any]] = token_groups_of,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
-    halve: bool = True,
+    out: Path | str | None = None,
 ) -> pd.DataFrame:
     """Ask every question under every arm, in the words of the model's family.
 
@@ -69,9 +68,9 @@ def run_arms(
         arms: `sink_arms()`, `dead_arms()`, or your own. With `BASELINE` among them, `embedlens.paired` compares.
         groups: (model, prompts) → what arms choose by, of each prompt's picture: its groups, bind a reference or
             membership with `partial`, or `pruner_arms.seen` for the arms of pruners.
-        batch_size: pictures that run together, each with up to eight questions.
+        batch_size: pictures that run together, each with up to eight questions; fewer where they do not fit.
         max_new_tokens: of an answer; by default as many as the model needs to write the longest expected one.
-        halve: run fewer pictures together where they do not fit on the device; False: raise, the caller halves.
+        out: a folder for rows, from which a sweep that was stopped goes on; by default that of `EMBEDLENS_ROWS`.
 
     Returns:
         One row per question and arm, question by question: item (its place), id (of the picture), family, kind,
@@ -88,54 +87,22 @@ def run_arms(
     items, max_new_tokens = in_words_of(model, items), max_new_tokens or answer_tokens(model)
     rows: list[dict[str, Any]] = []
     common = arms, groups, max_new_tokens
-    together = processes(model.device.type) if halve else Processes()  # a caller that halves has dealt out its own
-    what = {"model": kept.of_model(model), "asked": common} if halve and kept.ROWS in os.environ else None
-    for number, places in enumerate(
-        watched(list(_chunks(items, CHUNK * batch_size)), model.name, "groups of questions")
-    ):
+    together = processes(model.device.type)
+    what = {"model": kept.of_model(model), "asked": common} if out or kept.ROWS in os.environ else None
+    chunks = list(_chunks(items, CHUNK * batch_size))
+    for number, places in enumerate(watched(chunks, model.name, "groups of questions")):
         if number % together.count != together.rank:
             continue
         own = {place: items[place] for place in places}
-        if not halve:  # the caller keeps rows
-            rows += _rows_of(model, own, *common, batch_size)
-            continue
         run = partial(batches.halving, partial(_rows_of, model, own, *common), batch_size)
         key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()}
-        found, batch_size = kept.remembered({**what, "items": key}, run) if what else run()
+        found, batch_size = kept.remembered({**what, "items": key}, run, out) if what else run()
         rows += found
     rows = [row for part in together.gathered(rows) for row in part]
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
     rows.sort(key=lambda row: (row["item"], order[row["arm"], row["seed"]]))
     table = pd.DataFrame(rows)
     return table.assign(testable=~table["family"].isin(unable))
-
-
-def asked(items: Sequence[Item]) -> list[Sample]:
-    """Items as samples that carry their questions, which is what `embedlens.run` streams over."""
-    of_picture: dict[int, list[Item]] = {}
-    for item in items:
-        of_picture.setdefault(item.sample.id, []).append(item)
-    return [replace(own[0].sample, questions=tuple(item.question for item in own)) for own in of_picture.values()]
-
-
-def answer_arms(
-    model: VisionLanguageModel,
-    samples: Sequence[Sample],
-    arms: Sequence[Arm],
-    groups: Callable[..., Sequence[TokenGroups]] = token_groups_of,
-) -> list[list[dict[str, Any]]]:
-    """`run_arms` as a study that can be killed, resumed and shared out; its item is "id/place" of the question.
-
-    el.run(partial(answer_arms, arms=sink_arms()), model, asked(items), out="arms", batch_size=32)
-    """
-    items = [Item(sample, question) for sample in samples for question in sample.questions]
-    table = run_arms(model, items, arms, groups, batch_size=max(1, len(items)), halve=False)
-    first = {item.sample.id: place for place, item in reversed(list(enumerate(items)))}
-    found: dict[int, list[dict[str, Any]]] = {sample.id: [] for sample in samples}
-    for row in table.to_dict("records"):
-        named = {str(key): value for key, value in row.items()}
-        found[row["id"]].append(named | {"item": f"{row['id']}/{row['item'] - first[row['id']]}"})
-    return [found[sample.id] for sample in samples]
 
 
 def _check(items: Sequence[Item], arms: Sequence[Arm], batch_size: int) -> None:
@@ -190,7 +157,7 @@ def _rows_of(
         for picture, own in zip(pictures, found, strict=True)
     }
     plans = {
-        (arm.name, arm.seed, picture): _plan(arm, picture, of_picture[picture], prompts[first[picture]].grid)
+        (arm.name, arm.seed, picture): plan_of(arm, picture, of_picture[picture], prompts[first[picture]].grid)
         for arm in arms
         for picture in pictures
     }
@@ -208,11 +175,30 @@ def _rows_of(
             removed = len(rewritten.grid) - int(rewritten.visual.sum())
             tokens[arm.name, arm.seed, place] = removed or acted_on(plan, len(rewritten.grid))
     texts = dict(zip(cases, answers(model, list(cases.values()), max_new_tokens, batch_size), strict=True))
-    return [
-        _row(place, item, arm, tokens[arm.name, arm.seed, place], texts[asked_as[arm.name, arm.seed, place]])
-        for arm in arms
-        for place, item in items.items()
-    ]
+    rows = []
+    for arm in arms:
+        for place, item in items.items():
+            question, case = item.question, (arm.name, arm.seed, place)
+            prediction = texts[asked_as[case]]
+            correct = score(question, prediction)
+            rows.append(
+                {
+                    "item": place,
+                    "id": item.sample.id,
+                    "family": question.family,
+                    "kind": question.kind,
+                    "question": question.text,
+                    "answer": question.answer,
+                    "arm": arm.name,
+                    "seed": arm.seed,
+                    "acted": tokens[case] > 0,
+                    "tokens": tokens[case],
+                    "prediction": prediction,
+                    "correct": correct,
+                    "correct_original": box_score(item, prediction, "original") if question.kind == "box" else correct,
+                }
+            )
+    return rows
 
 
 def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int) -> dict[int, Prompt]:
@@ -238,7 +224,8 @@ def _picture(sample: Sample) -> Any:
     return sample.image if "image" in vars(sample) else replace(sample).image
 
 
-def _plan(arm: Arm, picture: int, groups: Any, grid: PatchGrid) -> Plan:
+def plan_of(arm: Arm, picture: int, groups: Any, grid: PatchGrid) -> Plan:
+    """What an arm does to a picture; nothing where it finds nothing to act on."""
     plan = arm.act(groups, grid, generator(picture, arm.name, arm.seed))
     if plan is None or callable(plan):
         return plan or ()
@@ -256,23 +243,3 @@ def acted_on(plan: Sequence[Intervention], n: int) -> int:
     if len(masks) < len(plan):
         return n
     return int(torch.stack([torch.as_tensor(mask) for mask in masks]).any(0).sum()) if masks else 0
-
-
-def _row(place: int, item: Item, arm: Arm, tokens: int, prediction: str) -> dict[str, Any]:
-    question = item.question
-    correct = score(question, prediction)
-    return {
-        "item": place,
-        "id": item.sample.id,
-        "family": question.family,
-        "kind": question.kind,
-        "question": question.text,
-        "answer": question.answer,
-        "arm": arm.name,
-        "seed": arm.seed,
-        "acted": tokens > 0,
-        "tokens": tokens,
-        "prediction": prediction,
-        "correct": correct,
-        "correct_original": box_score(item, prediction, "original") if question.kind == "box" else correct,
-    }

@@ -8,7 +8,7 @@ second attention whose values are the set's indicator, so that the [queries, key
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
@@ -89,7 +89,7 @@ def traces(
             indicators = _indicators(named, batch, entered, embeds)
             weighing: AbstractContextManager[None] = nullcontext()
             if indicators is not None:
-                weighing = reading(model, partial(_weigh, mass, indicators), partial(_sum, mass, indicators))
+                weighing = reading(model, partial(_weigh, mass, indicators))
             with model.recording(middle) as seen, weighing, torch.no_grad():
                 model.decoder(inputs_embeds=embeds, attention_mask=padding, use_cache=False)
         stream, mid = (torch.stack([h.to(embeds.device) for h in part], dim=1) for part in (seen, middle))
@@ -130,27 +130,18 @@ def _indicators(
 
 @contextmanager
 def reading(
-    model: VisionLanguageModel,
-    of_products: Callable[[Tensor, Tensor, Tensor | None, float], None],
-    of_weights: Callable[[Tensor], None] | None = None,
+    model: VisionLanguageModel, of_products: Callable[[Tensor, Tensor, Tensor | None, float], None]
 ) -> Iterator[None]:
     """For the time of the block, the attention of the decoder is read, layer by layer.
 
     Args:
         of_products: is given queries Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention.
-        of_weights: is given Float[b, h, q, s] of eager attention, which hands them out; None: that is refused.
 
     Raises:
         EmbedLensError: another kernel.
     """
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
-    if kernel == "eager" and of_weights is not None:
-        with ExitStack() as hooks:
-            for owner in owners:
-                hooks.callback(owner.register_forward_hook(lambda _, args, output: of_weights(output[1])).remove)
-            yield
-        return
     if kernel != "sdpa":
         raise EmbedLensError(
             f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
@@ -180,10 +171,6 @@ def attending(attend: Callable[..., Any]) -> Iterator[None]:
             yield
         finally:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
-
-
-def _sum(mass: list[Tensor], indicators: Float[Tensor, "b s g"], weights: Float[Tensor, "b h q s"]) -> None:
-    mass.append(weights.float().mean(1) @ indicators.to(weights.device).float())
 
 
 def _weigh(

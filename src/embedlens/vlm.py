@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from embedlens.batches import in_batches
@@ -307,14 +307,13 @@ class VisionLanguageModel:
         The last one is taken *before* the final norm. Hugging Face's own `hidden_states[-1]` is after it, so the two
         agree everywhere but there.
         """
-        return self.hidden_states_of([prompt])[0]
-
-    def hidden_states_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> list[Float[Tensor, "layers s d"]]:
-        """`hidden_states` of several prompts, run together and padded on the right."""
-        return list(self.streams_of(prompts, batch_size))
+        return next(self.streams_of([prompt]))
 
     def streams_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> Iterator[Float[Tensor, "layers s d"]]:
-        """`hidden_states_of`, one after the other: a batch is run when its first is asked for, and held until then."""
+        """`hidden_states` of several prompts, run together and padded on the right.
+
+        A batch is run when its first is asked for, and held until its last is.
+        """
 
         def run(start: int, batch: Sequence[Prompt]) -> list[Tensor]:
             with self.running(batch, start, len(prompts)) as entered, self.recording() as layers, torch.no_grad():
@@ -346,7 +345,9 @@ class VisionLanguageModel:
                 prompts = stack.enter_context(self.intervention(prompts, start, total, side))
             beside = carried(prompts, side, self.family)
             if beside is not None:
-                stack.callback(self.decoder.register_forward_pre_hook(beside, with_kwargs=True).remove)
+                # before those of interventions, which read what it puts in
+                hook = self.decoder.register_forward_pre_hook(beside, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
             yield prompts
 
     padded = staticmethod(padded)
@@ -382,16 +383,26 @@ class VisionLanguageModel:
         """The model's greedy answer."""
         return self.answers([prompt], max_new_tokens)[0]
 
-    @torch.no_grad()
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 16, batch_size: int = 8) -> list[str]:
         """Greedy answers to several prompts, run together and padded on the left."""
+        written = self._written(prompts, max_new_tokens, batch_size)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+    def answer_ids(self, prompt: Prompt, max_new_tokens: int = 16) -> Int[Tensor, " tokens"]:
+        """The ids of the greedy answer, on the CPU, without the token that ends it."""
+        (ids,) = self._written([prompt], max_new_tokens, 1)
+        return ids[: int((torch.isin(ids, torch.tensor(self.greedy(1).eos_token_id)).cumsum(0) == 0).sum())]
+
+    @torch.no_grad()
+    def _written(self, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[Int[Tensor, " tokens"]]:
+        """The ids of answers, on the CPU, with the token that ends each and what pads it."""
         if max_new_tokens < 1:
             raise EmbedLensError(f"max_new_tokens is {max_new_tokens}: allow at least 1")
         for prompt in prompts:
             self.check_length(prompt, max_new_tokens)
         own, greedy = self.hf.generation_config, self.greedy(max_new_tokens)
 
-        def run(start: int, batch: Sequence[Prompt]) -> list[str]:
+        def run(start: int, batch: Sequence[Prompt]) -> list[Tensor]:
             with self.running(batch, start, len(prompts), side="left") as entered:
                 embeds, mask = self.padded(entered, side="left")
                 mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
@@ -401,7 +412,7 @@ class VisionLanguageModel:
                     new_ids = self.hf.generate(inputs_embeds=embeds, attention_mask=mask)
                 finally:
                     self.hf.generation_config = own
-            return [text.strip() for text in self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+            return list(new_ids.cpu())
 
         return list(in_batches(run, prompts, batch_size))
 
