@@ -45,7 +45,7 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
     if order not in ORDERS:
         raise EmbedLensError(f"unknown order {order!r}: use one of {', '.join(ORDERS)}")
     if tokens.ndim != 2 or not len(tokens):
-        raise EmbedLensError(f"the tokens have shape {tuple(tokens.shape)}: pass those of one picture, as [n, d]")
+        raise EmbedLensError(f"the tokens have shape {tuple(tokens.shape)}: pass at least one of one picture, [n, d]")
     if not bool(tokens.isfinite().all()):
         raise EmbedLensError("some tokens are not finite: load the model in float32 or bfloat16")
     units = unit_vectors(unit_vectors(tokens).double())  # at length one to the last bit, which float32 is not

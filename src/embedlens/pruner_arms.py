@@ -226,7 +226,7 @@ def seen(
             found = dict(zip(there, plans, strict=True))
             for i, own in enumerate(inside):
                 own[f"{rule.name} inside, {kind}"] = found.get(i)
-    contexts = [Context(*own, group) for own, group in zip(weights, groups, strict=True)]
+    contexts = [Context(whole, rated, group) for (whole, rated), group in zip(weights, groups, strict=True)]
     return [Seen(*parts) for parts in zip(prompts, features, contexts, inside, strict=True)]
 
 
@@ -250,8 +250,8 @@ def pruner_arms(
         for pruner, own in given
         for seed in range(seeds if pruner.random else 1)
     ]
-    own = [name for name, plan in look.inside.items() if plan is not None]
-    return arms + [Arm(name, lambda look, grid, rng, name=name: look.inside[name]) for name in own]
+    there = [name for name, plan in look.inside.items() if plan is not None]
+    return arms + [Arm(name, partial(_leaving, name=name)) for name in there]
 
 
 def _choice(
@@ -262,6 +262,10 @@ def _choice(
     if chosen.merged is not None or look.prompt.positions is not None or bool(chosen.keep.all()):
         return chosen.prompt
     return (Prune(~chosen.keep, positions="renumber"),)  # what prompts of a picture share runs once
+
+
+def _leaving(look: Seen, grid: PatchGrid, rng: np.random.Generator, name: str) -> Plan | None:
+    return look.inside[name]
 
 
 def at_budgets(

@@ -121,7 +121,7 @@ class Metric:
     f1: bool = False
 
 
-_ACCURACIES = {"general": ("presence", "colour", "count", "relation", "choice")}
+_ACCURACIES: dict[str, tuple[str, ...]] = {"general": ("presence", "colour", "count", "relation", "choice")}
 _ACCURACIES |= {"ocr": ("character", "trained_word", "word"), "grounding": ("box",)}
 FAMILIES: Mapping[str, tuple[Metric, ...]] = {
     **{family: tuple(Metric(kind, (kind,)) for kind in kinds) for family, kinds in _ACCURACIES.items()},

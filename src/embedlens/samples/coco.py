@@ -86,10 +86,10 @@ def load(folder: str | Path, n: int, seed: int = 0, last: bool = False) -> list[
         texts = tuple(text.strip() for text in said if isinstance(text, str) and text.strip())
         flat, mute = flat + len(entries) - len(with_area), mute + len(said) - len(texts)
         what = f"picture {id} of {file}"
-        size = [_number(images[id], side, what, least=1) for side in ("width", "height")]
+        width, height = (_number(images[id], side, what, least=1) for side in ("width", "height"))
         fix = f"save the picture in {pictures}, and write its file's name, such as '7.jpg'"
-        draw = partial(picture, pictures / _text(images[id], "file_name", what, fix), *size)
-        samples.append(Sample(id, *size, with_area, texts, (), names, draw))
+        draw = partial(picture, pictures / _text(images[id], "file_name", what, fix), width, height)
+        samples.append(Sample(id, width, height, with_area, texts, (), names, draw))
     if flat:
         warnings.warn(f"{flat} boxes without area were left out of {n} pictures of {file.name}", stacklevel=3)
     if mute:

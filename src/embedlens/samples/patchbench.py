@@ -198,8 +198,8 @@ def probes(picture: OnePatch) -> dict[str, OnePatch]:
         raise EmbedLensError("an object's patch has the colour of its surround: probe a picture with a string")
     shown = (picture.ink, picture.ground, picture.surround)
     new = _rng(picture.id, "probe", len(picture.text)).choice([c for c in COLOURS if c not in shown])
-    parts = {INK: "ink", GROUND: "ground", SURROUND: "surround"}
-    return {part: replace(picture, **{name: new}) for part, name in parts.items()}
+    other = {INK: replace(picture, ink=new), GROUND: replace(picture, ground=new)}
+    return other | {SURROUND: replace(picture, surround=new)}
 
 
 def bare(said: str) -> str:
