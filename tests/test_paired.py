@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from embedlens import EmbedLensError, paired, stats, tasks
-from embedlens.paired import compare, comparisons
+from embedlens.paired import compare
 
 
 def answers(n: int, right: float, seed: int = 0) -> np.ndarray:
@@ -142,15 +142,6 @@ def test_seeds_of_a_control_are_averaged_and_their_pictures_drawn_together():
     keys = zip(table.arm, table.seed, table["item"], strict=True)
     table["correct"] = [float(item < right[arm, seed]) for arm, seed, item in keys]
     assert compare(table, "control").difference == 0.0
-
-
-def test_every_arm_gets_a_row_for_every_score_whatever_the_order_of_rows():
-    table = sweep_table(n=60, arms=[("baseline", 0), ("a", 0), ("b", 0), ("b", 1)])
-    found = comparisons(table, of=["accuracy", "general", "Avg"], resamples=20)
-    assert list(zip(found.arm, found.of, strict=True)) == [(a, o) for a in "ab" for o in ("accuracy", "general", "Avg")]
-    assert compare(table, "a") == compare(table.sample(frac=1, random_state=0), "a") != compare(table, "a", seed=1)
-    table["correct_original"] = 0.0  # another column can say what is right
-    assert compare(table, "a", correct="correct_original").score == 0 < compare(table, "a").score
 
 
 def test_a_baseline_of_several_seeds_is_compared_seed_by_seed():

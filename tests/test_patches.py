@@ -129,15 +129,3 @@ def test_a_point_belongs_to_the_smallest_patch_that_shows_it():
         grid.patch_at(31, 1)
     with pytest.raises(EmbedLensError, match="0 views of different pictures"):
         ManyViews.of([])
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 2)])
-def test_neighbours_share_a_side_both_ways(shape):
-    grid = PatchGrid(*shape, Frame.stretch(30, 20))
-    for index in range(len(grid)):
-        x0, y0, x1, y1 = grid.cell(index)
-        sides = set(grid.neighbours(index))
-        for other in range(len(grid)):
-            a0, b0, a1, b1 = grid.cell(other)
-            beside = (x0, x1) == (a0, a1) and (y0 == b1 or y1 == b0) or (y0, y1) == (b0, b1) and (x0 == a1 or x1 == a0)
-            assert (other in sides) == beside
