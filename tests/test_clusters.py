@@ -1,20 +1,12 @@
-"""Clusters against an independent brute force, planted ones, and what is refused."""
+"""Clusters against an independent brute force, and planted ones."""
 
-import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from embedlens.clusters import (
-    anchor_clusters,
-    centroids,
-    cross_image_similarity,
-    matched_null,
-    picture_pairs,
-)
-from embedlens.errors import EmbedLensError
+from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, matched_null, picture_pairs
 
 
 def cosine(a, b):
@@ -76,55 +68,22 @@ def test_planted_bundles_are_the_clusters_largest_first(order):
     assert torch.equal(anchor_clusters(1000 * tokens, 0.9, order), labels)  # only directions count
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equal_directions_are_one_cluster_at_every_threshold_and_zero_vectors_are_alone(seed):
-    row = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
+def test_equal_directions_are_one_cluster_at_every_threshold_and_zero_vectors_are_alone():
+    row = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     tokens = torch.cat([row * torch.arange(1, 7)[:, None], torch.zeros(2, 50)])
     for threshold in (1.0, 0.5, 1e-6):
         assert anchor_clusters(tokens, threshold).tolist() == [0] * 6 + [1, 2]
     assert centroids(tokens, anchor_clusters(tokens))[1].abs().sum() == 0
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0001, float("nan")])
-def test_a_threshold_that_is_no_cosine_above_zero_is_refused(threshold):
-    with pytest.raises(EmbedLensError, match="above 0 and at most 1"):
-        anchor_clusters(torch.eye(3), threshold)
-
-
-@pytest.mark.parametrize(
-    "tokens, says",
-    [
-        (torch.zeros(0, 4), "at least one"),
-        (torch.zeros(2, 3, 4), "one picture"),
-        (torch.full((2, 2), torch.inf), "not finite"),
-    ],
-)
-def test_what_are_no_tokens_of_one_picture_is_refused(tokens, says):
-    with pytest.raises(EmbedLensError, match=says):
-        inspect.unwrap(anchor_clusters)(tokens)  # without the shape check that only tests have
-
-
-def test_an_unknown_order_is_refused():
-    with pytest.raises(EmbedLensError, match="greedy, raster"):
-        anchor_clusters(torch.eye(3), 0.9, "random")
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_a_centroid_is_the_mean_direction_of_its_members(seed):
-    tokens = scattered(seed, d=5)
+def test_a_centroid_is_the_mean_direction_of_its_members():
+    tokens = scattered(0, d=5)
     labels = anchor_clusters(tokens, 0.8)
     found = centroids(tokens, labels)
     assert len(found) == labels.max() + 1 and torch.equal(centroids(tokens, labels, most=2), found[:2])
     for rank, group in enumerate(members(labels)):
-        rows = np.array([np.array(tokens[i]) / np.linalg.norm(np.array(tokens[i])) for i in group])
-        mean = rows.mean(0)
+        mean = np.mean([tokens[i].numpy() / np.linalg.norm(tokens[i].numpy()) for i in group], 0)
         assert found[rank].numpy() == pytest.approx(mean / np.linalg.norm(mean), abs=1e-5)
-
-
-@pytest.mark.parametrize("labels", [[0, 1], [0, 2, 2], [-1, 0, 1]])
-def test_labels_that_do_not_fit_the_tokens_are_refused(labels):
-    with pytest.raises(EmbedLensError, match="label|gaps"):
-        centroids(torch.eye(3), torch.tensor(labels))
 
 
 def test_similarity_of_two_pictures_is_the_best_cosine():
@@ -133,11 +92,6 @@ def test_similarity_of_two_pictures_is_the_best_cosine():
     expected = [max(cosine(x, y) for y in b.tolist()) for x in a.tolist()]
     assert cross_image_similarity(a, b).tolist() == pytest.approx(expected, abs=1e-6)
     assert cross_image_similarity(7 * a, b).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_picture_without_clusters_has_no_similarity():
-    with pytest.raises(EmbedLensError, match="at least one of each picture"):
-        cross_image_similarity(torch.zeros(0, 3), torch.eye(3))
 
 
 def test_the_null_has_the_same_sizes_and_nothing_else():
@@ -156,9 +110,3 @@ def test_pairs_are_of_different_pictures_and_every_picture_comes_first_equally_o
     assert len(np.unique(pairs[:, 1])) == 50
     assert np.array_equal(pairs, picture_pairs(50, partners=7, seed=1))
     assert not np.array_equal(pairs, picture_pairs(50, partners=7, seed=2))
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_comparing_pictures_needs_two(n):
-    with pytest.raises(EmbedLensError, match="at least two"):
-        picture_pairs(n)

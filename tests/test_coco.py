@@ -1,20 +1,37 @@
 """COCO folders: what was written is read back, pictures open late, and whatever is wrong with a folder is said."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from coco_folder import write_coco
 from PIL import Image
+from pycocotools.coco import COCO
 
-from embedlens import EmbedLensError, run, samples
-from embedlens.samples import coco
+from embedlens import EmbedLensError, samples
+from embedlens.samples import Sample, coco
+from embedlens.samples.miniworld.sprites import CATEGORIES
+
+
+def write_coco(pictures: list[Sample], folder: Path) -> None:
+    """Pictures and `annotations/instances.json`, `annotations/captions.json` that pycocotools loads."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "images").mkdir()
+    images, boxes, captions = [], [], []
+    for item in pictures:
+        name = f"{item.id:012d}.png"
+        item.image.save(folder / "images" / name)
+        images.append({"id": item.id, "file_name": name, "width": item.width, "height": item.height})
+        boxes += map(dict, item.annotations)
+        texts = enumerate(item.captions)
+        captions += [{"id": item.id * 100 + n, "image_id": item.id, "caption": text} for n, text in texts]
+    categories = [{"id": c.id, "name": c.name, "supercategory": c.group} for c in CATEGORIES]
+    about = {"info": {"description": "miniature world"}, "licenses": [], "images": images}
+    for name, entries in (("instances", boxes), ("captions", captions)):
+        content = {**about, "annotations": entries} | ({"categories": categories} if name == "instances" else {})
+        (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +74,9 @@ def test_what_was_written_is_read_back(written, capsys):
         np.testing.assert_array_equal(np.asarray(sample.image), np.asarray(original.image))
     assert any(sample.annotations for sample in read) and read[0].annotations != read[1].annotations
     assert capsys.readouterr() == ("", "")  # pycocotools prints
+    instances = COCO(str(folder / "annotations" / "instances.json"))
+    for entry in instances.loadAnns(instances.getAnnIds()):
+        assert instances.annToMask(entry).sum() == entry["area"] > 0
 
 
 def test_groups_are_found_in_other_photographs_of_the_folder(written, tiny):
@@ -69,7 +89,7 @@ def test_groups_are_found_in_other_photographs_of_the_folder(written, tiny):
     assert len(every) == 6 and {sample.id for sample in [*measured, *others]} == {sample.id for sample in every}
     found = reference_of(tiny, dataset, 1)
     assert found == discover(tiny, every) and found.n_pictures == 6
-    assert reference_of(tiny, dataset, 1) is found and reference_of(tiny).n_pictures == 64
+    assert reference_of(tiny, dataset, 1) is found
 
 
 def test_pictures_to_compare_models_on_have_only_labels_that_every_vocabulary_has(written):
@@ -102,14 +122,6 @@ def test_the_seed_draws_the_pictures_and_fewer_are_the_first_of_more(folder):
     assert len({tuple(ids(6, seed)) for seed in range(5)}) == 5
 
 
-def test_pictures_are_opened_on_first_use(folder):
-    shutil.rmtree(folder / "val2017")
-    (folder / "val2017").mkdir()
-    sample = samples.load(f"coco:{folder}", n=1)[0]
-    with pytest.raises(EmbedLensError, match=r"no picture 0+\d.png in .*val2017.*https://cocodataset.org/#download"):
-        sample.image  # noqa: B018
-
-
 def test_crowds_stay_but_are_no_labels(folder):
     def crowd(content):
         for entry in content["annotations"]:
@@ -125,62 +137,26 @@ def test_crowds_stay_but_are_no_labels(folder):
     assert len(after[1].annotations) == len(before[1].annotations) + 1 and after[1].labels == before[1].labels
 
 
-def test_boxes_without_area_are_left_out_and_counted(folder):
+def test_boxes_without_area_and_captions_without_text_are_left_out_and_counted(folder):
     def flatten(content):
         content["annotations"][0]["bbox"][2] = 0
         content["annotations"][1]["bbox"][3] = 0.0
 
-    count = sum(len(sample.annotations) for sample in samples.load(f"coco:{folder}", n=6))
+    def silence(content):
+        content["annotations"][0]["caption"] = None
+        content["annotations"][1].pop("caption")
+
+    def counts():
+        read = samples.load(f"coco:{folder}", n=6)
+        return sum(len(sample.annotations) for sample in read), sum(len(sample.captions) for sample in read)
+
+    boxes, captions = counts()
     rewrite(folder, flatten)
     with pytest.warns(UserWarning, match="2 boxes without area were left out of 6 pictures of instances_val2017.json"):
-        read = samples.load(f"coco:{folder}", n=6)
-    assert sum(len(sample.annotations) for sample in read) == count - 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        untouched = [s.id for s in read if len(s.annotations) and s.id not in (0, 1)][0]
-        rewrite(folder, lambda c: c.update(images=[i for i in c["images"] if i["id"] == untouched]))
-        samples.load(f"coco:{folder}", n=1)
-
-
-def test_what_a_plain_exporter_leaves_out_has_its_default(folder):
-    rewrite(folder, lambda content: [entry.pop("iscrowd") for entry in content["annotations"]])
-    assert all(e["iscrowd"] == 0 for sample in samples.load(f"coco:{folder}", n=6) for e in sample.annotations)
-
-
-def first(content, **change):
-    content["annotations"][0].update(change)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "sentence"),
-    [
-        (
-            lambda f: shutil.rmtree(f / "annotations"),
-            "no annotations/instances_val2017.json beside .*val2017: put it there; get val2017.zip",
-        ),
-        (lambda f: shutil.rmtree(f / "val2017"), "no folder .*val2017: pass the one that holds annotations/"),
-        (
-            lambda f: (f / "annotations" / "instances_val2017.json").write_text("[1,"),
-            "instances_val2017.json cannot be read as JSON .*: get it again",
-        ),
-        (lambda f: (f / "annotations" / "instances_val2017.json").write_text("[]"), "has no list 'images'"),
-        (lambda f: (f / "annotations" / "captions_val2017.json").write_text("{"), "captions_val2017.json cannot be"),
-        (lambda f: rewrite(f, lambda c: c.pop("categories")), "has no list 'categories'"),
-        (lambda f: rewrite(f, lambda c: c["images"].pop()), "n is 6, but .* lists 5 pictures"),
-        (
-            lambda f: rewrite(f, lambda c: first(c, category_id=999)),
-            r"annotation \d+ of .* has category 999, which the file does not list: add it to 'categories'",
-        ),
-        (lambda f: rewrite(f, lambda c: first(c, bbox=[1, 2])), r"has the box \[1, 2\]: write \[x, y, width, height\]"),
-        (lambda f: rewrite(f, lambda c: c["annotations"][0].pop("bbox")), r"annotation \d+ of .* has no 'bbox'"),
-        (lambda f: rewrite(f, lambda c: c["categories"][0].pop("name")), "category .* has no 'name'"),
-    ],
-)
-def test_a_folder_that_cannot_be_used_says_what_is_missing_and_where_it_is(folder, break_it, sentence):
-    samples.load(f"coco:{folder / 'val2017'}", n=6)  # it was usable
-    break_it(folder)
-    with pytest.raises(EmbedLensError, match=sentence):
-        samples.load(f"coco:{folder / 'val2017'}", n=6)
+        assert counts() == (boxes - 2, captions)
+    rewrite(folder, silence, "captions")
+    with pytest.warns(UserWarning, match="2 captions without text were left out of 6 pictures of captions_val2017"):
+        assert counts() == (boxes - 2, captions - 2)
 
 
 def exported(content):
@@ -206,48 +182,40 @@ def test_numbers_as_text_are_the_same_numbers(folder):
     after = samples.load(f"coco:{folder}", n=6)
     assert after == before and any(sample.labels for sample in after) and all(sample.captions for sample in after)
     assert after[0].image.size == (after[0].width, after[0].height)
+    rewrite(folder, lambda content: [entry.pop("iscrowd") for entry in content["annotations"]])
+    rewrite(folder, lambda content: [category.update(name=int(category["id"])) for category in content["categories"]])
+    (plain,) = samples.load(f"coco:{folder}", n=1)
+    assert all(entry["iscrowd"] == 0 for entry in plain.annotations)  # as plain exporters leave it out
+    assert plain.category_names == {i: str(i) for i in plain.category_names}  # a category named by a number
 
 
-def test_a_category_named_by_a_number_has_it_for_its_name(folder):
-    rewrite(folder, lambda content: [category.update(name=category["id"]) for category in content["categories"]])
-    assert all(
-        sample.category_names == {i: str(i) for i in sample.category_names}
-        for sample in samples.load(f"coco:{folder}", n=6)
-    )
+def first(**change):
+    return lambda content: content["annotations"][0].update(change)
 
 
-def test_captions_without_text_are_left_out_and_counted(folder):
-    def silence(content):
-        content["annotations"][0]["caption"] = None
-        content["annotations"][1].pop("caption")
-
-    count = sum(len(sample.captions) for sample in samples.load(f"coco:{folder}", n=6))
-    rewrite(folder, silence, "captions")
-    with pytest.warns(UserWarning, match="2 captions without text were left out of 6 pictures of captions_val2017"):
-        assert sum(len(sample.captions) for sample in samples.load(f"coco:{folder}", n=6)) == count - 2
+def each(**change):
+    return lambda content: [image.update(change) for image in content["images"]]
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        (lambda c: c.pop("categories"), "has no list 'categories'"),
+        (lambda c: c["images"].pop(), "n is 6, but .* lists 5 pictures"),
+        (lambda c: c["annotations"][0].pop("bbox"), r"annotation \d+ of .* has no 'bbox'"),
+        (lambda c: c["categories"][0].pop("name"), "category .* has no 'name'"),
+        (lambda c: c["categories"][0].update(name=None), r"category \d+ of .* has the name None: write a word"),
         (lambda c: c["images"][0].update(id="a7"), r"picture a7 of .* has the id 'a7': write a whole number"),
-        (lambda c: c["images"][0].update(id=None), r"images\[0\] of .* has the id None: write a whole number"),
         (lambda c: c["images"][1].update(id="0"), "has two of picture 0, which differ: give each an id of its own"),
         (lambda c: c["images"].insert(0, None), r"images\[0\] of .* is None, no picture: take it out"),
         (lambda c: c["annotations"].insert(0, [1]), r"annotations\[0\] of .* is \[1\], no annotation"),
-        (lambda c: first(c, image_id=[1]), r"annotation \d+ of .* has the image_id \[1\]: write a whole number"),
-        (lambda c: first(c, category_id=None), r"annotation \d+ of .* has category None, which the file does not list"),
-        (lambda c: first(c, bbox=None), r"annotation \d+ of .* has the box None: write \[x, y"),
-        (lambda c: first(c, iscrowd="no"), "has the iscrowd 'no': write 0 or 1"),
-        (lambda c: c["categories"][0].update(name=None), r"category \d+ of .* has the name None: write a word"),
-        (lambda c: [i.update(width=None) for i in c["images"]], r"picture \d of .* has the width None: write a whole"),
-        (lambda c: [i.update(height=0) for i in c["images"]], "has the height 0: write a whole number above 0"),
-        (lambda c: [i.update(width=96.5) for i in c["images"]], "has the width 96.5: write a whole number"),
-        (lambda c: [i.update(file_name=None) for i in c["images"]], "has the file_name None: save the picture in"),
-        (
-            lambda c: [i.update(file_name="https://x.org/1.jpg") for i in c["images"]],
-            r"has the file_name 'https://x.org/1.jpg': save the picture in .*, and write its file's name",
-        ),
+        (first(image_id=[1]), r"annotation \d+ of .* has the image_id \[1\]: write a whole number"),
+        (first(category_id=999), "has category 999, which the file does not list: add it to 'categories'"),
+        (first(bbox=[1, 2]), r"has the box \[1, 2\]: write \[x, y, width, height\]"),
+        (first(iscrowd="no"), "has the iscrowd 'no': write 0 or 1"),
+        (each(width=None), r"picture \d of .* has the width None: write a whole"),
+        (each(width=96.5), "has the width 96.5: write a whole number"),
+        (each(file_name="https://x.org/1.jpg"), "'https://x.org/1.jpg': save the picture in .*, and write its file's"),
         (
             lambda c: [e.update(image_id=e["image_id"] + 1000) for e in c["annotations"]],
             r"no annotation of .* is of a picture that is listed: their image_id is 100\d and so on, the",
@@ -256,16 +224,44 @@ def test_captions_without_text_are_left_out_and_counted(folder):
 )
 def test_an_entry_that_says_nothing_gets_a_sentence_with_file_entry_and_fix(folder, change, sentence):
     (folder / "val2017").rename(folder / "own")
-    for name in ("instances", "captions"):
-        (folder / "annotations" / f"{name}_val2017.json").rename(folder / "annotations" / f"{name}_own.json")
-    samples.load(f"coco:{folder}", n=6)  # it was usable
     file = folder / "annotations" / "instances_own.json"
+    (folder / "annotations" / "instances_val2017.json").rename(file)
+    samples.load(f"coco:{folder}", n=6)  # it was usable
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
     with pytest.raises(EmbedLensError, match=sentence) as refused:
         samples.load(f"coco:{folder}", n=6)
     assert "instances_own.json" in str(refused.value) and "cocodataset" not in str(refused.value)
+
+
+def test_a_folder_that_cannot_be_used_says_what_is_missing_and_where_it_is(folder):
+    instances = folder / "annotations" / "instances_val2017.json"
+    shutil.rmtree(folder / "val2017")
+    (folder / "val2017").mkdir()
+    sample = samples.load(f"coco:{folder}", n=1)[0]  # pictures are opened on first use
+    with pytest.raises(EmbedLensError, match=r"no picture 0+\d.png in .*val2017.*https://cocodataset.org/#download"):
+        sample.image  # noqa: B018
+
+    def refused(sentence, **request):
+        with pytest.raises(EmbedLensError, match=sentence):
+            samples.load(**{"dataset": f"coco:{folder / 'val2017'}", "n": 1} | request)
+
+    refused("split='train' is of the miniature world: leave it out", split="train")
+    refused("textured is of the miniature world", textured=1.0)
+    refused("seed is -1", seed=-1)
+    refused("at least one", n=0)
+    (folder / "annotations" / "captions_val2017.json").write_text("{")
+    refused("captions_val2017.json cannot be")
+    instances.write_text("[1,")
+    refused("instances_val2017.json cannot be read as JSON .*: get it again")
+    instances.write_text("[]")
+    refused("has no list 'images'")
+    shutil.rmtree(folder / "annotations")
+    refused("no annotations/instances_val2017.json beside .*val2017: put it there; get val2017.zip")
+    shutil.rmtree(folder / "val2017")
+    refused("no folder .*val2017: pass the one that holds annotations/")
+    refused("no folder after coco:", dataset="coco:")
 
 
 def test_the_owner_of_another_set_is_not_sent_to_cocos(folder):
@@ -309,6 +305,9 @@ def test_boxes_are_on_stored_pixels_whatever_turn_exif_asks_for(folder, orientat
     if orientation > 4:  # where only the upright picture has the size that is annotated, it is meant
         rewrite(folder, lambda content: content["images"][0].update(width=64, height=96))
         assert samples.load(f"coco:{folder}", n=1)[0].image.size == (64, 96)
+    rewrite(folder, lambda content: content["images"][0].update(width=50, height=50))
+    with pytest.raises(EmbedLensError, match="boxes would lie elsewhere"):
+        samples.load(f"coco:{folder}", n=1)[0].image  # noqa: B018
 
 
 def test_the_folder_above_must_leave_no_choice(folder):
@@ -326,43 +325,10 @@ def test_the_folder_above_must_leave_no_choice(folder):
         samples.load(f"coco:{folder}", n=1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"dataset": "coco:"}, "no folder after coco:"),
-        ({"dataset": "coco:/no/such/folder"}, "no folder /no/such/folder"),
-        ({"split": "train"}, "split='train' is of the miniature world: leave it out"),
-        ({"textured": 1.0}, "textured is of the miniature world"),
-        ({"seed": -1}, "seed is -1"),
-        ({"n": 0}, "at least one"),
-    ],
-)
-def test_bad_requests_say_what_to_do(folder, arguments, sentence):
-    with pytest.raises(EmbedLensError, match=sentence):
-        samples.load(**{"dataset": f"coco:{folder}", "n": 1} | arguments)
-
-
-def test_a_study_goes_on_over_pictures_that_are_missing_resized_or_damaged(folder, tiny):
-    files = sorted((folder / "val2017").iterdir())
-    files[1].unlink()
-    Image.open(files[2]).resize((50, 50)).save(files[2])
-    files[3].write_bytes(files[3].read_bytes()[:200])
-
-    def tokens(model, sample):
-        return {"tokens": int(model.prompt(sample.image, "What is this?").visual.sum()), "labels": len(sample.labels)}
-
-    with pytest.warns(UserWarning, match="3 of 6 samples could not be measured"):
-        table = run(tokens, tiny, samples.load(f"coco:{folder}", n=6))
-    assert sorted(table["id"]) == [0, 4, 5] and (table["tokens"] == 16).all()
-    reasons = {entry["id"]: entry["error"] for entry in table.attrs["failed"]}
-    assert "no picture" in reasons[1] and "boxes would lie elsewhere" in reasons[2] and "damaged" in reasons[3]
-
-
 def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
-    """What `run` does for studies, for what reads its pictures itself: calibration, lenses, partners."""
+    """What `run` does for studies, for what reads its pictures itself: calibration, partners."""
     from embedlens.groups import discover
     from embedlens.measures import anatomy
-    from embedlens.measures.labels import label_hits
 
     files = sorted((folder / "val2017").iterdir())
     whole = sorted(samples.load(f"coco:{folder}", n=6), key=key)
@@ -372,22 +338,13 @@ def test_a_missing_picture_ends_no_reading_and_is_named_once(folder, tiny):
     def remaining():
         return sorted(samples.load(f"coco:{folder}", n=6), key=key)
 
-    left = [sample for sample in whole if sample.id not in (1, 4)]
-    expected = label_hits(tiny, left)["EmbedLens", 5, "head-word"]
     one = "2 of 6 pictures cannot be read and are left out; the first is sample 1: no picture"
     with pytest.warns(UserWarning, match=one) as warned:
         assert [sample.id for sample in samples.readable(remaining())] == [0, 2, 3, 5]
     assert len(warned) == 1
-    with pytest.warns(UserWarning, match=one):
-        hits = label_hits(tiny, remaining())["EmbedLens", 5, "head-word"]
-    np.testing.assert_array_equal(hits.grounded, expected.grounded)
-    np.testing.assert_array_equal(hits.present, expected.present)
-    with pytest.warns(UserWarning, match=one):
-        assert discover(tiny, remaining()).n_pictures == 4
     with pytest.warns(UserWarning, match=one), pytest.warns(UserWarning, match="1 of 3 pictures cannot be read"):
         study = anatomy.study_of(tiny, remaining(), [whole[0], *remaining()[1:2], whole[2]])
-    assert len(study.keywords["partners"]) == 2
-
+    assert len(study.keywords["partners"]) == 2 and study.keywords["reference"].n_pictures == 4
     for file in (folder / "val2017").iterdir():
         file.unlink()
     with pytest.raises(EmbedLensError, match="none of 6 pictures can be read; the first is sample 0: no picture"):

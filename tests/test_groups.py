@@ -1,14 +1,10 @@
 """The groups are a partition, found by a written procedure in any model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from embedlens import samples
 from embedlens.errors import EmbedLensError
@@ -16,13 +12,10 @@ from embedlens.groups import (
     MEMBERSHIPS,
     Reference,
     TokenGroups,
-    _dead_id,
-    _vit_norm,
     discover,
     fence,
     near_word,
     phi,
-    reference_of,
     sink_dims,
     text_distant_cluster,
     token_groups,
@@ -60,49 +53,18 @@ def with_every_group(tiny, prompts, reference) -> Reference:
     )
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
-def test_phi_is_the_definition_computed_element_by_element(seed):
-    generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(3, 12, generator=generator)
-    dims = sorted(torch.randperm(12, generator=generator)[:3].tolist())
+def test_phi_is_the_definition_computed_element_by_element():
+    h, dims = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)), (2, 5, 11)
     for row, found in zip(h.tolist(), phi(h, dims).tolist(), strict=True):
         rms = (sum(x * x for x in row) / len(row)) ** 0.5
         assert found == pytest.approx(max(abs(row[d]) / rms for d in dims), rel=1e-5)
-
-
-def test_phi_of_no_dimensions_or_a_zero_vector_is_zero_and_foreign_dimensions_are_refused():
-    assert phi(torch.ones(2, 4), ()).tolist() == [0, 0]
-    assert phi(torch.zeros(1, 4), (1,)).tolist() == [0]
-    with pytest.raises(EmbedLensError, match="pass 0 to width - 1"):
-        phi(torch.ones(2, 4), (4,))
+    assert phi(torch.ones(2, 4), ()).tolist() == [0, 0] and phi(torch.zeros(1, 4), (1,)).tolist() == [0]
 
 
 def test_the_fence_lets_ordinary_values_pass_and_planted_outliers_not():
     ordinary = np.exp(np.random.default_rng(0).normal(0, 0.3, 20_000))
     assert (ordinary > fence(ordinary)).mean() < 1e-3
     assert fence(np.concatenate([ordinary, np.full(200, 50.0)])) < 50
-    with pytest.raises(EmbedLensError, match="at least one"):
-        fence(np.zeros(0))
-
-
-def test_norms_that_stand_out_are_found_and_only_they():
-    norms = np.exp(np.random.default_rng(0).normal(3, 0.1, (20, 64)))
-    border, said = _vit_norm(norms.ravel())
-    assert border is None and said.startswith("0.00% of the patches")
-    norms[:, 5] = 200
-    border, said = _vit_norm(norms.ravel())
-    assert border is not None and norms[:, :5].max() < border < 200 and said.startswith("1.56% of the patches")
-
-
-def test_planted_sink_dimensions_are_found_with_their_layer():
-    generator = np.random.default_rng(0)
-    largest = np.exp(generator.normal(1, 0.1, (10, 9, 64)))
-    first = np.abs(generator.normal(0, 1, (9, 256)))
-    assert sink_dims(first, largest)[0] == ()
-    first[2:, 41], first[3:, 7] = 15.0, 12.0
-    dims, layer, threshold, said = sink_dims(first, largest)
-    assert dims == (41, 7) and layer == 2 and np.median(largest) < threshold < 15 and "41, 7" in said
 
 
 def test_a_sink_dimension_is_found_in_a_narrow_model_too():
@@ -111,13 +73,6 @@ def test_a_sink_dimension_is_found_in_a_narrow_model_too():
     first = np.ones((9, 576))
     first[2:, 507] = 23.8
     assert fence(largest.ravel()) > 576**0.5 and sink_dims(first, largest)[0] == (507,)
-
-
-def test_a_reference_word_needs_half_of_the_pictures():
-    words = ["a", "b", "c"]
-    assert _dead_id([(1, 9), (1, 8), (2, 9), None], words)[0] == 1
-    assert _dead_id([(1, 9), (0, 8), (2, 9), (1, 3), None], words)[0] is None
-    assert _dead_id([None, None], words)[0] is None
 
 
 def test_the_text_distant_cluster_is_the_largest_that_lies_away_from_words():
@@ -132,8 +87,9 @@ def test_the_text_distant_cluster_is_the_largest_that_lies_away_from_words():
 @pytest.mark.parametrize("membership", MEMBERSHIPS)
 def test_the_groups_are_a_partition(tiny, prompts, reference, membership):
     several = with_every_group(tiny, prompts, reference)
-    found = token_groups_of(tiny, prompts, several, membership)
+    found = token_groups_of(tiny, prompts, several, membership, batch_size=2)
     for groups, prompt in zip(found, prompts, strict=True):
+        assert groups.names == token_groups(tiny, prompt, several, membership).names  # one by one equals together
         masks = torch.stack(list(groups.named.values()))
         assert masks.shape == (4, len(prompt.grid)) and bool((masks.sum(0) == 1).all())
         assert [name for name, mask in groups.named.items() if mask[0]] == groups.names[:1]
@@ -141,6 +97,9 @@ def test_the_groups_are_a_partition(tiny, prompts, reference, membership):
             assert not (groups.named[name] & ~met).any()
     total = torch.stack([torch.stack(list(groups.named.values())).sum(1) for groups in found]).sum(0)
     assert bool((total > 0).sum() >= 3), "the test needs several groups with tokens"
+    none = replace(reference, vit_norm=None, sink_dims=(), sink_layer=None, phi_threshold=None, dead_id=None)
+    assert bool(token_groups(tiny, prompts[0], none, membership).alive.all())
+    assert set(reference.notes) == {"ViT sink", "LLM sink", "dead"}  # each says how it was found
 
 
 def test_membership_equals_its_definition(tiny, prompts, reference):
@@ -156,32 +115,11 @@ def test_membership_equals_its_definition(tiny, prompts, reference):
     assert not near_word(tokens, EmbedLens.from_model(tiny), None).any()
 
 
-def test_one_by_one_equals_together(tiny, prompts, reference):
-    several = with_every_group(tiny, prompts, reference)
-    together = token_groups_of(tiny, prompts, several, batch_size=2)
-    for groups, prompt in zip(together, prompts, strict=True):
-        assert groups.names == token_groups(tiny, prompt, several).names
-
-
-def test_a_model_without_groups_has_all_tokens_alive(tiny, prompts, reference):
-    none = replace(reference, vit_norm=None, sink_dims=(), sink_layer=None, phi_threshold=None, dead_id=None)
-    for membership in MEMBERSHIPS:
-        assert bool(token_groups(tiny, prompts[0], none, membership).alive.all())
-
-
 def test_what_does_not_fit_is_refused(tiny, prompts, reference):
     with pytest.raises(EmbedLensError, match="run discover on this model"):
         token_groups(tiny, prompts[0], replace(reference, width=4096))
     with pytest.raises(EmbedLensError, match="unknown membership"):
         token_groups(tiny, prompts[0], reference, "nearest")
-    with pytest.raises(EmbedLensError, match="at least two"):
-        discover(tiny, samples.load("miniworld", n=1))
     with pytest.raises(EmbedLensError, match="overlap or leave tokens out"):
         some = torch.ones(4, dtype=torch.bool)
         TokenGroups(some, some, some, some, {})
-
-
-def test_every_group_says_how_it_was_found(miniature):
-    reference = reference_of(miniature)
-    assert set(reference.notes) == {"ViT sink", "LLM sink", "dead"}
-    assert reference_of(miniature) is reference

@@ -1,7 +1,5 @@
 """Everything that a picture of the benchmark shows lies in one patch; answers are judged by what they say."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from embedlens import EmbedLensError, Frame, PatchGrid, samples
+from embedlens import Frame, PatchGrid, samples
 from embedlens.samples import patchbench
 from embedlens.samples.miniworld.sprites import CATEGORIES, COLOURS
 from embedlens.samples.patchbench import AXES, GROUND, GROUPS, INK, OBJECT, OCR, OCR_BACKGROUND, SURROUND
@@ -24,13 +22,6 @@ def pixels(picture) -> np.ndarray:
 def differing(a, b) -> np.ndarray:
     """Bool[side, side]: where two pictures differ."""
     return (pixels(a) != pixels(b)).any(-1)
-
-
-PINNED = "a10faee90123f6f4c4b21fb5d47c858dd2aba251f9d59b5c6c4311927ef5fb15"  # of 14 pictures
-
-
-def digest(n: int, seed: int = 0) -> str:
-    return hashlib.sha256(b"".join(p.image.tobytes() for p in patchbench.pictures(n, seed))).hexdigest()
 
 
 @pytest.mark.parametrize("side, patch", GRIDS)
@@ -54,29 +45,26 @@ def test_seventy_pictures_are_the_papers_thirty_twenty_twenty_with_three_questio
     assert len({picture.category for picture in objects}) == 30
     assert set(Counter(picture.ink for picture in objects).values()) == {3}
     assert set(Counter(picture.copies for picture in objects).values()) == {7, 8}
-
-
-def test_a_seed_is_the_same_bytes_everywhere_and_another_seed_draws_others():
-    assert digest(14) != digest(14, seed=1)
-    assert digest(14) == PINNED, "whoever changes the drawing changes what committed numbers were measured on"
-
-
-def test_a_picture_hangs_neither_on_how_many_are_asked_for_nor_its_content_on_the_grid():
-    few, many = patchbench.pictures(7, 3), patchbench.pictures(50, 3)
-    assert many[:7] == few
-    for small, large in zip(few, patchbench.pictures(7, 3, side=336), strict=True):
-        assert small.asked == large.asked and small.surround == large.surround
-
-
-def test_no_two_colours_that_should_differ_are_the_same():
-    for picture in patchbench.pictures(140, 5):
+    for picture in drawn:  # no two colours that should differ are the same
         assert picture.ink not in (picture.ground, picture.surround)
         if picture.group == OBJECT:
             assert picture.ground == picture.surround
-        elif picture.group == OCR:
-            assert picture.ground == "white"
         else:
-            assert picture.ground not in ("white", picture.surround)
+            assert (picture.ground == "white") == (picture.group == OCR)
+            assert picture.group == OCR or picture.ground != picture.surround
+    plain = replace(objects[0], ink=None, copies=1)  # in its own colours, the colour is not asked
+    assert list(plain.asked) == [AXES[0], AXES[2]] and plain.asked[AXES[2]].answer == "one"
+
+
+def test_a_seed_is_the_same_bytes_everywhere_whatever_number_is_asked_for():
+    drawn, other = (b"".join(p.image.tobytes() for p in patchbench.pictures(14, seed)) for seed in (0, 1))
+    assert drawn != other
+    pinned = "a10faee90123f6f4c4b21fb5d47c858dd2aba251f9d59b5c6c4311927ef5fb15"
+    assert hashlib.sha256(drawn).hexdigest() == pinned, "committed numbers were measured on other pictures"
+    few, many = patchbench.pictures(7, 3), patchbench.pictures(50, 3)
+    assert many[:7] == few  # whatever number is asked for; and content hangs on no grid
+    for small, large in zip(few, patchbench.pictures(7, 3, side=336), strict=True):
+        assert small.asked == large.asked and small.surround == large.surround
 
 
 def test_twins_differ_only_in_the_background_of_their_patch():
@@ -103,10 +91,7 @@ def test_probes_differ_only_where_they_say():
         for name, still in ((INK, alpha == 0), (GROUND, alpha == 255)):
             assert changed[name].any() and not changed[name][outside].any()
             assert not changed[name][y0:y1, x0:x1][still].any()
-        new = {probe.ink for probe in [patchbench.probes(picture)[INK]]}
-        assert not new & {picture.ink, picture.ground, picture.surround}
-    with pytest.raises(EmbedLensError, match="an object's patch has the colour of its surround"):
-        patchbench.probes(patchbench.pictures(1)[0])
+        assert patchbench.probes(picture)[INK].ink not in (picture.ink, picture.ground, picture.surround)
 
 
 def test_load_gives_the_pictures_with_their_boxes_and_questions():
@@ -122,35 +107,7 @@ def test_load_gives_the_pictures_with_their_boxes_and_questions():
             assert (inside != COLOURS[picture.surround]).any()
 
 
-def test_own_colours_and_one_copy_take_the_tint_and_the_copies_away():
-    picture = next(p for p in patchbench.pictures(30) if p.copies == 4)
-    plain = replace(picture, ink=None, copies=1)
-    assert list(plain.asked) == [AXES[0], AXES[2]] and plain.asked[AXES[2]].answer == "one"
-    assert differing(picture, plain).any()
-
-
-@pytest.mark.parametrize(
-    "given, said",
-    [
-        ({"n": 0}, "n is 0"),
-        ({"seed": -1}, "seed -1"),
-        ({"patch": 4}, "a patch of 4 px"),
-        ({"side": 10}, "no larger than the picture"),
-    ],
-)
-def test_a_set_that_cannot_be_drawn_is_refused(given, said):
-    with pytest.raises(EmbedLensError, match=said):
-        patchbench.pictures(**{"n": 1, **given})
-
-
-def test_options_of_the_miniature_world_are_refused():
-    with pytest.raises(EmbedLensError, match="textured is of the miniature world"):
-        samples.load("patchbench", n=1, textured=0.5)
-    with pytest.raises(EmbedLensError, match="split='train' is of the miniature world"):
-        samples.load("patchbench", n=1, split="train")
-
-
-def test_only_the_expected_answer_or_its_synonym_is_right():
+def test_only_the_expected_answer_or_its_synonym_is_right_and_others_follow_what_they_name():
     drawn = patchbench.pictures(70)
     for picture in drawn:
         for question in picture.asked.values():
@@ -161,10 +118,7 @@ def test_only_the_expected_answer_or_its_synonym_is_right():
     asked = [question for picture in drawn for question in picture.asked.values()]
     answers = {question.answer for question in asked if question.kind not in ("character", "word")}
     assert len({patchbench.canonical(answer) for answer in answers}) == len(answers)  # synonyms join no two answers
-
-
-def test_what_an_answer_follows_is_found_for_every_colour():
-    for picture in patchbench.pictures(70):
+    for picture in drawn:
         for colour in COLOURS:
             wanted = patchbench.OTHER
             for part, name in ((GROUND, picture.ground), (SURROUND, picture.surround), (INK, picture.ink)):
@@ -192,5 +146,3 @@ def test_pieces_do_not_count_a_bare_space_and_strings_are_split_by_them():
     assert len(patchbench.strings(tokenizer, 1)["one piece"]) == 26
     split = patchbench.strings(tokenizer, 2)
     assert split["one piece"] == ("FU", "TY") and len(split["several pieces"]) == 26**2 - 2
-    with pytest.raises(EmbedLensError, match="the length is 4"):
-        patchbench.strings(tokenizer, 4)

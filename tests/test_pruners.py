@@ -1,8 +1,7 @@
 """Promises of the pruners: each is pinned against a small case by hand, budgets are exact, what is missing is said."""
 
-from __future__ import annotations
-
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,26 +10,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
+from twins import BY_FAMILY, TWINS
 
-import embedlens as el
 from benchmarks.sweep import eager
+from embedlens import samples, sweep
 from embedlens.codebook import Codebook
 from embedlens.cues import Features, attended, cls_similarity, features_of, raters
+from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
-from embedlens.groups import TokenGroups
+from embedlens.groups import TokenGroups, discover
 from embedlens.patches import Frame, ManyViews, PatchGrid
-from embedlens.pruner_arms import INSIDE, average_tokens, plans_inside
-from embedlens.pruners import (
-    PRUNERS,
-    Context,
-    cells,
-    divprune,
-    hiprune,
-    middles,
-    prune,
-    usable,
-    vispruner,
+from embedlens.pruner_arms import (
+    INSIDE,
+    SHARES,
+    at_budgets,
+    average_tokens,
+    budget_name,
+    budget_of,
+    plans_inside,
+    pruner_arms,
+    seen,
+    shares_of,
 )
+from embedlens.pruners import PRUNERS, Context, cells, divprune, hiprune, middles, prune, usable, vispruner
+from embedlens.tasks import answer_tokens, family_questions
+
+SHARE = 6 / 16
 
 
 def grid_of(rows: int, cols: int) -> PatchGrid:
@@ -77,29 +82,31 @@ def test_every_pruner_keeps_exactly_its_budget_on_every_grid(rows, cols, data):
         chosen = prune(pruner, features, context, budget)
         assert int(chosen.keep.sum()) == budget and chosen.keep.shape == (rows * cols,), pruner.name
         assert chosen.merged is None or chosen.merged.shape == (budget, 6)
+    of = cells(grid_of(rows, cols), budget)  # as many parts as asked, each a rectangle
+    assert set(of.tolist()) == set(range(budget))
+    for cell in range(budget):
+        tall, wide = (set(axis.tolist()) for axis in (of.view(rows, cols) == cell).nonzero().T)
+        assert int((of == cell).sum()) == len(tall) * len(wide)
+        assert len(tall) * len(wide) == (max(tall) - min(tall) + 1) * (max(wide) - min(wide) + 1)
+    views = ManyViews.of([PatchGrid(r, c, Frame.stretch(8, 8)) for r, c in ((2, 2), (rows, cols))])
+    features, context = made_up(1, 4 + rows * cols)
+    for name in ("strided", "pooling", "HiPrune"):  # several views share a budget
+        assert int(prune(PRUNERS[name], replace(features, grid=views), context, budget).keep.sum()) == budget
 
 
-@pytest.mark.parametrize("budget", [0, -3, 17])
-def test_a_budget_outside_the_picture_is_refused(budget):
-    with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
-        prune(PRUNERS["random"], *made_up(), budget)
-
-
-@pytest.mark.parametrize("name", [name for name, pruner in PRUNERS.items() if pruner.needs])
-def test_a_pruner_refuses_a_model_that_lacks_what_it_needs(name):
-    features, _ = made_up()
-    bare = Features(features.tokens, features.grid)
-    with pytest.raises(EmbedLensError, match="needs .*use 'strided'"):
-        prune(PRUNERS[name], bare, Context(), 4)
-
-
-def test_only_what_can_run_is_offered():
+def test_only_what_can_run_is_offered_and_a_pruner_refuses_a_model_that_lacks_what_it_needs():
     features, context = made_up()
     assert [pruner.name for pruner in usable(features, context)] == list(PRUNERS)
     bare = Features(features.tokens, features.grid)
     assert {p.name for p in usable(bare, Context())} == {"random", "strided", "pooling", "DivPrune"}
     with pytest.raises(EmbedLensError, match="unknown pruner 'magic'"):
         usable(features, context, ["magic"])
+    for pruner in PRUNERS.values():
+        if pruner.needs:
+            with pytest.raises(EmbedLensError, match="needs .*use 'strided'"):
+                prune(pruner, bare, Context(), 4)
+        with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
+            prune(pruner, features, context, 17)
 
 
 # --- one by one ------------------------------------------------------------------------------------------------------
@@ -113,31 +120,6 @@ def test_random_is_seeded_and_nothing_else_draws_but_what_says_so():
         ]
         assert torch.equal(kept[0], kept[1])
         assert pruner.random or torch.equal(kept[0], kept[2])
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_cells_divide_any_grid_into_as_many_parts_as_asked(rows, cols, data):
-    budget = data.draw(st.integers(1, rows * cols))
-    of = cells(grid_of(rows, cols), budget)
-    assert set(of.tolist()) == set(range(budget))
-    for cell in range(budget):  # each is a rectangle
-        at = [divmod(int(i), cols) for i in (of == cell).nonzero()[:, 0]]
-        tall, wide = ({x[axis] for x in at} for axis in (0, 1))
-        assert len(at) == len(tall) * len(wide) == (max(tall) - min(tall) + 1) * (max(wide) - min(wide) + 1)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.data())
-def test_several_views_share_a_budget_by_their_sizes(data):
-    views = [PatchGrid(rows, cols, Frame.stretch(8, 8)) for rows, cols in ((2, 2), (3, 4), (1, 5))]
-    budget = data.draw(st.integers(1, 21))
-    of = cells(ManyViews.of(views), budget)
-    assert set(of.tolist()) - {-1} == set(range(budget))
-    features, context = made_up(3, 7)
-    features = replace(features, grid=ManyViews.of(views))
-    for name in ("strided", "pooling", "HiPrune"):
-        assert int(prune(PRUNERS[name], features, context, budget).keep.sum()) == budget
 
 
 def test_pooling_means_cells_and_strides_keep_their_middles():
@@ -167,6 +149,18 @@ def test_fastv_and_sparsevlm_keep_what_text_looks_at():
     context = Context(attention, torch.tensor([0.4, 0.1, 0.3, 0.2]))
     assert prune(PRUNERS["FastV"], features, context, 2).keep.tolist() == [False, True, False, True]  # second layer
     assert prune(PRUNERS["SparseVLM"], features, context, 2).keep.tolist() == [True, False, True, False]
+
+
+def test_dead_or_most_redundant_tokens_go_first():
+    features, context = made_up()
+    dead = torch.arange(16) < 6
+    context = replace(context, groups=groups_of(dead))
+    for budget, kept_dead in ((4, 0), (10, 0), (13, 3)):  # alive ones go only when none is left
+        assert int((prune(PRUNERS["dead and sinks"], features, context, budget).keep & dead).sum()) == kept_dead
+    redundancy = context.codebook.redundancy(features.tokens)
+    for budget in (1, 5, 15):
+        keep = prune(PRUNERS["codebook"], features, context, budget).keep
+        assert float(redundancy[keep].max()) <= float(redundancy[~keep].min())
 
 
 def test_visionzip_merges_the_rest_into_strided_targets_by_key():
@@ -224,27 +218,6 @@ def test_divprune_is_greedy_farthest_points():
     assert divprune(tokens, 3).tolist() == [True, False, True, True]
 
 
-def test_dead_tokens_go_first_and_alive_ones_only_when_none_is_left():
-    features, context = made_up()
-    dead = torch.arange(16) < 6
-    context = replace(context, groups=groups_of(dead))
-    assert not bool((prune(PRUNERS["dead and sinks"], features, context, 10).keep & dead).any())
-    assert int((prune(PRUNERS["dead and sinks"], features, context, 13).keep & dead).sum()) == 3
-    assert int((prune(PRUNERS["dead and sinks"], features, context, 4).keep & ~dead).sum()) == 4
-
-
-def test_the_codebook_removes_the_most_redundant_first():
-    features, context = made_up()
-    redundancy = context.codebook.redundancy(features.tokens)
-    previous = None
-    for budget in range(1, 17):
-        keep = prune(PRUNERS["codebook"], features, context, budget).keep
-        gone = redundancy[~keep]
-        assert not len(gone) or float(redundancy[keep].max()) <= float(gone.min())
-        assert previous is None or bool((previous & ~keep).sum() == 0)  # a larger budget keeps what a smaller one kept
-        previous = keep
-
-
 # --- what the model gives --------------------------------------------------------------------------------------------
 
 
@@ -287,27 +260,10 @@ def test_attention_of_the_text_is_the_language_models_own(tiny, prompts):
             assert_close(rated, stock[2][0].mean(0)[raters(prompt)][:, prompt.visual].mean(0), atol=1e-5, rtol=1e-4)
 
 
-def test_what_a_selection_keeps_is_what_the_model_is_fed(tiny, prompts):
-    features, prompt = features_of(tiny, prompts)[0], prompts[0]
-    kept = prune(PRUNERS["DivPrune"], features, Context(), 5)
-    shorter = kept.prompt(prompt)
-    assert len(shorter) == len(prompt) - 11
-    assert torch.equal(shorter.embeds[shorter.visual], prompt.embeds[prompt.visual][kept.keep])
-    merged = prune(PRUNERS["pooling"], features, Context(), 4)
-    shorter = merged.prompt(prompt)
-    assert_close(shorter.embeds[shorter.visual], merged.merged)
-    assert torch.equal(shorter.embeds[~shorter.visual], prompt.embeds[~prompt.visual])
-    # and it is what Prune does with gaps closed
-    mask = ~kept.keep
-    with el.intervene(tiny, el.Prune(mask, positions="renumber")):
-        expected = tiny.logits(prompt)
-    assert_close(tiny.logits(kept.prompt(prompt)), expected, atol=1e-5, rtol=1e-4)
-
-
 # --- inside the language model ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 600), st.integers(2, 40), st.data())
 def test_stages_leave_exactly_the_budget_or_have_it_on_average(n, n_layers, data):
     budget = data.draw(st.integers(1, n))
@@ -334,23 +290,12 @@ def test_stages_are_those_of_the_papers():
     assert INSIDE["PyramidDrop"].layers(8) == (2, 4, 6) and INSIDE["FastV"].layers(8) == (2,)
     assert INSIDE["FastV"].averaging(576, 32, 64) == ((2, 30),)  # (2 * 576 + 30 * 30) / 32 = 64.1
     assert INSIDE["FastV"].averaging(576, 32, 29) is None  # the first two layers alone have 36
-
-
-def test_wrong_budgets_and_models_get_a_sentence(tiny, prompts):
     for rule in INSIDE.values():
         for schedule in (rule.left, rule.averaging):
-            for budget in (0, 17):
-                with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
-                    schedule(16, 8, budget)
+            with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
+                schedule(16, 8, 0)
         with pytest.raises(EmbedLensError, match="the model has 1: use a pruner before layer 0"):
             rule.left(16, 1, 4)
-    rule = INSIDE["FastV"]
-    with pytest.raises(EmbedLensError, match="1 schedules for 3 prompts: pass one per prompt"):
-        plans_inside(tiny, prompts, rule, [rule.left(16, 3, 4)])
-    with pytest.raises(EmbedLensError, match="pass one per prompt, from FastV's `left`"):
-        plans_inside(tiny, prompts, rule, [((7, 4),)] * 3)
-    with pytest.raises(EmbedLensError, match="keep at least 1 and at most 16"):
-        plans_inside(tiny, prompts, rule, [((2, 0),)] * 3)
 
 
 @torch.no_grad()
@@ -378,24 +323,13 @@ def last_attention(model, prompt, gone, layer):
     raise AssertionError
 
 
-def test_attention_is_read_as_an_intervention_leaves_it(tiny, prompts):
-    masks = [torch.arange(16) % (3 + i) == 1 for i in range(3)]
-    with el.intervene(tiny, el.LeaveAt(masks, 1)):
-        found = [own for own, _ in attended(tiny, prompts, batch_size=2)]
-    with eager(tiny):
-        for prompt, mask, own in zip(prompts, masks, found, strict=True):
-            for layer in (1, 2):
-                looked = last_attention(tiny, prompt, [(~prompt.spread(mask), 1, False)], layer)
-                assert_close(own[layer][~mask], looked[~mask], atol=1e-5, rtol=1e-4)
-                assert not own[layer][mask].any()  # weight that is hidden goes to the others
-            assert (own[0][mask] > 0).all()
-
-
 @pytest.mark.parametrize("name", INSIDE)
 def test_what_leaves_inside_is_what_the_last_position_looks_at_least_with_the_others_gone(tiny, prompts, name):
     rule = INSIDE[name]
     stages = [rule.left(16, tiny.n_layers, budget) for budget in (5, 3, 12)]
     plans = plans_inside(tiny, prompts, rule, stages, batch_size=2)
+    known = plans_inside(tiny, prompts, rule, stages, [own for own, _ in attended(tiny, prompts)])
+    assert [[v.mask.tolist() for v in plan] for plan in known] == [[v.mask.tolist() for v in plan] for plan in plans]
     with eager(tiny):
         for prompt, own, plan in zip(prompts, stages, plans, strict=True):
             gone, out = [], torch.zeros(16, dtype=torch.bool)
@@ -409,13 +343,105 @@ def test_what_leaves_inside_is_what_the_last_position_looks_at_least_with_the_ot
     assert len({tuple(map(int, plan[0].mask)) for plan in plans}) > 1  # the choice depends on picture and question
 
 
-def test_known_attention_and_the_batch_size_change_no_choice(tiny, prompts):
-    attention = [own for own, _ in attended(tiny, prompts)]
-    for rule in INSIDE.values():
-        stages = [rule.left(16, tiny.n_layers, 4)] * 3
-        one, many = (
-            plans_inside(tiny, prompts, rule, stages, given, size) for given, size in ((None, 1), (attention, 64))
-        )
-        for a, b in zip(one, many, strict=True):
-            assert [value.layer for value in a] == [value.layer for value in b]
-            assert all(torch.equal(x.mask, y.mask) for x, y in zip(a, b, strict=True))
+# --- as arms of a sweep ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    return discover(tiny, samples.load("miniworld", n=3, split="train"))
+
+
+@pytest.fixture(scope="module")
+def items():
+    return family_questions("general", 5)[:3]
+
+
+@pytest.fixture(scope="module")
+def asking(tiny, items, reference):
+    """The books, what one picture shows, and the sweep."""
+    prompt = tiny.prompt(items[0].sample.image, items[0].question.text)
+    rows = prompt.embeds[prompt.visual][:3].clone()
+    ids = torch.tensor([1, 1, 2])
+    book = Codebook(rows, ids, torch.tensor([0, 1, 2]), *[torch.zeros(3)] * 3, torch.zeros(3).long(), tiny.name)
+    return {"codebook": book, "another": book}, seen(tiny, [prompt], reference, SHARE)[0]
+
+
+@pytest.fixture(scope="module")
+def table(tiny, items, reference, asking):
+    books, look = asking
+    arms = [sweep.BASELINE, *pruner_arms(look, SHARE, books, seeds=2)]
+    return sweep.run_arms(tiny, items, arms, partial(seen, reference=reference, share=SHARE))
+
+
+def test_everyone_before_layer_0_is_fed_exactly_the_budget(table):
+    rows = table[(table["arm"] != "baseline") & ~table["arm"].str.contains("inside")]
+    assert set(rows["tokens"]) == {16 - 6}  # how many go
+    assert set(rows["arm"]) == {*PRUNERS, "another"}
+    assert table.groupby("arm")["seed"].nunique()[["random", "FastV"]].tolist() == [2, 1]
+
+
+def test_answers_are_those_of_the_physically_shorter_prompt(tiny, table, items):
+    for at in (0, 2):  # of three that were asked together
+        prompt = tiny.prompt(items[at].sample.image, items[at].question.text)
+        features = features_of(tiny, [prompt])[0]
+        for name in ("DivPrune", "pooling"):  # one takes tokens out, one writes new ones
+            shorter = prune(PRUNERS[name], features, Context(), 6).prompt(prompt)
+            rows = table[(table["arm"] == name) & (table["item"] == at)]
+            assert rows["prediction"].tolist() == [tiny.answer(shorter, answer_tokens(tiny))]
+
+
+def test_answers_inside_are_the_models_own_with_the_tokens_left(tiny, table, items):
+    for name, rule in INSIDE.items():
+        prompt = tiny.prompt(items[1].sample.image, items[1].question.text)
+        (plan,) = plans_inside(tiny, [prompt], rule, [rule.left(16, tiny.n_layers, 6)])
+        with intervene(tiny, *plan):
+            expected = tiny.answer(prompt, answer_tokens(tiny))
+        rows = table[(table["arm"] == f"{name} inside, R left") & (table["item"] == 1)]
+        assert rows["prediction"].tolist() == [expected]
+
+
+def test_an_average_that_the_first_layers_exceed_is_no_arm_and_what_draws_is_seeded(tiny, reference, asking):
+    books, look = asking
+    low = seen(tiny, [look.prompt], reference, 1 / 16)[0]
+    assert INSIDE["FastV"].averaging(16, tiny.n_layers, 1) is None
+    names = [arm.name for arm in pruner_arms(low, 1 / 16, books, ["strided"])]
+    assert "FastV inside, R left" in names and "FastV inside, mean R" not in names
+    arms = [arm for arm in pruner_arms(look, SHARE, books, ["random"], 2) if arm.name == "random"]
+    kept = [
+        arm.act(look, look.prompt.grid, sweep.generator(7, arm.name, seed))[0].mask.tolist()
+        for arm, seed in ((arms[0], 0), (arms[1], 0), (arms[0], 1))
+    ]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_budgets_are_shares_of_each_pictures_own_tokens():
+    assert [budget_of(576, share) for share in SHARES] == [192, 96, 64, 29]
+    assert len(shares_of([3])) == 1 and len(shares_of([3, 576])) == 4
+    assert budget_name([64, 64], 1 / 9) == "7" and budget_name([64, 96], 1 / 9) == "11%"
+
+
+def test_every_budget_is_asked_and_all_tokens_once(tiny, items, reference, asking):
+    table = at_budgets(tiny, items, [6 / 16, 2 / 16], asking[0], reference, ["random", "strided"], 2)
+    tokens = table.groupby(["arm", "share"])["tokens"].agg(["size", "max"])
+    assert tokens.loc[("baseline", 1.0)].tolist() == [3, 0]
+    assert {at: row.tolist() for at, row in tokens.drop("baseline").iterrows()} == {
+        ("random", 6 / 16): [6, 10], ("random", 2 / 16): [6, 14],
+        ("strided", 6 / 16): [3, 10], ("strided", 2 / 16): [3, 14],
+    }  # fmt: skip
+
+
+def test_pictures_of_different_numbers_of_tokens_are_pruned_by_their_own(items, twin_of):
+    name = BY_FAMILY["llava_next"]
+    _, model = twin_of(name)
+    shapes = [*TWINS[name].sizes, *TWINS[name].sizes][: len(items)]
+    resized = [
+        item._replace(sample=replace(item.sample, width=w, height=h, draw=partial(item.sample.image.resize, (w, h))))
+        for item, (w, h) in zip(items, shapes, strict=True)
+    ]
+    counts = [len(model.prompt(item.sample.image, "?").grid) for item in resized]
+    assert len(set(counts)) > 1
+    reference = discover(model, [item.sample for item in resized])
+    table = at_budgets(model, resized, [1 / 3], {}, reference, ["strided"], 1, inside=[1 / 3])
+    rows = table[table["arm"] == "strided"].sort_values("item")
+    assert rows["tokens"].tolist() == [n - budget_of(n, 1 / 3) for n in counts]
+    assert "FastV inside, R left" in set(table["arm"])

@@ -1,21 +1,19 @@
 """Promises of the token scores: alone, in the region, in the picture; windows, divergences, density peaks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
-from twins import BY_FAMILY, save_twin
+from twins import BY_FAMILY
 
-from embedlens import load
-from embedlens.errors import EmbedLensError
+from benchmarks.measure import operations
+from benchmarks.redundancy import BARE, FULL, OURS, lines, one_by_one
 from embedlens.patches import Frame, ManyViews, PatchGrid
 from embedlens.readings import ARTICLES, PromptReader, Protocol
 from embedlens.redundancy import (
@@ -36,9 +34,6 @@ def grid_of(rows: int, cols: int) -> PatchGrid:
 
 def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (56, 56, 3), dtype=np.uint8))
-
-
-# --- windows ---------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.data())
@@ -67,9 +62,6 @@ def test_the_released_ranks_are_96_of_576_and_keep_both_ends_elsewhere():
     assert sampled_ranks(729)[-1] == 728 and sampled_ranks(64).tolist() == list(range(64))
 
 
-# --- closed forms ----------------------------------------------------------------------------------------------------
-
-
 def test_divergence_has_its_closed_form_in_both_variants():
     p, q = np.array([0.9, 0.1]), np.array([0.5, 0.5])
     m = (p + q) / 2
@@ -78,39 +70,20 @@ def test_divergence_has_its_closed_form_in_both_variants():
     intact, without = (torch.tensor(np.log(a)).float() for a in (p, q))
     assert float(divergence(intact, without, "textbook")) == pytest.approx(textbook, rel=1e-5)
     assert float(divergence(intact, without, "released")) == pytest.approx(released, rel=1e-5)
-
-
-def test_divergence_is_zero_for_equal_runs_and_at_most_log_two():
-    logits = torch.randn(5, 40)
-    for variant in ("released", "textbook"):
-        assert_close(divergence(logits, logits + 3, variant), torch.zeros(5), atol=1e-6, rtol=0)
     apart = divergence(torch.tensor([50.0, 0.0]), torch.tensor([0.0, 50.0]), "textbook")
     assert float(apart) == pytest.approx(math.log(2), rel=1e-5)
-
-
-def test_divergence_looks_at_the_likeliest_words_of_the_intact_run_alone():
-    intact = torch.tensor([3.0, 2.0, 1.0, -9.0])
-    without = torch.tensor([3.0, 2.0, 1.0, 99.0])  # the last word was not among the first three of the intact run
+    # the last word was not among the first three of the intact run
+    intact, without = torch.tensor([3.0, 2.0, 1.0, -9.0]), torch.tensor([3.0, 2.0, 1.0, 99.0])
     assert float(divergence(intact, without, k=3)) == pytest.approx(0, abs=1e-7)
     assert float(divergence(without, intact, k=3)) > 0.1
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 1000))
-def test_the_released_divergence_is_about_a_tenth_of_the_textbook_one_for_small_changes(seed):
-    generator = torch.Generator().manual_seed(seed)
-    intact = torch.randn(60, generator=generator)
-    without = intact + 0.05 * torch.randn(60, generator=generator)
-    ratio = divergence(intact, without, "released") / divergence(intact, without, "textbook")
-    assert 0.095 < float(ratio) < 0.105
-
-
-# --- readings --------------------------------------------------------------------------------------------------------
+    change = 0.05 * torch.randn(60, generator=torch.Generator().manual_seed(0))
+    small = [divergence(change * 0, change, variant) for variant in ("released", "textbook")]
+    assert 0.095 < float(small[0] / small[1]) < 0.105  # of small changes a tenth
 
 
 @pytest.mark.parametrize("family", ["llava", *BY_FAMILY])
-def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny, family, tmp_path):
-    model = tiny if family == "llava" else load(save_twin(tmp_path, BY_FAMILY[family]), device="cpu")
+def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny, family, twin_of):
+    model = tiny if family == "llava" else twin_of(BY_FAMILY[family])[1]
     prompt = model.prompt(picture(), "what is in the picture?")
     n, at = len(prompt.grid), prompt.visual.nonzero()[:, 0]
     places = [0, n // 3, n // 2, n - 1]
@@ -137,24 +110,14 @@ def test_readings_are_what_the_stock_model_says_to_each_prompt_alone(tiny, famil
     assert not torch.allclose(found.picture, found.picture_without, atol=1e-2)
 
 
-def test_the_batch_size_changes_nothing(tiny):
-    prompt = tiny.prompt(picture(1), "what is in the picture?")
-    protocol = Protocol(question=prompt.question)
-    one, many = (readings_of(tiny, prompt, None, protocol, batch_size=size) for size in (1, 64))
-    for name in ("alone", "region", "region_without", "picture", "picture_without"):
-        assert_close(getattr(one, name), getattr(many, name), atol=2e-4, rtol=1e-4)
-
-
-def test_words_alone_are_the_likeliest_of_the_reading_alone(tiny):
-    prompt = tiny.prompt(picture(1), "what is in the picture?")
-    assert words_alone(tiny, prompt, k=3)[0].tolist() == readings_of(tiny, prompt).alone.topk(3).indices.tolist()
-
-
-def test_sharing_the_prefix_gives_what_whole_prompts_give(tiny, monkeypatch):
+def test_sharing_the_prefix_gives_what_whole_prompts_give_in_batches_of_any_size(tiny, monkeypatch):
     prompt = tiny.prompt(picture(2), "what is in the picture?")
     most = tiny.tokens[int(tiny.logits(prompt)[-1].argmax())]  # the word that it begins with counts as an article
     protocol = Protocol(question=prompt.question, articles=(most, *ARTICLES))
-    shared = readings_of(tiny, prompt, None, protocol)
+    shared = readings_of(tiny, prompt, None, protocol, batch_size=1)
+    assert words_alone(tiny, prompt, k=3)[0].tolist() == readings_of(tiny, prompt).alone.topk(3).indices.tolist()
+    other = replace(protocol, replacement="mean token")
+    assert not torch.allclose(shared.region_without, readings_of(tiny, prompt, None, other).region_without, atol=1e-3)
     monkeypatch.setattr("embedlens.readings.Reader", PromptReader)
     whole = readings_of(tiny, prompt, None, protocol, batch_size=7)
     for name in ("alone", "region", "region_without", "picture", "picture_without"):
@@ -173,23 +136,9 @@ def test_a_leading_article_is_read_past_at_one_aligned_place_or_as_released(tiny
     assert_close(aligned.picture[0], expected, atol=2e-4, rtol=1e-4)
     assert not torch.allclose(aligned.picture, plain.picture, atol=1e-2)
     # as released, the run without the region skips an article only if it writes one itself
-    other = int(plain.picture_without[0].argmax())
+    skipped = aligned if int(plain.picture_without[0].argmax()) == word else plain
     released = readings_of(tiny, prompt, [5], Protocol(question=prompt.question, articles=(name,), aligned=False))
-    if other == word:
-        assert_close(released.picture_without, aligned.picture_without, atol=2e-4, rtol=1e-4)
-    else:
-        assert_close(released.picture_without, plain.picture_without, atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("replacement", ["zeros", "mean token"])
-def test_the_replacement_is_a_choice(tiny, replacement):
-    prompt = tiny.prompt(picture(4), "what is in the picture?")
-    default, other = (
-        readings_of(tiny, prompt, [3], Protocol(question=prompt.question, replacement=name))
-        for name in ("row 0", replacement)
-    )
-    assert_close(default.region, other.region)
-    assert not torch.allclose(default.region_without, other.region_without, atol=1e-3)
+    assert_close(released.picture_without, skipped.picture_without, atol=2e-4, rtol=1e-4)
 
 
 def test_scores_are_those_of_the_readings_and_the_cascade_weighs_them(tiny):
@@ -207,71 +156,27 @@ def test_scores_are_those_of_the_readings_and_the_cascade_weighs_them(tiny):
     assert torch.equal(score.word, readings.alone.max(-1).indices)
 
 
-def test_a_token_that_is_the_replacement_already_is_missed_by_nothing(tiny):
-    prompt = tiny.prompt(picture(6), "what is in the picture?")
-    embeds = prompt.embeds.clone()
-    embeds[prompt.visual.nonzero()[:, 0][window(0, prompt.grid)]] = tiny.input_embeddings[0]
-    score = token_scores(tiny, [replace(prompt, embeds=embeds)], [torch.tensor([0, 15])], Protocol(prompt.question))[0]
-    assert float(score.cascade()[0]) == pytest.approx(0, abs=1e-6)
-    assert float(score.cascade()[1]) > 1e-5
-
-
-# --- density peaks ---------------------------------------------------------------------------------------------------
-
-
-def peaks_by_hand(tokens: np.ndarray, clusters: int, k: int) -> list[int]:
-    n = len(tokens)
-    far = np.sqrt(((tokens[:, None] - tokens[None]) ** 2).sum(-1)) / np.sqrt(tokens.shape[1])
-    density = [math.exp(-np.mean(sorted(far[i])[:k] ** np.array(2))) for i in range(n)]
-    delta = []
-    for i in range(n):
-        above = [far[i, j] for j in range(n) if density[j] > density[i] or (density[j] == density[i] and j < i)]
-        delta.append(min(above) if above else far.max())
-    order = sorted(range(n), key=lambda i: (-density[i] * delta[i], i))
-    centres = order[:clusters]
-    labels = [min(range(len(centres)), key=lambda c, i=i: (far[i, centres[c]], c)) for i in range(n)]
-    for label, centre in enumerate(centres):
-        labels[centre] = label
-    return labels
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 14), st.integers(1, 5), st.integers(1, 5))
-def test_density_peaks_are_those_of_the_definition(seed, n, clusters, k):
-    tokens = np.random.default_rng(seed).normal(size=(n, 3))
-    expected = peaks_by_hand(tokens, min(clusters, n), min(k, n))
-    assert dpc_knn(torch.from_numpy(tokens), clusters, k).tolist() == expected
-
-
-def test_density_peaks_of_long_vectors_do_not_drown_in_rounding():
+def test_density_peaks_of_long_vectors_do_not_drown_in_rounding_and_have_no_unit_once_it_is_set():
     """exp(-distance²) is zero for all of them; the order of the densities is still there."""
     near = torch.tensor([[0.0], [1.0], [2.0], [500.0], [501.0], [502.0]]) * 100
     assert dpc_knn(near, 2, 2).tolist() == [0, 0, 0, 1, 1, 1]
-
-
-def test_the_unit_of_the_tokens_does_not_matter_once_it_is_set():
     tokens = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(dpc_knn(tokens, 4, rms=0.5), dpc_knn(1000 * tokens, 4, rms=0.5))
 
 
-# --- wrong input -----------------------------------------------------------------------------------------------------
-
-
-def test_wrong_input_gets_a_sentence_with_the_fix(tiny):
+def test_one_call_a_reading_gives_the_same_logits_with_more_arithmetic(tiny):
     prompt = tiny.prompt(picture(), "what is in the picture?")
-    with pytest.raises(EmbedLensError, match="16 tokens: pass some of 0 to 15"):
-        readings_of(tiny, prompt, [16], Protocol(prompt.question))
-    with pytest.raises(EmbedLensError, match="pass at least 1"):
-        readings_of(tiny, prompt, [1], Protocol(prompt.question), batch_size=0)
-    with pytest.raises(EmbedLensError, match="use one of 'row 0'"):
-        Protocol(replacement="noise")
-    with pytest.raises(EmbedLensError, match="pass the whole prompt"):
-        readings_of(tiny, prompt.without(torch.arange(16) < 3), [1], Protocol(prompt.question))
-    with pytest.raises(EmbedLensError, match="one set per picture"):
-        token_scores(tiny, [prompt], [torch.tensor([0])] * 2)
-    with pytest.raises(EmbedLensError, match="'released' or 'textbook'"):
-        divergence(torch.zeros(3), torch.zeros(3), "mine")
-    with pytest.raises(EmbedLensError, match="pass 0 to 15"):
-        window(16, prompt.grid)
-    with pytest.raises(EmbedLensError, match="each is at least 1"):
-        dpc_knn(torch.zeros(0, 3), 2)
+    protocol = Protocol(question=prompt.question, articles=())
+    ours = readings_of(tiny, prompt, [3, 5], protocol)
+    expected = [ours.picture[0]]
+    for row in range(2):
+        expected += [part[row] for part in (ours.alone, ours.region, ours.region_without, ours.picture_without)]
+    for released in (False, True):
+        assert_close(one_by_one(tiny, prompt, [3, 5], released), torch.stack(expected), atol=2e-4, rtol=1e-4)
+    shared = operations(lambda: readings_of(tiny, prompt, [3, 5], protocol))
+    bare, full = (operations(lambda way=way: one_by_one(tiny, prompt, [3, 5], way)) for way in (False, True))
+    assert 0 < shared < bare < full
+    assert operations(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+    way = {"ratio": {"median": 2.0, "low": 1.0, "high": 3.0}, "operations": 5e9}
+    found = {"tokens": 2, "readings": 9, "ways": dict.fromkeys((OURS, BARE, FULL), way)}
+    assert [row[0].split(", ", 3)[2:] for row in lines(found)] == [["5.0 GFLOP", name] for name in (OURS, BARE, FULL)]

@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from embedlens import rules
-from embedlens.errors import EmbedLensError
 from embedlens.stats import Estimate
 
 CASES = {True: Estimate(2.0, 1.0, 3.0, 9), False: Estimate(-2.0, -3.0, -1.0, 9), None: Estimate(0.5, -1.0, 2.0, 9)}
@@ -56,12 +55,3 @@ def test_chains_bounds_and_absolute_values():
     assert rules.decide("0.7 < off < 2", parts) is None
     assert rules.decide("abs(rho) < 0.1", parts) is False
     assert rules.decide("off.low > 0.5 and off.n == 9", parts) is True
-
-
-REFUSED = ["b > 0", "a >", "a", "a and a > 0", "a > a", "__import__('os')", "len(a) > 0", "a.name > 0"]
-
-
-@pytest.mark.parametrize("rule", REFUSED)
-def test_a_rule_that_cannot_be_judged_is_refused_with_its_text(rule):
-    with pytest.raises(EmbedLensError):
-        rules.decide(rule, {"a": CASES[True]})

@@ -1,10 +1,10 @@
 """Answers as real models give them, and what is asked of each family so that it answers in a word."""
 
-from __future__ import annotations
+from functools import cache
 
 import pytest
 
-from embedlens import EmbedLensError, paired, rules, scoring, tasks
+from embedlens import paired, rules, scoring, tasks
 from embedlens.families.instructions import LETTER, SHORT, VICUNA_V1, instructions_of
 from embedlens.interventions import Silence
 from embedlens.samples import Question
@@ -18,28 +18,16 @@ PETS = ("cat", "dog", "hot dog", "bus")
 # kind, the right answer, what a model wrote, whether that is right
 ANSWERS = """
 existence | yes | Yes, there is a dog in the picture.             | 1
-existence | yes | Yes there is.                                   | 1
 existence | yes | There is a dog in the picture.                  | 1
-existence | no  | No.                                             | 1
-existence | no  | No, there is no dog in the image, only a cat.   | 1
 existence | no  | There is no dog in the picture.                 | 1
 existence | no  | There isn't a dog in the picture.               | 1
-existence | no  | The answer is no                                | 1
 existence | yes | no dog, yes a cat                               | 0
-existence | no  | no dog, yes a cat                               | 0
 existence | yes | Yes, but it is not a dog.                       | 0
 existence | no  | No, wait, yes.                                  | 0
 existence | yes | Yes and no.                                     | 0
-existence | no  | I'm not sure.                                   | 0
 existence | no  | There is no way to tell.                        | 0
-existence | no  | No idea                                         | 0
 existence | yes | There is a hot dog in the picture.              | 0
-existence | yes | There is a cat in the picture.                  | 0
-existence | yes | yesterday                                       | 0
 existence | no  | No, there is a dog.                             | 0
-existence | no  | No, there is a hot dog.                         | 1
-existence | yes | Yes — a dog.                                    | 1
-existence | yes | "Yes"                                           | 1
 existence | yes | Yes, but it isn’t a dog.                        | 0
 existence | yes | There is a dog on the left.                     | 1
 existence | no  | There is no dog on the left.                    | 0
@@ -50,50 +38,29 @@ count     | two | Two (2)                                         | 1
 count     | two | two or three                                    | 0
 count     | two | two dogs and one cat                            | 0
 count     | two | more than two                                   | 0
-count     | two | There are not two dogs.                         | 0
-count     | two | 12                                              | 0
 count     | one | One is left, one is right.                      | 0
 count     | zero | There are no dogs.                             | 1
 count     | two | 2nd                                             | 0
-count     | two | 2+                                              | 0
-count     | two | over two                                        | 0
 count     | two | approximately two                               | 0
-count     | two | twenty-two                                      | 0
-count     | two | two hundred                                     | 0
-count     | two | none of the two                                 | 0
 count     | one | no one                                          | 0
 choice    | B   | B                                               | 1
 choice    | B   | (B)                                             | 1
-choice    | B   | b.                                              | 1
 choice    | B   | B. dog                                          | 1
-choice    | B   | B: dog                                          | 1
 choice    | B   | The answer is B.                                | 1
-choice    | B   | **B**                                           | 1
 choice    | B   | A dog                                           | 1
 choice    | A   | A dog                                           | 0
 choice    | B   | B. cat                                          | 0
-choice    | B   | A or B                                          | 0
-choice    | A   | A, B                                            | 0
-choice    | B   | A hot dog.                                      | 0
 choice    | B   | Both                                            | 0
-choice    | B   | not B                                           | 0
 choice    | B   | B. The picture shows a dog.                     | 1
 choice    | B   | B. 0.45, at the top left                        | 0
-choice    | B   | B, 0.45, red, a dog                             | 0
 choice    | D   | There is a bus.                                 | 1
 choice    | B   | B - dog                                         | 1
-choice    | B   | C - dog                                         | 0
-choice    | B   | [B]                                             | 1
 colour    | red | The car is red.                                 | 1
 colour    | red | red and white                                   | 0
 colour    | red | not red                                         | 0
-colour    | red | reddish                                         | 0
 colour    | purple | Violet                                       | 1
-colour    | red | It isn’t red.                                   | 0
 colour    | red | red or maroon                                   | 0
-colour    | red | anything but red                                | 0
 relation  | left | The dog is to the left of the cat.             | 1
-relation  | left | above and to the left                          | 0
 relation  | below | below, 0.38, 0.62, 0.66]                      | 0
 where     | top left | in the top-left corner                     | 1
 where     | left | top left                                       | 0
@@ -105,25 +72,17 @@ object    | dog | It is a dog.                                    | 1
 object    | dog | Yes, a dog                                      | 0
 choice    | B   | Yes, a dog                                      | 0
 object    | dog | A hot dog                                       | 0
-object    | dog | a dog and a cat                                 | 0
 object    | wine glass | glass                                    | 0
 object    | couch | A sofa.                                       | 1
 word      | STOP | The word is "STOP".                            | 1
-word      | STOP | stop                                           | 1
 word      | STOP | A sign that says STOP                          | 1
 word      | STOP | STOP or GO                                     | 0
 word      | STOP | STOPPED                                        | 0
 word      | STOP | It does not say "STOP".                        | 0
 word      | STOP | I cannot read STOP                             | 0
-word      | NO   | The word is NO.                                | 1
 character | A   | A                                               | 1
-character | A   | A letter B is written                           | 0
-character | A   | The letter is 'A'.                              | 1
-character | 7   | 17                                              | 0
-character | I   | I'm sorry.                                      | 0
 character | I   | I’m not sure                                    | 0
 box       | [0.10, 0.20, 0.50, 0.60] | It is at [0.1, 0.2, 0.5, 0.6].   | 1
-box       | [0.00, 0.20, 1.00, 0.60] | [0., 0.2, 1., 0.6]               | 1
 box       | [0.10, 0.20, 0.50, 0.60] | [100, 200, 500, 600]             | 0
 box       | [0.10, 0.20, 0.50, 0.60] | [0.10, 0.20, 0.50,               | 0
 box       | [100, 200, 500, 600] | the dog[[101, 199, 505, 590]]         | 1
@@ -145,32 +104,26 @@ def test_an_answer_is_read_as_a_person_would_and_two_answers_are_none(case, righ
         assert scoring.said_yes(text, asked) == (scoring.said(question, text) == "yes")
 
 
+@cache
 def item(kind: str) -> tasks.Item:
     return tasks.questions(kind, n=1)[0]
 
 
-SUFFIXES = {
-    LLAVA: (SHORT, SHORT, LETTER),
-    NEXT: (SHORT, SHORT, LETTER),
-    INTERNVL: (SHORT, SHORT, LETTER),
-    QWEN: (
-        "short words or phrases if possible.",
-        " Please answer yes or no.",
-        "correct answer from the options above.",
-    ),
-}
+QWENS = ("short words or phrases if possible.", " Please answer yes or no.", "correct answer from the options above.")
 
 
-@pytest.mark.parametrize("name", SUFFIXES)
+@pytest.mark.parametrize("name", [LLAVA, NEXT, INTERNVL, QWEN])
 def test_a_published_model_is_asked_in_the_words_of_its_authors(twin_of, name):
     _, model = twin_of(name)
-    for kind, suffix in zip(("colour", "existence", "choice"), SUFFIXES[name], strict=True):
+    suffixes = QWENS if name == QWEN else (SHORT, SHORT, LETTER)
+    for kind, suffix in zip(("colour", "existence", "choice"), suffixes, strict=True):
         asked = tasks.in_words_of(model, [item(kind)])[0].question
         assert asked.text.startswith(item(kind).question.text.split("?")[0]) and asked.text.endswith(suffix)
         assert asked.answer == item(kind).question.answer
-    assert tasks.evaluate(model, [item("colour")]).question[0].endswith(SUFFIXES[name][0])
-    assert run_arms(model, [item("colour")], [BASELINE]).question[0].endswith(SUFFIXES[name][0])
     assert tasks.asked_with(model)["answer_tokens"] > 12
+    if name == QWEN:  # whoever asks
+        assert tasks.evaluate(model, [item("colour")]).question[0].endswith(suffixes[0])
+        assert run_arms(model, [item("colour")], [BASELINE]).question[0].endswith(suffixes[0])
 
 
 def test_the_miniature_is_asked_as_it_was_trained(miniature, tiny):
@@ -189,54 +142,42 @@ def test_only_models_in_vicunas_format_get_the_system_prompt_of_their_training(t
     assert ("system_prompt" in tasks.asked_with(model)) == (name in (LLAVA, NEXT))
 
 
-@pytest.mark.parametrize("name", [LLAVA, QWEN, QWEN3, INTERNVL])
-def test_a_box_is_in_the_frame_and_unit_of_its_family_and_fits_into_the_answer(twin_of, name):
+SQUARE = [(name, way) for name in (QWEN, QWEN3) for way in ("letterbox", "stretch", "centre-crop")]
+
+
+@pytest.mark.parametrize(("name", "way"), [*((name, "") for name in (LLAVA, QWEN, QWEN3, INTERNVL)), *SQUARE])
+def test_a_box_is_where_the_model_sees_it_in_the_unit_of_its_family_and_fits_into_the_answer(twin_of, name, way):
     _, model = twin_of(name)
+    model = model.with_preprocessing(way) if way else model
     sample, question = item("box")
-    assert sample.width != sample.height
-    asked = tasks.in_words_of(model, [item("box")])[0]
+    (asked,) = tasks.in_words_of(model, [item("box")])
+    sides = sample.width, sample.height
+    assert sides[0] != sides[1]
+    seen = {"": sides, "centre-crop": (min(sides),) * 2}.get(way, (max(sides),) * 2)
+    unit = (1, 1) if name == LLAVA else (1000, 1000)
+    unit = model.family.enough(model.hf, model.processor, seen) if name == QWEN else unit
+    left, top, right, bottom = (0, 0, *sides) if name == INTERNVL else model.prompt(sample.image, "?").grid.frame.box
     padded, numbers = scoring.box_of(question.answer), scoring.box_of(asked.question.answer)
-    x0, y0, x1, y1 = scoring.in_original(padded, sample.width, sample.height)
-    if name == LLAVA:
-        assert numbers == padded and "this sentence describes: the " in asked.question.text
-    else:
-        read = model.family.enough(model.hf, model.processor, (sample.width, sample.height))
-        across, down = read if name == QWEN else (1000, 1000)
-        assert numbers == pytest.approx((x0 * across, y0 * down, x1 * across, y1 * down), abs=0.5)
+    x0, y0, x1, y1 = scoring.in_original(padded, *sides)
+    across = [min(max(0, (x * sides[0] - left) / (right - left)), 1) * unit[0] for x in (x0, x1)]
+    down = [min(max(0, (y * sides[1] - top) / (bottom - top)), 1) * unit[1] for y in (y0, y1)]
+    assert numbers == pytest.approx((across[0], down[0], across[1], down[1]), abs=1.01 if way else 0.51)
     how = instructions_of(model)
     written = how.written.format(asked.question.answer, "red potted plant")
     assert scoring.score(asked.question, written) == 1 == scoring.box_score(asked, written)
-    assert name == LLAVA or scoring.box_score(asked, written, "original") == 1  # there is but one frame
     needed = len(model.tokenizer(written, add_special_tokens=False)["input_ids"])
     assert 12 < needed < tasks.answer_tokens(model)
-
-
-@pytest.mark.parametrize("way", ["letterbox", "stretch", "centre-crop"])
-@pytest.mark.parametrize("name", [QWEN, QWEN3])
-def test_a_box_is_where_the_model_sees_it_when_the_picture_is_made_square(twin_of, name, way):
-    _, model = twin_of(name)
-    model = model.with_preprocessing(way)
-    sample, question = item("box")
-    (asked,) = tasks.in_words_of(model, [item("box")])
-    side = min(sample.width, sample.height) if way == "centre-crop" else max(sample.width, sample.height)
-    read = model.family.enough(model.hf, model.processor, (side, side)) if name == QWEN else (1000, 1000)
-    x0, y0, x1, y1 = scoring.in_original(scoring.box_of(question.answer), sample.width, sample.height)
-    left, top, right, bottom = model.prompt(sample.image, "?").grid.frame.box
-    wanted = [(x * sample.width - left) / (right - left) * read[0] for x in (x0, x1)]
-    wanted += [(y * sample.height - top) / (bottom - top) * read[1] for y in (y0, y1)]
-    wanted = [min(max(0, part), edge) for part, edge in zip(wanted, (read[0], read[0], read[1], read[1]), strict=True)]
-    assert scoring.box_of(asked.question.answer) == pytest.approx(
-        (wanted[0], wanted[2], wanted[1], wanted[3]), abs=1.01
-    )
-
-
-# The guard
+    if name == LLAVA:
+        assert numbers == padded and "this sentence describes: the " in asked.question.text
+    elif not way:
+        assert scoring.box_score(asked, written, "original") == 1  # there is but one frame
 
 
 def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_testable(tiny, monkeypatch):
-    monkeypatch.setattr(tasks, "GUARD", 8)
-    monkeypatch.setattr(tasks, "MOST_GUARD", 24)
-    items = [*tasks.questions("existence", 40), *tasks.questions("colour", 40)]
+    guards = ((tasks, "GUARD", 8), (tasks, "MOST_GUARD", 16))
+    for guard in guards:
+        monkeypatch.setattr(*guard)
+    items = [*tasks.questions("existence", 20), *tasks.questions("colour", 20)]
     right = {(i.sample.id, i.question.text): i.question.answer for i in items}
     asked = []
 
@@ -257,33 +198,26 @@ def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_test
     monkeypatch.setattr(type(tiny), "answers", answers)
     with pytest.warns(UserWarning, match="'hallucination' rightly.* about another picture"):
         unable = tasks.able(tiny, items)
-    assert list(unable) == ["hallucination"] and len(unable["hallucination"]) == 24
-    assert len(asked) == 2 * (24 + 8)  # about colours eight are enough
-    assert list(tasks.able(tiny, items)) == ["hallucination"] and len(asked) == 2 * (24 + 8)  # known by now
-    monkeypatch.setattr(type(tiny), "prompts", original)
+    assert list(unable) == ["hallucination"] and len(unable["hallucination"]) == 16
+    assert len(asked) == 2 * (16 + 8)  # about colours eight are enough
+    assert list(tasks.able(tiny, items)) == ["hallucination"] and len(asked) == 2 * (16 + 8)  # known by now
     monkeypatch.undo()
-    monkeypatch.setattr(tasks, "GUARD", 8)
-    monkeypatch.setattr(tasks, "MOST_GUARD", 24)
+    for guard in guards:
+        monkeypatch.setattr(*guard)
     table = run_arms(tiny, items, [BASELINE, everywhere("same", Silence("mlp"))])
     counts = table[table.arm == "same"].groupby("family").agg(asked=("item", "size"), testable=("testable", "all"))
-    assert counts.asked.to_dict() == {"general": 40, "hallucination": 24}
+    assert counts.asked.to_dict() == {"general": 20, "hallucination": 16}
     assert counts.testable.to_dict() == {"general": True, "hallucination": False}
 
 
 def test_a_model_that_is_never_right_earns_no_verdict(tiny):
     items = tasks.family_questions("ocr", 6)
     table = run_arms(tiny, items, [BASELINE, everywhere("same", Silence("mlp"))])
-    table = table.loc[table.index.repeat(400)].assign(item=range(400 * len(table)), id=range(400 * len(table)))
-    table["item"] = table.groupby("arm").cumcount()
-    table["id"] = table["item"]
+    table = table.loc[table.index.repeat(400)]
+    table["item"] = table["id"] = table.groupby("arm").cumcount()
     for correct, verdict in ((0.0, rules.UNTESTABLE), (1.0, rules.HOLDS)):
         one = paired.compare(table.assign(correct=correct), "same", "ocr")
         assert rules.conclude("all(kept > -0.01)", {"kept": [one.narrow]}) == verdict
     one = paired.compare(table.assign(correct=1.0, testable=False), "same", "ocr")
     assert rules.conclude("kept > -0.01", {"kept": one.narrow}) == rules.UNTESTABLE
     assert one.verdict == "undecided" and (one.change > -1) is None
-
-
-def test_a_frame_that_nobody_writes_is_refused():
-    with pytest.raises(EmbedLensError, match="unknown frame 'mine'"):
-        scoring.box_score(item("box"), "[0, 0, 1, 1]", "mine")

@@ -49,24 +49,12 @@ def test_pairs_of_pictures_are_drawn_by_picture_and_cover_the_truth_where_drawin
     assert covered >= 51 > naive  # 57 expected; 51 is 3.5 standard errors below
     some = pd.DataFrame({0: [1.0, 3.0, math.nan], 1: [math.nan, 5.0, 5.0]})
     assert stats.drawn_pairs(some, np.array([[0, 1], [1, 2], [2, 0]])).loc[0].tolist() == [2, 5]
-    with pytest.raises(EmbedLensError, match="no pair has a value"):
-        stats.drawn_pairs(some * math.nan, np.array([[0, 1], [1, 2], [2, 0]]))
 
 
 def test_what_adds_up_to_a_bar_is_on_it_in_whatever_order_a_processor_adds():
     tenths = np.repeat([0.1, 0.2, -0.3], 20)
     for values in (tenths, tenths[::-1], np.sort(tenths)):
         assert stats.estimate(stats.drawn(pd.DataFrame({"id": range(60), "of": values}), "of")).value == 0.0
-
-
-def test_pictures_are_drawn_not_rows():
-    """Twenty rows of a picture that all say the same are one observation."""
-    rng = np.random.default_rng(0)
-    of_picture = rng.normal(size=30)
-    table = pd.DataFrame({"id": np.repeat(range(30), 20), "value": np.repeat(of_picture, 20)})
-    wide = stats.estimate(stats.drawn(table, "value"))
-    narrow = stats.estimate(stats.drawn(table.assign(id=range(600)), "value"))
-    assert (wide.high - wide.low) > 3 * (narrow.high - narrow.low)
 
 
 def test_cells_are_paired_and_a_picture_without_a_row_is_drawn_all_the_same():
@@ -90,18 +78,6 @@ def test_what_arithmetic_makes_of_resamples_keeps_how_many_pictures_it_rests_on(
     found = stats.drawn(table, "value", by=["group", "layer"])
     assert stats.curve(found["a"] / found["b"])["n"].tolist() == [8, 8]
     assert stats.estimate(found["a"].max(axis=1)).n == 8
-    with pytest.raises(EmbedLensError, match="pass n="):
-        stats.estimate(pd.Series([1.0, 1.0]))
-
-
-def test_nothing_to_ask_is_refused_with_the_cell_or_the_column():
-    table = pd.DataFrame({"id": [0, 1], "layer": [0, 1], "value": [1.0, math.nan]})
-    with pytest.raises(EmbedLensError, match="nothing was asked of 1"):
-        stats.drawn(table, "value", by="layer")
-    with pytest.raises(EmbedLensError, match="no column norm"):
-        stats.drawn(table, "norm")
-    with pytest.raises(EmbedLensError, match="three finite numbers"):
-        Estimate(math.nan, 0, 1, 3)
 
 
 @pytest.mark.parametrize("low, high, bar, above", [(1, 3, 0, True), (1, 3, 3, False), (1, 3, 2, None), (1, 3, 1, None)])
@@ -119,17 +95,14 @@ def test_no_number_prints_as_minus_zero():
     assert f"{Estimate(-0.0001, -0.02, 0.01, 9):.0%}" == "0 % (−2 to 1)"
 
 
-@pytest.mark.parametrize("hits, asked", [(0, 10), (3, 10), (10, 10)])
-def test_a_share_has_clopper_and_pearsons_bounds(hits, asked):
+def test_a_share_has_exact_bounds_also_where_no_picture_shows_it():
     from scipy.stats import beta
 
-    found = stats.share(hits, asked)
-    low = beta.ppf(0.025, hits, asked - hits + 1) if hits else 0.0
-    high = beta.ppf(0.975, hits + 1, asked - hits) if hits < asked else 1.0
-    assert (found.low, found.high) == pytest.approx((low, high))
-
-
-def test_a_share_that_no_picture_shows_gets_the_exact_bound_and_others_stay():
+    for hits, asked in ((0, 10), (3, 10), (10, 10)):  # Clopper and Pearson's
+        low = beta.ppf(0.025, hits, asked - hits + 1) if hits else 0.0
+        high = beta.ppf(0.975, hits + 1, asked - hits) if hits < asked else 1.0
+        found = stats.share(hits, asked)
+        assert (found.low, found.high) == pytest.approx((low, high))
     table = pd.DataFrame({"id": range(20), "seen": 0.0})
     none = stats.at_least_seen(stats.estimate(stats.drawn(table, "seen")))
     assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(stats.share(0, 20).high)

@@ -191,9 +191,9 @@ def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     Returns:
         Picture by picture, the families in the order of `FAMILIES`: `n` pictures, 4 `n` questions.
 
-    >>> items = questionnaires(n=15)
+    >>> items = questionnaires(n=16, seed=1)
     >>> len(items), len({item.sample.id for item in items})
-    (60, 15)
+    (64, 16)
     """
     wanted = {family: _quotas(family, n) for family in FAMILIES}
     items: list[Item] = []

@@ -1,0 +1,111 @@
+"""What cannot be done is refused with a sentence that says what to pass instead."""
+
+import inspect
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from embedlens import Frame, PatchGrid, codebook, groups, pruner_arms, redundancy, rules, samples, scoring, stats, tasks
+from embedlens.claims import Finding
+from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, picture_pairs
+from embedlens.errors import EmbedLensError
+from embedlens.measures import hubs, patch_reading, scores
+from embedlens.measures.labels import label_hits, label_ids
+from embedlens.readings import Protocol
+from embedlens.samples import patchbench
+
+EYE, PAIRS = torch.eye(3), np.array([[0, 1], [1, 2], [2, 0]])
+ONCE = pd.DataFrame({"id": [0, 1], "layer": [0, 1], "value": [1.0, math.nan]})
+GRID = PatchGrid(2, 2, Frame.letterbox(4, 4))
+unchecked = inspect.unwrap(anchor_clusters)  # without the shape check that only tests have
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (lambda: anchor_clusters(EYE, 0.0), "above 0 and at most 1"),
+        (lambda: anchor_clusters(EYE, 0.9, "random"), "greedy, raster"),
+        (lambda: unchecked(torch.zeros(0, 4)), "at least one"),
+        (lambda: unchecked(torch.zeros(2, 3, 4)), "one picture"),
+        (lambda: unchecked(torch.full((2, 2), torch.inf)), "not finite"),
+        (lambda: centroids(EYE, torch.tensor([0, 1])), "label"),
+        (lambda: centroids(EYE, torch.tensor([0, 2, 2])), "gaps"),
+        (lambda: cross_image_similarity(torch.zeros(0, 3), EYE), "at least one of each picture"),
+        (lambda: picture_pairs(1), "at least two"),
+        (lambda: codebook.keep_lowest(torch.zeros(4), 5), "budget is 5 of 4 visual tokens: keep at least 1 and at m"),
+        (lambda: codebook.Recipe(more_pictures=1.5), "a count, or a share"),
+        (lambda: codebook.quantile_thresholds([], 0, 0.3), "shares above 0"),
+        (lambda: Protocol(replacement="noise"), "use one of 'row 0'"),
+        (lambda: redundancy.divergence(torch.zeros(3), torch.zeros(3), "mine"), "'released' or 'textbook'"),
+        (lambda: redundancy.window(4, GRID), "pass 0 to 3"),
+        (lambda: redundancy.dpc_knn(torch.zeros(0, 3), 2), "each is at least 1"),
+        (lambda: pruner_arms.shares_of([64], [1.5]), "above 0 up to 1"),
+        (lambda: Frame.of("pad", 3, 4, 56), "unknown preprocessing 'pad': choose one of letterbox, centre-crop, str"),
+        (lambda: Frame.letterbox(0, 4), "a picture of 0x4 has no pixels"),
+        (lambda: PatchGrid(0, 4, Frame.letterbox(4, 4)), "a grid of 0x4 patches is empty"),
+        (lambda: GRID.box(4), "no patch 4: this grid of 2x2 has 0 to 3"),
+        (lambda: groups.phi(torch.ones(2, 4), (4,)), "pass 0 to width - 1"),
+        (lambda: groups.fence(np.zeros(0)), "at least one"),
+        (lambda: label_ids(None, "dog", "loose"), "strict"),
+        (lambda: label_ids(None, " "), "empty"),
+        (lambda: hubs.coverage(np.zeros(3, dtype=int)), "no answers"),
+        (lambda: hubs.matched_directions(torch.zeros(1, 3), 5), "no covariance: pass at least two"),
+        (lambda: patch_reading._shifted(patchbench.pictures(7)[2:]), "the group 'object' has one picture"),
+        (lambda: patchbench.pictures(1, patch=4), "a patch of 4 px"),
+        (lambda: patchbench.pictures(1, side=10), "no larger than the picture"),
+        (lambda: patchbench.probes(patchbench.pictures(1)[0]), "an object's patch has the colour of its surround"),
+        (lambda: patchbench.strings(None, 4), "the length is 4"),
+        (lambda: samples.load("imagenet"), "unknown data set 'imagenet'"),
+        (lambda: samples.load(split="test"), "unknown split 'test'"),
+        (lambda: samples.load(n=0), "at least one"),
+        (lambda: samples.load(seed=-1), "seed is -1"),
+        (lambda: samples.load(scale=0), "scale"),
+        (lambda: tasks.questions("taste"), "unknown kind of question 'taste'"),
+        (lambda: tasks.family_questions("taste"), "unknown family 'taste'"),
+        (lambda: tasks.family_questions("ocr", n=2), "n is 2: ocr has 3 kinds"),
+        (lambda: tasks.questionnaires(4), "general has 5 kinds"),
+        (lambda: scoring.box_score(tasks.questions("colour", 1)[0], "red"), "asks for no box"),
+        (lambda: scoring.box_score(tasks.questions("box", 1)[0], "[0, 0, 1, 1]", "mine"), "unknown frame 'mine'"),
+        (lambda: stats.drawn(ONCE, "value", by="layer"), "nothing was asked of 1"),
+        (lambda: stats.drawn(ONCE, "norm"), "no column norm"),
+        (lambda: stats.drawn_pairs(pd.DataFrame({0: [math.nan] * 3}), PAIRS), "no pair has a value"),
+        (lambda: stats.estimate(pd.Series([1.0, 1.0])), "pass n="),
+        (lambda: stats.Estimate(math.nan, 0, 1, 3), "three finite numbers"),
+        (lambda: Finding(0.1, 0.0, 0.2, 5, "true", "x"), "unknown verdict 'true'"),
+        (lambda: Finding(0.3, 0.0, 0.2, 5, "holds", "x"), "outside its interval"),
+        (lambda: Finding(0.1, math.nan, 0.2, 5, "holds", "x"), "finite"),
+        (lambda: Finding(0.1, 0.0, 0.2, 0, "holds", "x"), "at least one sample"),
+        (lambda: Finding(0.1, 0.0, 0.2, 5, "holds", " "), "note is empty"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_what_to_pass(asked, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        asked()
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        (lambda m, p: groups.discover(m, samples.load(n=1)), "at least two"),
+        (lambda m, p: label_hits(m, []), "at least one picture"),
+        (lambda m, p: scores.scored(m, samples.load(n=1)), "at least two"),
+        (lambda m, p: patch_reading.ask(m, []), "no question to ask"),
+        (lambda m, p: tasks.evaluate(m, []), "no questions"),
+        (lambda m, p: redundancy.readings_of(m, p, [16]), "16 tokens: pass some of 0 to 15"),
+        (lambda m, p: redundancy.readings_of(m, p, [1], batch_size=0), "pass at least 1"),
+        (lambda m, p: redundancy.readings_of(m, p.without(torch.arange(16) < 3), [1]), "pass the whole prompt"),
+        (lambda m, p: redundancy.token_scores(m, [p], [torch.tensor([0])] * 2), "one set per picture"),
+    ],
+)
+def test_a_model_is_not_asked_what_has_no_answer(tiny, asked, sentence):
+    with pytest.raises(EmbedLensError, match=sentence):
+        asked(tiny, tiny.prompt(samples.load(n=1)[0].image, "what is in the picture?"))
+
+
+@pytest.mark.parametrize("rule", ["b > 0", "a >", "a", "a and a > 0", "a > a", "__import__('os')", "len(a) > 0"])
+def test_a_rule_that_cannot_be_judged_is_refused(rule):
+    with pytest.raises(EmbedLensError):
+        rules.decide(rule, {"a": stats.Estimate(2.0, 1.0, 3.0, 9)})
