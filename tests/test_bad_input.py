@@ -56,9 +56,6 @@ def test_memory_that_ends_over_one_picture_ends_no_study(tiny, batch_size):
     assert table["id"].tolist() == [0, 1, 3, 4]
 
 
-# --- a chat template that is none ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
@@ -73,9 +70,6 @@ def test_a_chat_template_that_cannot_be_used_is_named_at_once(tiny, template, se
     processor.chat_template = template
     with pytest.raises(EmbedLensError, match=f"its chat template {sentence}.*: take chat_template.jinja"):
         VisionLanguageModel(tiny.hf, processor, "mine")
-
-
-# --- what ends a command ---------------------------------------------------------------------------------------------
 
 
 class FailedChapter(BookError):

@@ -173,9 +173,6 @@ def answered_by_hand(model, prompt, plan, steps: int) -> str:
     return model.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-# --- nothing else is changed -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("nothing", [Rescale(1.0), EnterAt(0)], ids=repr)
 def test_a_no_op_changes_nothing_bit_for_bit(model, nothing):
     prompts = prompts_of(model)
@@ -355,9 +352,6 @@ def test_the_released_layer_0_moves_attention_as_the_released_code_does(tiny, pr
         expected = prompt.embeds + attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
     with intervene(tiny, ReleasedLayer0()):
         assert_close(el.trace(tiny, prompt).resid_mid[0], expected, **CLOSE)
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def ones(n: int = 16) -> torch.Tensor:

@@ -146,9 +146,6 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         memory.config_of(tmp_path)
 
 
-# --- the page, and the measurement of a full-size model -------------------------------------------------------------
-
-
 def test_every_example_of_a_family_is_a_model_of_its_class_and_of_the_size_that_its_name_says():
     """A tower comes on top of the language model that a name usually counts; names are round."""
     known = configs()

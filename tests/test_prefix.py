@@ -71,9 +71,6 @@ def alone(model, case: Case, max_new_tokens: int = N_TOKENS) -> str:
         return model.answer(case.prompt, max_new_tokens)
 
 
-# --- the same answers ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_every_kind_of_intervention_answers_the_same(tiny, ids, kernel):
     ids(tiny)
@@ -150,9 +147,6 @@ def test_pictures_that_come_first_in_the_prompt_have_nothing_before_them_to_shar
     assert prefix.answers(tiny, cases, N_TOKENS) == [alone(tiny, case) for case in cases]
 
 
-# --- the work that is saved ------------------------------------------------------------------------------------------
-
-
 def test_what_prompts_have_in_common_runs_once(tiny):
     prompts = prompts_of(tiny, n_pictures=2)
     assert prefix._remembers(tiny, prompts[0])
@@ -171,9 +165,6 @@ def test_what_prompts_have_in_common_runs_once(tiny):
     entering = (6, longest)  # goes on behind the picture, so that nothing is shared
     remembered = [(2, end), (2, end), (2, end - int(mask.sum()))]
     assert list(map(tuple, counts)) == [entering, *remembered, (6, asked)]  # three questions a picture in one row
-
-
-# --- models that cannot share ----------------------------------------------------------------------------------------
 
 
 def asked_without_sharing(model, monkeypatch) -> list[int]:
@@ -225,9 +216,6 @@ def test_an_intervention_around_it_acts_and_nothing_is_shared(tiny, ids, monkeyp
         found = prefix.answers(tiny, [Case(prompt) for prompt in prompts], N_TOKENS)
     assert sum(asked) == len(prompts)
     assert found == [alone(tiny, Case(prompt, (Rescale(3.0),))) for prompt in prompts]
-
-
-# --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_answered_is_refused_and_leaves_the_model_as_it_was(tiny):

@@ -120,9 +120,6 @@ def test_an_image_processor_that_cannot_be_made_right_is_refused(tiny_folder, tm
     assert "\n" not in str(caught.value)
 
 
-# --- large pictures --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("preprocessing", PREPROCESSINGS)
 def test_a_picture_up_to_4096_px_is_the_stock_one_bit_for_bit(tiny, stock, preprocessing):
     model, side = tiny.with_preprocessing(preprocessing), {"height": 56, "width": 56}
@@ -152,9 +149,6 @@ def test_embeddings_are_the_real_rows_only(tiny, tmp_path):
     assert len(other.input_embeddings) == len(other.tokenizer) - 2
     assert {"<pad>", "<image>"} & set(other.tokens) == set()
     assert other.tied and not tiny.tied and "untied" in repr(tiny)
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
