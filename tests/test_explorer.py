@@ -435,7 +435,9 @@ def used_by_keyboard(tab: browser.Tab, page: Explorer, folder: Path) -> None:
 def explored(miniature, bank):
     images = [s.image for s in el.samples.load("miniworld", n=2, seed=0)]
     names = ["<script>alert(1)</script>.png", "שלום.png"]
-    return el.explore(miniature, images, "Describe the image.", lenses={"ContextLens": bank}, names=names)
+    reference = discover(miniature, el.samples.load("miniworld", n=4, seed=0))
+    lenses = {"ContextLens": bank}
+    return el.explore(miniature, images, "Describe the image.", lenses=lenses, names=names, reference=reference)
 
 
 def test_the_page_of_the_miniature_is_used_by_keyboard_alone(explored, tab, tmp_path):
