@@ -13,10 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -99,13 +97,6 @@ class Tab:
         for _ in range(times):
             self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **same)
             self.call("Input.dispatchKeyEvent", type="keyUp", **same)
-
-    def picture(self, path: Path, height: int | None = None) -> None:
-        """A PNG of the page from its top, `height` pixels of it or all."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
-        shot = self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        path.write_bytes(b64decode(shot["data"]))
 
 
 # Formulas are typeset after the page has loaded and move what is below them; sidebars glide; lazy pictures wait.

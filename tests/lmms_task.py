@@ -59,14 +59,8 @@ def write_task(folder: Path | str, kinds: Sequence[str], n: int = 20, seed: int 
     folder.mkdir(parents=True, exist_ok=True)
     questions = folder / "questions.jsonl"
     docs = [
-        {
-            "kind": kind,
-            "n": n,
-            "seed": seed,
-            "place": place,
-            "question": item.question.text,
-            "answer": item.question.answer,
-        }
+        {"kind": kind, "n": n, "seed": seed, "place": place}
+        | {"question": item.question.text, "answer": item.question.answer}
         for kind in kinds
         for place, item in enumerate(tasks.questions(kind, n, seed))
     ]

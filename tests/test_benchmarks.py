@@ -29,18 +29,23 @@ def complete(ways):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_retrieval_is_measured(dtype):
+def test_retrieval_is_measured_and_its_ways_find_the_same_words(dtype):
     found = retrieval.retrieval(1, tokens=4, vocabulary=50, width=8, dtype=dtype, repeats=2)
     complete(found["ways"])
     assert found["ways"]["bare product"]["ratio"]["median"] == 1
     assert found["similarity_matrix_bytes"] == 4 * 50 * (4 if dtype == "float32" else 2)
     assert len(retrieval.lines(found)) == 3
-
-
-def test_the_ways_of_retrieval_find_the_same_words():
     ways = retrieval._ways(tokens=6, vocabulary=60, width=16, dtype="float32", k=3)
-    ours, released = ways["EmbedLens.topk"](6)[1], ways["as released"](6)
-    assert torch.equal(ours, released)
+    assert torch.equal(ways["EmbedLens.topk"](6)[1], ways["as released"](6))
+
+
+def test_tracing_and_clustering_are_measured():
+    traced = trace.trace(1, prompts=2, repeats=2)
+    clustered = clustering.clustering(1, few=2, many=4, repeats=1)
+    for found in (traced, clustered):
+        complete(found["ways"])
+    assert clustered["ways"]["many"]["pictures"] == 4
+    assert (len(trace.lines(traced)), len(clustering.lines(clustered))) == (3, 2)
 
 
 def test_looking_is_measured(tiny_folder):
@@ -53,23 +58,9 @@ def test_looking_is_measured(tiny_folder):
     assert len(looking.lines(maps, bank, page)) == 2 * 3 + 2 + 1
 
 
-def test_tracing_is_measured():
-    found = trace.trace(1, prompts=2, repeats=2)
-    complete(found["ways"])
-    assert len(trace.lines(found)) == 3
-
-
-def test_clustering_is_measured():
-    found = clustering.clustering(1, few=2, many=4, repeats=1)
-    complete(found["ways"])
-    assert found["ways"]["many"]["pictures"] == 4
-    assert len(clustering.lines(found)) == 2
-
-
-@pytest.mark.parametrize(("per_picture", "pictures"), [(1, 20), (5, 2)])
-def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder, per_picture, pictures):
-    questions = 20 if per_picture == 1 else 10
-    found = sweep.sweep(1, per_picture, questions, repeats=1, batch_size=8, model=str(tiny_folder))
+def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder):
+    questions, pictures = 10, 2
+    found = sweep.sweep(1, 5, questions, repeats=1, batch_size=8, model=str(tiny_folder))
     complete(found["ways"])
     assert (found["questions"], found["pictures"], found["arms"]) == (questions, pictures, 8)
     assert found["same_answers"] > 0.9  # other kernels and batches: a near tie may fall the other way
@@ -85,22 +76,6 @@ def test_prefill_is_measured_beside_the_rows_that_it_runs(tiny_folder):
         assert 0 < rows["dead tokens pruned"] < rows["all tokens"]
         assert setting["rows_ratio"] == pytest.approx(rows["dead tokens pruned"] / rows["all tokens"], rel=1e-3)
     assert "64 visual tokens" in found["settings"][2]["name"]
-
-
-def test_pruning_runs_as_many_rows_as_it_says(tiny):
-    samples = [sample.image for sample in prefill.el.samples.load("miniworld", n=2)]
-    prompts = tiny.prompts(samples, ["What is it?"] * 2)
-    masks = [prefill._at_random(16, 0.25), prefill._at_random(16, 0.5)]
-    seen = []
-    hook = tiny.blocks[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
-        with_kwargs=True,
-    )
-    try:
-        prefill._pruning(tiny, prompts, masks, batch_size=1)()
-    finally:
-        hook.remove()
-    assert seen == [len(prompt) - int(mask.sum()) for prompt, mask in zip(prompts, masks, strict=True)]
 
 
 def test_every_way_is_timed_equally_often_and_ratios_are_within_rounds():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import re
 import shutil
-import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +15,17 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 from PIL import Image
+from stock import QUESTION, picture
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
-from twins import BY_FAMILY, TWINS, save_twin
+from twins import BY_FAMILY, TWINS
+from typer.testing import CliRunner
 
 import embedlens as el
 from embedlens import EmbedLensError, Prune, attention_maps, context, explorer, intervene
 from embedlens.__main__ import app
 from embedlens.explorer import Explorer, _steps, alone
 from embedlens.groups import discover
-
-QUESTION = "what is in the picture ?"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-def picture(size=(90, 60), seed=0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 @contextmanager
@@ -44,9 +37,8 @@ def refused(said: str):
 
 
 @pytest.fixture(scope="module", params=BY_FAMILY.values(), ids=BY_FAMILY)
-def twin(request, tmp_path_factory):
-    folder = save_twin(tmp_path_factory.mktemp("explored") / request.param, request.param)
-    return TWINS[request.param], folder, el.load(folder, device="cpu")
+def twin(request, twin_of):
+    return TWINS[request.param], *twin_of(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +51,8 @@ def bank(miniature):
 
 
 @torch.no_grad()
-def test_attention_is_the_stock_models_own(twin):
+def test_attention_and_rollout_are_the_stock_models_own(twin):
+    """Rollout is the product of the rows of all positions, half residual; rows of text alone are something else."""
     _, folder, model = twin
     prompt, ids = model.prompt(picture(), QUESTION), [5, 9, 11]
     found = el.attention(model, prompt, ids)
@@ -71,12 +64,16 @@ def test_attention_is_the_stock_models_own(twin):
     stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     whole = attention_maps.followed_by(model, prompt, torch.tensor(ids))
     kinds = {"input_ids": whole.ids[None], "pixel_values": prompt.pixel_values, **prompt.beside}
-    token = model.family.image_token_id(model.hf)
     if "image_grid_thw" in prompt.beside:
-        kinds["mm_token_type_ids"] = (whole.ids[None] == token).long()
-    expected = stock(**kinds, output_attentions=True).attentions
-    for layer, weights in enumerate(expected):
+        kinds["mm_token_type_ids"] = (whole.ids[None] == model.family.image_token_id(model.hf)).long()
+    flow, rolled = torch.eye(len(prompt)), attention_maps.rollout(model, prompt)
+    for layer, weights in enumerate(stock(**kinds, output_attentions=True).attentions):
         assert_close(asking[layer], weights[0, :, -asking.shape[2] :][..., whole.visual], atol=2e-5, rtol=1e-4)
+        own = weights[0].mean(0)[: len(prompt), : len(prompt)]  # what follows changes nothing before it
+        flow = (own + torch.eye(len(prompt))) / 2 @ flow
+        assert_close(rolled[layer, 0], flow[-1, prompt.visual], atol=2e-5, rtol=1e-4)
+    assert_close(flow.sum(-1), torch.ones(len(prompt)), atol=1e-4, rtol=0)
+    assert not torch.allclose(rolled[-1, 0], found.mean(1)[:, 0].sum(0) / 2, atol=1e-3)
     assert not torch.allclose(found[:, :, 0], found[:, :, 3], atol=1e-4)  # and the queries do look elsewhere
     mask = torch.arange(len(prompt.grid)) % 2 == 0
     with intervene(model, Prune(mask)):
@@ -84,60 +81,21 @@ def test_attention_is_the_stock_models_own(twin):
     assert bool((pruned[..., mask] == 0).all()) and bool((pruned[..., ~mask] > 0).all())
 
 
-@torch.no_grad()
-def test_rollout_is_the_product_of_the_stock_models_rows(twin):
-    """Of all positions, half residual; a step less, or rows of text alone, is something else."""
-    _, folder, model = twin
-    prompt = model.prompt(picture(), QUESTION)
-    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    kinds = {"input_ids": prompt.ids[None], "pixel_values": prompt.pixel_values, **prompt.beside}
-    if "image_grid_thw" in prompt.beside:
-        kinds["mm_token_type_ids"] = (prompt.ids[None] == model.family.image_token_id(model.hf)).long()
-    flow = torch.eye(len(prompt))
-    found = attention_maps.rollout(model, prompt)
-    for layer, weights in enumerate(stock(**kinds, output_attentions=True).attentions):
-        flow = (weights[0].mean(0) + torch.eye(len(prompt))) / 2 @ flow
-        assert_close(found[layer, 0], flow[-1, prompt.visual], atol=2e-5, rtol=1e-4)
-    assert_close(flow.sum(-1), torch.ones(len(prompt)), atol=1e-4, rtol=0)
-    once = el.attention(model, prompt).mean(1)[:, 0]
-    assert not torch.allclose(found[-1, 0], once.sum(0) / 2, atol=1e-3)
-
-
-def test_rollout_under_prune_is_that_of_the_shorter_sequence_and_0_where_removed(miniature):
+@pytest.mark.parametrize("read", [el.attention, attention_maps.rollout])
+def test_under_prune_it_is_that_of_the_shorter_sequence_and_0_where_removed(miniature, read):
     prompt, mask = miniature.prompt(picture(), QUESTION), torch.arange(64) % 3 == 0
     with intervene(miniature, Prune(mask, positions="renumber")):
-        pruned = attention_maps.rollout(miniature, prompt, "cat")
+        pruned = read(miniature, prompt, "cat")
     assert bool((pruned[..., mask] == 0).all())
-    assert_close(
-        pruned[..., ~mask], attention_maps.rollout(miniature, prompt.without(mask), "cat"), atol=1e-5, rtol=1e-4
-    )
-
-
-def test_attention_under_prune_is_that_of_the_shorter_sequence_and_0_where_removed(miniature):
-    prompt = miniature.prompt(el.samples.load("miniworld", n=1, seed=3)[0].image, QUESTION)
-    mask = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.4
-    with intervene(miniature, Prune(mask, positions="renumber")):
-        pruned = el.attention(miniature, prompt, "cat")
-    assert bool((pruned[..., mask] == 0).all())
-    assert_close(pruned[..., ~mask], el.attention(miniature, prompt.without(mask), "cat"), atol=1e-5, rtol=1e-4)
-
-
-def test_generated_tokens_are_those_of_the_answer(miniature):
-    for sample in el.samples.load("miniworld", n=4, seed=1):
-        prompt = miniature.prompt(sample.image, "What is in the picture?")
-        ids = miniature.answer_ids(prompt)
-        assert miniature.tokenizer.decode(ids, skip_special_tokens=True).strip() == miniature.answer(prompt)
+    assert_close(pruned[..., ~mask], read(miniature, prompt.without(mask), "cat"), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         ("", "the answer is empty"),
-        ([], "the answer is empty"),
         ([10**6], "pass text, or ids from 0 to"),
-        ([-1], "pass text, or ids from 0 to"),
         ([1.5], "pass text, or ids from 0 to"),
-        (["cat"], "pass text, or ids from 0 to"),
         (5, "pass text, or ids from 0 to"),
         ([[5, 6]], "pass text, or ids from 0 to"),
         ([5] * 2000, "allow fewer"),
@@ -148,13 +106,16 @@ def test_an_answer_that_cannot_be_one_is_one_sentence(miniature, answer, said):
         el.attention(miniature, miniature.prompt(picture(), QUESTION), answer)
 
 
-def test_an_answer_as_text_is_read_as_the_tokens_that_were_generated(miniature, twin):
-    """A word that follows "ASSISTANT:" has its space in its token; one on a new line has none."""
-    _, _, other = twin
+def test_an_answer_as_text_is_read_as_the_tokens_that_were_generated(miniature):
     for sample in el.samples.load("miniworld", n=3, seed=0):
         prompt = miniature.prompt(sample.image, "Describe the image.")
-        ids = miniature.answer_ids(prompt)
-        assert attention_maps.answer_ids(miniature, prompt, miniature.answer(prompt)).tolist() == ids.tolist()
+        ids, answer = attention_maps.generated(miniature, prompt), miniature.answer(prompt)
+        assert miniature.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
+        assert attention_maps.answer_ids(miniature, prompt, answer).tolist() == ids.tolist()
+
+
+def test_a_word_that_follows_the_prompt_has_its_space_in_its_token_and_one_on_a_new_line_has_none(twin):
+    _, _, other = twin
     ids = attention_maps.answer_ids(other, other.prompt(picture(), QUESTION), "dog").tolist()
     written = other.tokenizer.convert_ids_to_tokens(ids)[0]
     glued = {"llava_next": "▁", "idefics3": "Ġ"}  # to "[/INST]" or "ASSISTANT:"
@@ -171,7 +132,7 @@ def test_attention_of_a_bfloat16_model_is_softmaxed_from_exact_products():
 def test_silenced_text_does_not_silence_the_answer(miniature):
     prompt = miniature.prompt(el.samples.load("miniworld", n=1, seed=0)[0].image, "Describe the image.")
     with intervene(miniature, el.Silence("attention", rows="text")):
-        said = miniature.tokenizer.decode(miniature.answer_ids(prompt), skip_special_tokens=True)
+        said = miniature.tokenizer.decode(attention_maps.generated(miniature, prompt), skip_special_tokens=True)
         assert said.strip() == miniature.answer(prompt)
 
 
@@ -217,10 +178,9 @@ def test_what_no_bank_can_be_built_of_is_one_sentence(miniature, texts, options,
         el.ContextLens.build(miniature, texts, **options)
 
 
-def test_a_text_is_read_as_far_as_the_model_has_positions_and_a_layer_once(miniature):
-    long = " ".join(f"w{i}" for i in range(3000))
-    lens = el.ContextLens.build(miniature, [long, "a dog"], layers=[2, 2])
-    assert 100 < len(lens.tokens) < 1024 and lens.tokens[-1] == "dog" and set(lens.layer.tolist()) == {2}
+def test_a_text_is_read_as_far_as_the_model_has_positions_and_a_layer_once(tiny):
+    lens = el.ContextLens.build(tiny, [" ".join(f"w{i}" for i in range(900)), "a dog"], layers=[2, 2])
+    assert 100 < len(lens.tokens) < 512 and lens.tokens[-1] == "dog" and set(lens.layer.tolist()) == {2}
 
 
 def test_a_vector_too_large_for_half_precision_keeps_its_direction(miniature, monkeypatch, tmp_path):
@@ -233,32 +193,25 @@ def test_a_vector_too_large_for_half_precision_keeps_its_direction(miniature, mo
     assert_close(bank.topk(kept, 1)[0], torch.ones(3, 1), atol=1e-3, rtol=0)
 
 
-def test_a_bank_is_the_models_by_its_weights_wherever_its_folder_lies(bank, tiny, tiny_folder, tmp_path):
-    file = el.ContextLens.build(tiny, ["a dog"], layers=[1]).save(tmp_path / "bänk.safetensors")
-    moved = shutil.copytree(tiny_folder, tmp_path / "moved")
-    assert el.ContextLens.load(file, el.load(moved, device="cpu")).tokens == ["a", "dog"]
-    with pytest.raises(EmbedLensError, match="cannot write"):
-        bank.save(tmp_path / "missing" / "bank.safetensors")
-
-
 def test_no_word_stands_in_the_bank_twice_for_one_beginning_or_more_often_than_allowed(miniature):
     lens = el.ContextLens.build(miniature, ["a red dog", "a red cat", "a red dog", "red"], layers=[1], per_word=2)
     assert lens.tokens == ["a", "red", "dog", "cat", "red"]
     assert len(el.ContextLens.build(miniature, ["a red dog"] * 3, layers=[1, 2], most=4).tokens) == 4
 
 
-def test_a_saved_bank_reads_the_same_and_another_models_is_refused(miniature, tiny, bank, tmp_path):
-    file = bank.save(tmp_path / "bank.safetensors")
-    again = el.ContextLens.load(file, miniature)
+def test_a_saved_bank_reads_the_same_and_another_models_is_refused(miniature, tiny, tiny_folder, bank, tmp_path):
+    again = el.ContextLens.load(bank.save(tmp_path / "bank.safetensors"), miniature)
     h = miniature.input_embeddings[50:60]
     assert torch.equal(again.topk(h)[1], bank.topk(h)[1]) and again.sentences(h) == bank.sentences(h)
-    with pytest.raises(EmbedLensError, match="build a bank of it"):
-        el.ContextLens.load(file, tiny)
-    with pytest.raises(EmbedLensError, match="no bank at"):
-        el.ContextLens.load(tmp_path / "none", miniature)
+    file = el.ContextLens.build(tiny, ["a dog"], layers=[1]).save(tmp_path / "bänk.safetensors")
+    moved = shutil.copytree(tiny_folder, tmp_path / "moved")  # a model is known by its weights, wherever it lies
+    assert el.ContextLens.load(file, el.load(moved, device="cpu")).tokens == ["a", "dog"]
     (tmp_path / "other.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(EmbedLensError, match="cannot be read"):
-        el.ContextLens.load(tmp_path / "other.safetensors", miniature)
+    for name, sentence in (("bank", "build a bank of it"), ("none", "no bank at"), ("other", "cannot be read")):
+        with pytest.raises(EmbedLensError, match=sentence):
+            el.ContextLens.load(tmp_path / f"{name}.safetensors", tiny)
+    with pytest.raises(EmbedLensError, match="cannot write"):
+        bank.save(tmp_path / "missing" / "bank.safetensors")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -273,22 +226,14 @@ def test_alone_is_the_prompt_without_the_others(miniature):
     assert_close(sure[20], expected.values, atol=1e-4, rtol=1e-3)
 
 
-def test_wrong_layers_patches_and_endings_are_named(miniature, tmp_path):
-    with pytest.raises(EmbedLensError, match="no layer 9 in miniature: pass 0 to 8"):
-        el.explore(miniature, picture(), layer=9)
-    with pytest.raises(EmbedLensError, match="no patch 64"):
-        el.explore(miniature, picture(), patch=64)
-    with pytest.raises(EmbedLensError, match="no picture to explore"):
-        el.explore(miniature, [])
-    with pytest.raises(EmbedLensError, match="no ending .html or .png"):
-        el.explore(miniature, picture()).save(tmp_path / "page.txt")
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"image": []}, "no picture to explore"),
         ({"names": ["a", "b"]}, "2 names for 1 pictures"),
         ({"names": "photo.png"}, "pass a list"),
+        ({"patch": 64}, "no patch 64"),
+        ({"layer": 9}, "no layer 9 in miniature: pass 0 to 8"),
         ({"lenses": ["x"]}, "lenses are"),
         ({"lenses": {"x": "y"}}, "lenses are"),
         ({"lenses": {"Alone": el.EmbedLens(torch.eye(256), ["a"] * 256)}}, "lenses are"),
@@ -304,7 +249,7 @@ def test_wrong_layers_patches_and_endings_are_named(miniature, tmp_path):
 )
 def test_options_that_the_page_cannot_show_are_one_sentence(miniature, options, said):
     with refused(said):
-        el.explore(miniature, picture(), **options)
+        el.explore(miniature, options.pop("image", picture()), **options)
 
 
 def test_the_page_is_of_the_model_as_it_is(miniature):
@@ -319,6 +264,8 @@ def test_a_name_is_neither_a_place_of_the_frame_nor_in_need_of_an_encoding(name,
     page = replace(made_up(16, 2, 2, 2, 2, 2), model=name)
     assert len(page.save(tmp_path / "x.html").read_bytes()) < len(made_up(16, 2, 2, 2, 2, 2).html) + 200
     page._repr_html_().encode()
+    with pytest.raises(EmbedLensError, match="no ending .html or .png"):
+        page.save(tmp_path / "page.txt")
 
 
 def made_up(n: int, layers: int, heads: int, k: int, words: int, answer: int, asking: int = 2) -> Explorer:
@@ -364,36 +311,27 @@ def test_a_page_of_576_tokens_and_32_layers_stays_below_3_megabytes():
     assert asking > 20 and len(made_up(576, 32, 32, 3, 20_000, 8, asking).html.encode()) < 3e6
 
 
-def opened(page: str, folder, script: str = "", where: str = "") -> tuple[str, str]:
-    """(the page after its script and ours, what Chromium's console said)."""
+def opened(tab: browser.Tab, page: str, folder, script: str = "", where: str = "") -> tuple[str, list]:
+    """(the page after its script and ours, what the browser's console said)."""
     file = folder / "page.html"
-    ours = (
-        "<script>const set = (id, value, kind) => { const e = document.getElementById(id); e.value = value; "
-        "e.dispatchEvent(new Event(kind)) };"
-        "const wait = setInterval(() => { if (document.body.dataset.ready) { clearInterval(wait); "
-        f"{script}; document.body.dataset.tried = 'yes' }} }}, 20)</script></html>"
+    file.write_text(page, encoding="utf-8")
+    reader = Reader(tab, file, where)
+    reader.sees(
+        "(() => { const set = (id, value, kind) => { const e = document.getElementById(id); e.value = value; "
+        f"e.dispatchEvent(new Event(kind)) }}; {script} }})()"
     )
-    file.write_text(page.replace("</html>", ours), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    options += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=8000"]
-    done = subprocess.run(
-        [CHROMIUM, *options, "--dump-dom", f"{file.as_uri()}#{where}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert 'data-tried="yes"' in done.stdout, done.stderr[-2000:]
-    return done.stdout.partition('id="blob"')[0], "\n".join(
-        line for line in done.stderr.splitlines() if "CONSOLE" in line
-    )
+    return reader.sees("document.documentElement.outerHTML").partition('id="blob"')[0], noise(tab)
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+def noise(tab: browser.Tab) -> list:
+    kinds = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    return [event for event in tab.heard if event.get("method") in kinds]
 
 
 @pytest.fixture(scope="module")
 def tab():
+    if browser.chromium() is None:
+        pytest.skip("no chromium: apt-get install chromium")
     with browser.tab() as opened:
         yield opened
 
@@ -401,9 +339,9 @@ def tab():
 class Reader:
     """Who has a keyboard and no mouse."""
 
-    def __init__(self, tab: browser.Tab, file: Path) -> None:
+    def __init__(self, tab: browser.Tab, file: Path, where: str = "") -> None:
         self.tab, self.address = tab, file.as_uri()
-        tab.open(self.address)
+        tab.open(f"{self.address}#{where}")
         tab.evaluate("new Promise(done => setInterval(() => document.body.dataset.ready && done(), 20))")
 
     def sees(self, script: str):
@@ -490,16 +428,20 @@ def used_by_keyboard(tab: browser.Tab, page: Explorer, folder: Path) -> None:
     assert not re.search("NaN|undefined|Infinity", text)
     asked = [e["params"]["request"]["url"] for e in tab.heard if e.get("method") == "Network.requestWillBeSent"]
     assert {url.partition("#")[0] for url in asked if not url.startswith("data:")} <= {reader.address}
-    noise = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
-    assert not [event for event in tab.heard if event.get("method") in noise]
+    assert not noise(tab)
 
 
-@needs_chromium
-def test_the_page_of_the_miniature_is_used_by_keyboard_alone(miniature, bank, tab, tmp_path):
+@pytest.fixture(scope="module")
+def explored(miniature, bank):
     images = [s.image for s in el.samples.load("miniworld", n=2, seed=0)]
     names = ["<script>alert(1)</script>.png", "שלום.png"]
-    page = el.explore(miniature, images, "Describe the image.", lenses={"ContextLens": bank}, names=names)
-    used_by_keyboard(tab, page, tmp_path)
+    reference = discover(miniature, el.samples.load("miniworld", n=4, seed=0))
+    lenses = {"ContextLens": bank}
+    return el.explore(miniature, images, "Describe the image.", lenses=lenses, names=names, reference=reference)
+
+
+def test_the_page_of_the_miniature_is_used_by_keyboard_alone(explored, tab, tmp_path):
+    used_by_keyboard(tab, explored, tmp_path)
 
 
 def test_every_family_is_explored_by_keyboard_alone(twin, request, tmp_path):
@@ -511,33 +453,32 @@ def test_every_family_is_explored_by_keyboard_alone(twin, request, tmp_path):
     assert scene["lenses"][0]["ids"].shape[:2] == (model.n_layers + 1, n)
     assert sum(view["rows"] * view["cols"] for view in scene["views"]) == n
     assert page.twin.width > page.twin.height
-    if CHROMIUM is not None:
+    if browser.chromium() is not None:
         used_by_keyboard(request.getfixturevalue("tab"), page, tmp_path)
 
 
-@needs_chromium
 @pytest.mark.parametrize(
     "where", ["scene=abc&layer=-3&patch=1.5", "scene=-1&layer=2.5&colour=toString", "colour=__proto__"]
 )
-def test_an_address_of_nonsense_opens_the_page_as_it_was_made(where, tmp_path):
-    dom, console = opened(replace(made_up(16, 2, 2, 2, 2, 2), start={"layer": 1}).html, tmp_path, where=where)
+def test_an_address_of_nonsense_opens_the_page_as_it_was_made(where, tab, tmp_path):
+    dom, console = opened(tab, replace(made_up(16, 2, 2, 2, 2, 2), start={"layer": 1}).html, tmp_path, where=where)
     assert not console
     assert '<output id="layername">1</output>' in dom and "NaN" not in dom and "undefined" not in dom
 
 
-@needs_chromium
-def test_what_the_page_shows_is_what_the_library_computes_and_is_called_so(miniature, tmp_path):
-    images = [s.image for s in el.samples.load("miniworld", n=2, seed=0)]
-    page = el.explore(miniature, images, "Describe the image.", patch=9, layer=4)
+def test_what_the_page_shows_is_what_the_library_computes_and_is_called_so(miniature, explored, tab, tmp_path):
+    images = [s.image for s in el.samples.load("miniworld", n=1, seed=0)]
+    page = replace(explored, start={"patch": 9, "layer": 4})
+    assert page.scenes[0]["note"] == ""  # a drawing, as it knows them
     keys = """
       document.querySelectorAll('#asking button')[0].click(); set('head', 1, 'change');
       document.body.dataset.asking = document.getElementById('cards').textContent.match(/attention [^ ]+ %[^)]*/)[0];
       document.querySelectorAll('#said button')[2].click();
     """
-    dom, console = opened(page.html, tmp_path, keys)
+    dom, console = opened(tab, page.html, tmp_path, keys)
     text = html.unescape(re.sub("<[^>]*>", "", dom.partition('id="cards"')[2])).replace("\xa0", " ")
     prompt = miniature.prompt(images[0], "Describe the image.")
-    ids = miniature.answer_ids(prompt)
+    ids = attention_maps.generated(miniature, prompt)
     looks = el.attention(miniature, prompt, ids[:2].tolist(), question=True)[3, 1]  # block 4 wrote layer 4
     look, first = looks[-1, 9], looks[0, 9]
     stream = miniature.hidden_states(prompt)[4, prompt.visual][9:10]
@@ -557,9 +498,8 @@ def test_what_the_page_shows_is_what_the_library_computes_and_is_called_so(minia
     assert not console
 
 
-@needs_chromium
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])  # views side by side, one view that is wide
-def test_another_picture_or_view_does_not_keep_what_was_told_of_the_first(family, twin_of, tmp_path):
+def test_another_picture_or_view_does_not_keep_what_was_told_of_the_first(family, twin_of, tab, tmp_path):
     _, model = twin_of(BY_FAMILY[family])
     reference = discover(model, el.samples.load("miniworld", n=4, seed=0))
     page = el.explore(model, [picture((200, 90)), picture((60, 200))], QUESTION, reference=reference, patch=1)
@@ -576,7 +516,7 @@ def test_another_picture_or_view_does_not_keep_what_was_told_of_the_first(family
       const tokens = [...document.querySelectorAll('#said button')];
       document.body.dataset.pressed = tokens.findIndex(b => b.getAttribute('aria-pressed') === 'true');
     """
-    dom, console = opened(page.html, tmp_path, keys)
+    dom, console = opened(tab, page.html, tmp_path, keys)
     assert not console
     assert 'data-found="true"' in dom and 'data-pressed="0"' in dom
     assert "row -" not in dom and "column -" not in dom
@@ -585,8 +525,7 @@ def test_another_picture_or_view_does_not_keep_what_was_told_of_the_first(family
         assert f'data-wide="{str(views[0]["cols"] > 1.5 * views[0]["rows"]).lower()}"' in dom
 
 
-@needs_chromium
-def test_the_head_of_an_answer_token_that_has_only_the_mean_is_not_anothers(tmp_path):
+def test_markup_is_text_and_the_head_of_an_answer_token_that_has_only_the_mean_is_not_anothers(tab, tmp_path):
     keys = """
       const head = document.getElementById('head');
       document.querySelectorAll('#said button')[0].click(); head.value = 1; head.dispatchEvent(new Event('change'));
@@ -594,14 +533,16 @@ def test_the_head_of_an_answer_token_that_has_only_the_mean_is_not_anothers(tmp_
       document.querySelectorAll('#said button')[1].click();
       document.body.dataset.second = head.disabled + document.getElementById('legend').textContent;
     """
-    dom, console = opened(made_up(16, 2, 2, 2, 2, 2).html, tmp_path, keys)
+    dom, console = opened(tab, made_up(16, 2, 2, 2, 2, 2).html, tmp_path, keys)
     assert not console
+    assert "&lt;b&gt;bold&lt;/b&gt;" in dom and "<b>bold" not in dom  # markup in words and names is text
+    assert "<img src=x" not in dom and "<script>alert" not in dom
+    assert "שלום" in dom and "&lt;script&gt;alert(1)&lt;/script&gt;.png" in dom
     assert re.search('data-first="false[^"]*head 1', dom) and re.search('data-second="true[^"]*mean of heads', dom)
 
 
-@needs_chromium
-def test_long_names_fold_and_a_move_repaints_two_cells_of_a_large_picture(tmp_path):
-    page = made_up(2304, 2, 2, 2, 9, 1)
+def test_long_names_fold_and_a_move_repaints_two_cells_of_a_large_picture(tab, tmp_path):
+    page = made_up(576, 2, 2, 2, 9, 1)
     scene = page.scenes[0] | {"name": "a" * 300, "question": "q" * 300, "answer": "b" * 300, "said": ["c" * 300]}
     keys = """
       document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth;
@@ -611,45 +552,20 @@ def test_long_names_fold_and_a_move_repaints_two_cells_of_a_large_picture(tmp_pa
       own[5].onpointerenter({pointerType: 'mouse'});
       document.body.dataset.painted = seen.takeRecords().length;
     """
-    dom, console = opened(replace(page, scenes=[scene]).html, tmp_path, keys)
+    dom, console = opened(tab, replace(page, scenes=[scene]).html, tmp_path, keys)
     assert not console and 'data-wide="false"' in dom
     assert 0 < int(re.search('data-painted="([0-9]+)"', dom)[1]) <= 12 * 2
     assert "Patch 5 (row 0, column 5)" in dom
 
 
-@needs_chromium
-def test_markup_in_words_and_names_is_text(tmp_path):
-    dom, console = opened(made_up(16, 2, 2, 2, 2, 2).html, tmp_path)
-    assert not console
-    assert "&lt;b&gt;bold&lt;/b&gt;" in dom and "<b>bold" not in dom
-    assert "<img src=x" not in dom and "<script>alert" not in dom
-    assert "שלום" in dom and "&lt;script&gt;alert(1)&lt;/script&gt;.png" in dom
-
-
-def test_the_command_does_not_write_over_the_picture(tmp_path, monkeypatch):
-    from typer.testing import CliRunner
-
+def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture().save("some.png")
     before = Path("some.png").read_bytes()
     done = CliRunner().invoke(app, ["explore", "some.png", "--out", "some.html"])
     assert isinstance(done.exception, EmbedLensError) and "name another --out" in str(done.exception)
     assert Path("some.png").read_bytes() == before
-
-
-def test_a_page_of_a_photograph_says_what_the_miniature_knows_and_one_of_a_drawing_does_not(miniature):
-    drawn = el.samples.load("miniworld", n=1, seed=0)[0].image
-    page = el.explore(miniature, [picture((400, 300)), drawn], max_new_tokens=1)
-    noted = [scene["note"] for scene in page.scenes]
-    assert "knows only the drawn world" in noted[0] and "SmolVLM-256M" in noted[0] and not noted[1]
-
-
-def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):
-    from typer.testing import CliRunner
-
-    monkeypatch.chdir(tmp_path)
-    picture().save("some.jpg")
-    done = CliRunner().invoke(app, ["explore", "some.jpg"])
+    done = CliRunner().invoke(app, ["explore", "some.png"])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "some-explored.html").is_file() and (tmp_path / "some-explored.png").is_file()
-    assert "knows only the drawn world" in done.output
+    assert Path("some-explored.html").is_file() and Path("some-explored.png").is_file()
+    assert "knows only the drawn world" in done.output and "SmolVLM-256M" in done.output

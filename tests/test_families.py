@@ -1,4 +1,4 @@
-"""Kept for the twin of every named checkpoint: stock numbers, the right patch for a token, interventions that act.
+"""Kept for the twin of every named checkpoint: stock numbers, the right patch for a token, words that can be read.
 
 The checkpoints are random but of the released classes, and are loaded from disk the way a repository id is.
 """
@@ -6,85 +6,44 @@ The checkpoints are random but of the released classes, and are loaded from disk
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from chapters import NOTEBOOKS, run_chapter
 from PIL import Image
+from stock import QUESTION, Stock, bright, picture
 from torch.testing import assert_close
-from transformers import AutoModelForImageTextToText
-from twins import BY_FAMILY, SIBLINGS, TWINS, VICUNA, save_twin
+from twins import BY_FAMILY, SIBLINGS, TWINS, save_twin
 
 import embedlens as el
 from conftest import little_memory
 from embedlens import (
     EmbedLensError,
-    EnterAt,
-    LeaveAt,
-    Prune,
-    ReleasedLayer0,
-    Rescale,
-    Silence,
-    SkipSublayers,
     families,
-    intervene,
     prompts,
 )
 from embedlens.checks import check
-from embedlens.families.instructions import VICUNA_V1
 from embedlens.groups import discover, token_groups_of
+from embedlens.measures.dead import is_word
 from embedlens.measures.patch_reading import canvas_of
 from embedlens.measures.readout import random_projector
-from embedlens.pictures import squared
 from embedlens.probe import probe_picture
+from embedlens.readings import ARTICLES, Protocol, Reader
 from embedlens.samples import load as load_samples
+from embedlens.words import textless_ids
 
-QUESTION = "what is in the picture ?"
+CHAPTERS = ("01_motivation_clustering", "02_embedlens_vs_logitlens")
+INTERNVL = "OpenGVLab/InternVL3-8B-hf"
+drawn_once = cache(load_samples)  # 600 pictures for each of the nine
+FAMILIES = (next(iter(TWINS)), *BY_FAMILY.values())
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}  # same sums in another order, in activations of size one to ten
-
-
-def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-
-
-class Stock:
-    """The same folder through transformers alone, loaded apart from the wrapper."""
-
-    def __init__(self, folder, processor: str, square: bool) -> None:
-        self.square = square  # LLaVA-1.5 was trained on pictures padded before its processor cuts them
-        released = getattr(transformers, processor)
-
-        def without_video(cls):  # its video half cannot be loaded without torchvision
-            return [part for part in released.get_attributes() if part != "video_processor"]
-
-        still = type(processor, (released,), {"get_attributes": classmethod(without_video)})
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self.processor = still.from_pretrained(folder, backend="pil")
-
-    def inputs(self, image, question=QUESTION):
-        if self.square:
-            mean = self.processor.image_processor.image_mean
-            image = squared(image, "letterbox", tuple(int(255 * part) for part in mean))
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        if self.processor.chat_template == VICUNA:  # trained with a system prompt that the template lacks
-            turns.insert(0, {"role": "system", "content": [{"type": "text", "text": VICUNA_V1}]})
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        return self.processor(images=image, text=text, return_tensors="pt")
-
-    @torch.no_grad()
-    def forward(self, image, question=QUESTION):
-        return self.model(**self.inputs(image, question), output_hidden_states=True)
-
-    @torch.no_grad()
-    def answer(self, image, question=QUESTION, max_new_tokens=16):
-        inputs = self.inputs(image, question)
-        ids = self.model.generate(**inputs, do_sample=False, repetition_penalty=1.0, max_new_tokens=max_new_tokens)
-        return self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 class Case:
@@ -95,9 +54,8 @@ class Case:
         self.family = self.model.family.__name__.rpartition(".")[2]
         self.cuts = "own" in self.model.family.PREPROCESSINGS
         # The first is the default. Twins of one family cut alike, so one of them shows the other ways.
-        others = self.model.family.PREPROCESSINGS[1:] if name in {*BY_FAMILY.values(), next(iter(TWINS))} else ()
+        others = self.model.family.PREPROCESSINGS[1:] if name in FAMILIES else ()
         self.ways = [self.model, *map(self.model.with_preprocessing, others)]
-        self.stock = Stock(self.folder, self.twin.processor, square=not self.cuts)
 
     @property
     def prompts(self):
@@ -107,22 +65,15 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=TWINS)
-def case(request, twin_of):
+def named(request, twin_of):
+    """Of every checkpoint."""
     return Case(request.param, *twin_of(request.param))
 
 
-@pytest.fixture(scope="module")
-def model(case):
-    return case.model
-
-
-@pytest.fixture(scope="module")
-def prompt(case):
-    return case.model.prompt(picture(case.sizes[1]), QUESTION)
-
-
-def random_mask(prompt, seed: int = 0, share: float = 0.4) -> torch.Tensor:
-    return torch.rand(len(prompt.grid), generator=torch.Generator().manual_seed(seed)) < share
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, twin_of):
+    """One of each family."""
+    return Case(request.param, *twin_of(request.param))
 
 
 # --- the stock model's numbers ---------------------------------------------------------------------------------------
@@ -136,9 +87,10 @@ def joined(model, prompt, layers):
     return states
 
 
-def test_wrapped_forward_is_the_stock_forward_bit_for_bit(case):
-    model, stock = case.model, case.stock
-    for seed, size in enumerate(case.sizes):
+def test_wrapped_forward_and_answer_are_the_stock_ones_bit_for_bit(named):
+    model, stock = named.model, Stock(named.folder, named.twin.processor, square=not named.cuts)
+    answers = set()
+    for seed, size in enumerate(named.sizes):
         image = picture(size, seed)
         prompt, expected, inputs = model.prompt(image, QUESTION), stock.forward(image), stock.inputs(image)
         assert torch.equal(prompt.ids, inputs["input_ids"][0])
@@ -152,45 +104,32 @@ def test_wrapped_forward_is_the_stock_forward_bit_for_bit(case):
         with torch.no_grad():  # Hugging Face norms its last hidden state; ours is the one before
             assert torch.equal(model.unembed.final_norm(layers[-1]), expected.hidden_states[-1][0])
         assert torch.equal(model.unembed(layers[-1]), model.logits(prompt))
-
-
-def test_answer_is_what_stock_generate_says(case):
-    answers = set()
-    for seed, size in enumerate(case.sizes):
-        image = picture(size, seed)
-        answer = case.model.answer(case.model.prompt(image, QUESTION))
-        assert answer == case.stock.answer(image)
-        answers.add(answer)
+        asked = model.asked(model.prompt(image, "how many dogs are there ?"), QUESTION)  # a second question
+        assert torch.equal(model.logits(asked), model.logits(prompt))
+        answers.add(model.answer(prompt))
+        assert model.answer(prompt) == stock.answer(image)
     assert len(answers) > 1
 
 
-def test_a_second_question_about_a_picture_is_the_question_asked_at_once(case):
-    for size in case.sizes:
-        first = case.model.prompt(picture(size), "how many dogs are there ?")
-        again, anew = case.model.asked(first, QUESTION), case.model.prompt(picture(size), QUESTION)
-        assert torch.equal(case.model.logits(again), case.model.logits(anew))
-
-
-def test_a_batch_of_unequal_lengths_equals_one_by_one(case):
-    model, prompts = case.model, case.prompts
-    assert len({len(prompt) for prompt in prompts}) == len(prompts)
-    assert model.answers(prompts, max_new_tokens=6) == [model.answer(prompt, max_new_tokens=6) for prompt in prompts]
-    named = [{"visual": prompt.visual} for prompt in prompts]
-    for stream, seen, prompt in zip(
-        list(model.streams_of(prompts)), el.traces(model, prompts, named), prompts, strict=True
-    ):
-        assert_close(stream, model.hidden_states(prompt), **CLOSE)
-        assert_close(seen.stream, stream, **CLOSE)
-        alone = el.trace(model, prompt, {"visual": prompt.visual})
-        assert_close(seen.attention["visual"], alone.attention["visual"], **CLOSE)
-        assert torch.equal(alone.stream, model.hidden_states(prompt))
-
-
-def test_embeddings_are_the_real_rows_only(case):
-    model = case.model
-    assert len(model.input_embeddings) <= len(model.tokenizer)
-    assert len(model.unembed.head.weight) == len(model.tokenizer) + case.twin.rows
-    assert len(model.tokens) == len(model.input_embeddings)
+def test_embeddings_are_the_real_rows_only_and_entries_that_start_a_word_are_read_as_it(named):
+    model = named.model
+    assert len(model.tokens) == len(model.input_embeddings) <= len(model.tokenizer)
+    assert len(model.unembed.head.weight) == len(model.tokenizer) + named.twin.rows
+    pieces = model.tokenizer.convert_ids_to_tokens(range(len(model.tokens)))
+    begin = [place for place, piece in enumerate(pieces) if piece[0] in "▁Ġ" and re.fullmatch("[A-Za-z]+", piece[1:])]
+    assert len(begin) > 100 and [model.tokens[place] for place in begin] == [pieces[place][1:] for place in begin]
+    assert all(is_word(model.tokens[place]) for place in begin if len(pieces[place]) > 2)
+    bare = {place: piece for place, piece in enumerate(pieces) if re.fullmatch("[a-z]+", piece)}
+    assert bare and all(model.tokens[place] == f"·{piece}" for place, piece in bare.items())
+    assert "犬" not in pieces or model.tokens[pieces.index("犬")] == "·犬"
+    assert "<0x0A>" not in pieces or model.tokens[pieces.index("<0x0A>")] == "⏎"
+    assert "Ċ" not in pieces or model.tokens[pieces.index("Ċ")] == "⏎"
+    assert all(word and word.isprintable() for word in model.tokens)
+    none = {model.tokens[place] for place in textless_ids(model.tokenizer, len(model.tokens))}
+    assert "<0xE3>" in none and not none & {"dog", "the"}
+    prompt = model.prompt(picture(named.sizes[0]), QUESTION)
+    skipped = model.tokenizer.convert_ids_to_tokens(Reader(model, prompt, Protocol(), 1).articles.tolist())
+    assert {piece[1:] for piece in skipped if piece[0] in "▁Ġ"} == set(ARTICLES)
 
 
 # --- token <-> patch <-> pixel ---------------------------------------------------------------------------------------
@@ -212,29 +151,25 @@ def test_every_visual_token_has_a_patch_and_every_patch_a_token(case):
 
 
 def squares(grid):
-    """(number of the view, patch in it, its box) of patches that lie in the picture as a whole, at most 12 a view."""
+    """(number of the view, patch in it, its box) of patches that lie in the picture as a whole, some 8 a view."""
     for number, view in enumerate(grid.views):
         shown = [index for index in range(len(view)) if view.box(index) == view.cell(index)]
         assert len(shown) >= 3 or view.padded.any()
-        for index in shown[:: 1 + len(shown) // 12]:
+        for index in shown[:: max(1, len(shown) // 8)]:
             yield number, index, view.box(index)
 
 
-def test_a_bright_square_changes_its_own_token_most(case):
+def test_a_bright_square_changes_its_own_token_most(named):
     """In every view, of pictures of every shape; no grid that is turned or in another order would pass."""
-    for model in case.ways:
-        for size in case.sizes if model is case.model else [(168, 120)]:
+    for model in named.ways:
+        for size in named.sizes if model is named.model else [(168, 120)]:
             grey = Image.new("RGB", size, (90, 90, 90))
             grid = model.prompt(grey, QUESTION).grid
             starts = np.cumsum([0, *map(len, grid.views)])
             (before,) = model.visual_features_of([grey])
             places = list(squares(grid))
             assert len(places) >= 6
-            pictures = []
-            for _, _, (x0, y0, x1, y1) in places:
-                bright = np.asarray(grey).copy()
-                bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
-                pictures.append(Image.fromarray(bright))
+            pictures = [bright(grey, box) for *_, box in places]
             for after, (number, index, _) in zip(model.visual_features_of(pictures), places, strict=True):
                 changes = (after - before).norm(dim=-1)[starts[number] : starts[number + 1]]
                 at = f"{model.preprocessing}, {size}, view {number}, square at {index}"
@@ -303,10 +238,8 @@ def test_tower_states_are_in_the_order_of_the_visual_tokens(case):
     (before,) = model.tower_states_of([prompt])
     assert before.shape[1] == len(prompt.grid) and 0 <= model.feature_layer < len(before)
     starts = np.cumsum([0, *map(len, prompt.grid.views)])
-    for number, index, (x0, y0, x1, y1) in squares(prompt.grid):
-        bright = np.asarray(grey).copy()
-        bright[round(y0) : round(y1), round(x0) : round(x1)] = (255, 255, 60)
-        (after,) = model.tower_states_of([model.prompt(Image.fromarray(bright), QUESTION)])
+    for number, index, box in list(squares(prompt.grid))[::3]:
+        (after,) = model.tower_states_of([model.prompt(bright(grey, box), QUESTION)])
         for layer in (0, model.feature_layer):
             changes = (after - before)[layer].norm(dim=-1)[starts[number] : starts[number + 1]]
             assert int(changes.argmax()) == index
@@ -330,182 +263,6 @@ def test_the_projector_makes_visual_tokens_of_the_towers_rows(case):
     assert drawn(rows).shape == tokens.shape and not torch.allclose(drawn(rows), tokens, atol=1e-2)
 
 
-# --- interventions ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def by_hand(model, prompt, rows=None, enter=0):
-    """The stock blocks one by one on some rows of the prompt; text alone below `enter`. What leaves each, unmasked.
-
-    Positions, the causal mask and what a family adds between blocks are put together here anew.
-    """
-    rows = torch.arange(len(prompt)) if rows is None else rows
-    positions = torch.arange(len(prompt))[None] if prompt.positions is None else prompt.positions
-    text = ~prompt.visual[rows]
-    h, streams = prompt.embeds[None, rows], [prompt.embeds[rows]]
-    kept = torch.isin(prompt.visual.nonzero()[:, 0], rows)
-    for index, block in enumerate(model.blocks):
-        seen = text if index < enter else torch.ones_like(text)
-        place = positions[:, rows[seen]]
-        rotary = model.decoder.rotary_emb(h, place if prompt.positions is None else place[:, None])
-        mask = torch.full((int(seen.sum()),) * 2, float("-inf")).triu(1)[None, None]
-        h = h.clone()
-        h[:, seen] = block(h[:, seen], attention_mask=mask, position_embeddings=rotary)
-        if prompt.deep is not None and index < len(prompt.deep):
-            h[:, ~text] += prompt.deep[index][kept]
-        streams.append(h[0])
-    return streams
-
-
-def test_the_blocks_by_hand_give_the_model(case):
-    for prompt in case.prompts:
-        for seen, expected in zip(case.model.hidden_states(prompt), by_hand(case.model, prompt), strict=True):
-            assert_close(seen, expected, **CLOSE)
-
-
-def test_a_no_op_changes_nothing_bit_for_bit(case):
-    model, prompts = case.model, case.prompts
-    plain, texts = list(model.streams_of(prompts)), model.answers(prompts, max_new_tokens=4)
-    for nothing in (Rescale(1.0), EnterAt(0)):
-        with intervene(model, nothing):
-            assert all(map(torch.equal, list(model.streams_of(prompts)), plain))
-            assert model.answers(prompts, max_new_tokens=4) == texts
-
-
-def test_pruning_equals_running_the_shorter_sequence(model, prompt):
-    mask = random_mask(prompt)
-    rows = (~prompt.spread(mask)).nonzero()[:, 0]
-    with intervene(model, Prune(mask)):
-        layers, logits = model.hidden_states(prompt), model.logits(prompt)
-    for seen, expected in zip(layers, by_hand(model, prompt, rows), strict=True):
-        assert_close(seen, expected, **CLOSE)
-    assert not torch.allclose(logits, model.logits(prompt)[rows], atol=1e-2)
-
-
-def test_renumbering_works_or_is_refused_with_the_fix(model, prompt):
-    with_own = prompt.positions is not None
-    try:
-        with intervene(model, Prune(random_mask(prompt), positions="renumber")):
-            seen = model.hidden_states(prompt)
-    except EmbedLensError as error:
-        assert with_own and "by row and column" in str(error) and str(error).endswith("pass positions='keep'")
-    else:
-        assert not with_own
-        short = prompt.without(random_mask(prompt))
-        assert_close(seen, model.hidden_states(replace(short, rows=None)), **CLOSE)
-
-
-@pytest.mark.parametrize("layer", [1])
-def test_entering_late_equals_two_phases_by_hand(model, prompt, layer):
-    with intervene(model, EnterAt(layer)):
-        layers = model.hidden_states(prompt)
-    for seen, expected in zip(layers, by_hand(model, prompt, enter=layer), strict=True):
-        assert_close(seen, expected, **CLOSE)
-    assert not torch.allclose(layers[-1][-1], model.hidden_states(prompt)[-1][-1], atol=1e-2)
-
-
-@pytest.mark.parametrize("layer", [0, 2])
-def test_leaving_half_way_equals_the_sequence_that_is_shorter_from_there_on(model, prompt, layer):
-    mask = random_mask(prompt)
-    rows = (~prompt.spread(mask)).nonzero()[:, 0]
-    with intervene(model, LeaveAt(mask, layer)):
-        layers = model.hidden_states(prompt)
-    whole = by_hand(model, prompt)
-    joined = shorter_from(model, prompt, whole[layer], rows, layer)
-    for seen, expected in zip(layers[layer:], joined, strict=True):
-        assert_close(seen[rows], expected, **CLOSE)
-    for seen, expected in zip(layers[: layer + 1], whole, strict=False):
-        assert_close(seen, expected, **CLOSE)
-    assert not torch.allclose(layers[-1][-1], whole[-1][-1], atol=1e-2)
-
-
-def shorter_from(model, prompt, stream, rows, layer):
-    """What `by_hand` gives from a layer on, begun at that layer with some rows of a stream."""
-    positions = torch.arange(len(prompt))[None] if prompt.positions is None else prompt.positions
-    kept = torch.isin(prompt.visual.nonzero()[:, 0], rows)
-    h, streams = stream[None, rows], [stream[rows]]
-    for index in range(layer, model.n_layers):
-        place = positions[:, rows]
-        rotary = model.decoder.rotary_emb(h, place if prompt.positions is None else place[:, None])
-        mask = torch.full((len(rows),) * 2, float("-inf")).triu(1)[None, None]
-        h = model.blocks[index](h, attention_mask=mask, position_embeddings=rotary)
-        if prompt.deep is not None and index < len(prompt.deep):
-            h = h.clone()
-            h[:, prompt.visual[rows]] += prompt.deep[index][kept]
-        streams.append(h[0])
-    return streams
-
-
-def test_skipping_and_silencing_leave_exactly_their_rows_without_update(model, prompt):
-    mask = random_mask(prompt)
-    with intervene(model, SkipSublayers(mask, at=[0.5, 1])):
-        seen = el.trace(model, prompt)
-    assert torch.equal((seen.resid_mid[1] == seen.resid_pre[1]).all(-1), prompt.spread(mask))
-    with intervene(model, Silence("attention"), Silence("mlp", layers=[0])):
-        silent = el.trace(model, prompt, {"visual": prompt.visual})
-    for pre, mid in zip(silent.resid_pre, silent.resid_mid, strict=True):
-        assert torch.equal((mid == pre).all(-1), prompt.visual)
-    assert (silent.attention["visual"][:, -1] > 0).all()
-
-
-def test_rescaling_scales_all_that_the_picture_brings(model, prompt):
-    with intervene(model, Rescale(0.01)):
-        seen = model.logits(prompt)
-    assert torch.equal(seen, model.logits(prompt.rescaled(0.01))) and not torch.equal(seen, model.logits(prompt))
-    assert_close(prompt.rescaled(0.5).embeds[prompt.visual], prompt.embeds[prompt.visual] / 2)
-    assert torch.equal(prompt.rescaled(0.5).embeds[prompt.text], prompt.embeds[prompt.text])
-
-
-def test_the_released_layer_0_acts_on_visual_rows_and_on_what_follows(model, prompt):
-    plain = el.trace(model, prompt)
-    with intervene(model, ReleasedLayer0()) as run:
-        seen = el.trace(model, prompt)
-    assert run.fired == 1
-    first = int(prompt.visual.nonzero()[0])
-    assert torch.equal(seen.resid_mid[0][:first], plain.resid_mid[0][:first])
-    assert not torch.isclose(seen.resid_mid[0], plain.resid_mid[0], atol=1e-3).all(-1)[prompt.visual].any()
-
-
-ARMS = {
-    "prune": lambda masks: [Prune(masks)],
-    "skip": lambda masks: [SkipSublayers(masks, at=[0.5, 1])],
-    "leave": lambda masks: [LeaveAt(masks, 1)],
-    "several": lambda masks: [Rescale(2.0), EnterAt(1), Prune(masks), Silence("mlp", layers=[2])],
-}
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_decoding_with_a_cache_equals_running_the_whole_sequence_anew(case, arm):
-    """Greedy answers of padded batches, in prefill and steps, against a fresh forward for every new token."""
-    model, prompts = case.model, case.prompts
-    masks = [random_mask(prompt, seed) for seed, prompt in enumerate(prompts)]
-    ends = torch.tensor(model.hf.generation_config.eos_token_id).flatten().tolist()  # Qwen's has two
-    with intervene(model, *ARMS[arm](masks)):
-        texts = model.answers(prompts, max_new_tokens=4)
-    for prompt, mask, text in zip(prompts, masks, texts, strict=True):
-        new: list[int] = []
-        with intervene(model, *ARMS[arm]([mask])):
-            while len(new) < 4 and not set(new[-1:]) & set(ends):
-                new.append(int(model.logits(extended(model, prompt, new))[-1].argmax()))
-        assert text == model.tokenizer.decode(new, skip_special_tokens=True).strip()
-
-
-def extended(model, prompt, new: list[int]):
-    """The prompt with new tokens at its end."""
-    ids = torch.tensor(new, dtype=prompt.ids.dtype)
-    positions = prompt.positions
-    if positions is not None:
-        following = positions.max() + 1 + torch.arange(len(new))
-        positions = torch.cat([positions, following.expand(len(positions), -1)], dim=1)
-    return replace(
-        prompt,
-        ids=torch.cat([prompt.ids, ids]),
-        embeds=torch.cat([prompt.embeds, model.input_embeddings[ids]]),
-        visual=torch.cat([prompt.visual, torch.zeros(len(new), dtype=torch.bool)]),
-        positions=positions,
-    )
-
-
 # --- what is built on it ---------------------------------------------------------------------------------------------
 
 
@@ -525,20 +282,15 @@ def test_lenses_and_groups_run(case):
     assert probe.table() and probe.annotated().size
 
 
-def test_drawn_pictures_can_put_their_content_into_one_patch(model):
+def test_drawn_pictures_can_put_their_content_into_one_patch(case):
     """What chapter 06 needs: a size at which the patches of the finest view are whole pixels of the picture."""
-    side, patch = canvas_of(model)
-    grid = model.prompt(Image.new("RGB", (side, side)), QUESTION).grid
+    side, patch = canvas_of(case.model)
+    grid = case.model.prompt(Image.new("RGB", (side, side)), QUESTION).grid
     x0, y0, x1, y1 = grid.cell(grid.patch_at(side / 2 + 1, side / 2 + 1))
     assert (round(x1 - x0), round(y1 - y0)) == (patch, patch)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def test_a_preprocessing_that_llava_does_not_have_is_refused(tiny_folder):
-    with pytest.raises(EmbedLensError, match="unknown preprocessing 'own': choose one of letterbox, centre-crop, stre"):
-        el.load(tiny_folder, device="cpu", preprocessing="own")
 
 
 def broken(case, tmp_path, file: str, **changes):
@@ -621,13 +373,44 @@ def test_every_family_says_what_it_cannot_do_and_was_tested_with_this_version():
     assert {name for family in families.FAMILIES for name in family.EXAMPLES} == {*TWINS, *SIBLINGS}
 
 
-@pytest.mark.parametrize("name", BY_FAMILY.values())
-def test_a_small_checkpoint_does_not_depend_on_what_ran_before(name, tmp_path):
-    from safetensors.torch import load_file
+def test_a_placeholder_beyond_the_embedding_is_no_row_but_a_word_is_refused(tmp_path):
+    folder = save_twin(tmp_path / "twin", INTERNVL)
+    model = el.load(folder, device="cpu")
+    rows = len(model.hf.get_input_embeddings().weight)
+    assert model.tokenizer.convert_tokens_to_ids("<video>") == rows
+    assert len(model.tokens) == rows and model.tokens[-1] == "</box>"
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    last = words["added_tokens_decoder"][str(rows)]
+    word = {str(rows + 1): last | {"content": "zyzzyva", "special": False}}
+    more = words | {"added_tokens_decoder": words["added_tokens_decoder"] | word}
+    (folder / "tokenizer_config.json").write_text(json.dumps(more))
+    with pytest.raises(EmbedLensError, match=f"has ids up to {rows + 1}, the embedding only {rows} rows: tokenizer"):
+        el.load(folder, device="cpu")
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_token_id": rows}))
+    with pytest.raises(EmbedLensError, match=f"has ids up to {rows}, the embedding only {rows} rows: tokenizer"):
+        el.load(folder, device="cpu")
 
-    saved = []
-    for before in (1, 2):
-        torch.manual_seed(before)
-        saved.append(load_file(save_twin(tmp_path / str(before), name) / "model.safetensors"))
-    assert saved[0].keys() == saved[1].keys()
-    assert not [key for key, weight in saved[0].items() if not torch.equal(weight, saved[1][key])]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_what_the_first_chapters_compute_runs(named, chapter, tmp_path, monkeypatch):
+    """Their cells one after the other, without pictures with patches; the model is loaded and its groups found once.
+
+    With EMBEDLENS_TWIN_CHAPTERS set, as papermill runs them.
+    """
+    model = named.model
+    monkeypatch.setattr(el.samples, "load", drawn_once)
+    parameters = {"model": model.name, "n_images": 5, "out": str(tmp_path)}
+    if os.environ.get("EMBEDLENS_TWIN_CHAPTERS"):
+        import papermill
+
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{chapter}.ipynb", tmp_path / "run.ipynb", parameters, kernel_name="python3", cwd=tmp_path,
+            progress_bar=False,
+        )  # fmt: skip
+    else:
+        run_chapter(chapter, model, monkeypatch, **parameters)
+    (record,) = tmp_path.rglob(f"{chapter}.json")
+    assert json.loads(record.read_text())["n_images"] == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_vlm import QUESTION, picture
+from stock import QUESTION, picture
 
 from embedlens import EmbedLens, EmbedLensError, LogitLens, lenses
 
@@ -135,12 +135,6 @@ def test_the_full_score_matrix_is_never_held(many, tiny, monkeypatch, which):
     torch.testing.assert_close(sliced[0], whole[0], atol=1e-6, rtol=1e-6)
 
 
-def test_a_table_is_copied_only_where_its_format_is_slow():
-    table = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    assert EmbedLens(table, named(300))._rows.data_ptr() == table.data_ptr()
-    assert EmbedLens(table.half(), named(300))._rows.dtype == torch.float32
-
-
 def test_any_leading_shape_like_torch_topk(many):
     embeddings, h = many
     lens = EmbedLens(embeddings, named(300))
@@ -176,31 +170,6 @@ def test_vectors_that_are_no_numbers_are_refused_not_read(tiny, many, bad):
     embeddings[4, 4] = bad
     with pytest.raises(EmbedLensError, match="1 of 300 embedding rows hold NaN"):
         EmbedLens(embeddings, named(300))
-
-
-def test_numbers_beyond_float32_and_logits_that_are_nan_get_their_sentence(tiny, many, monkeypatch):
-    far = torch.full((2, 16), 1e60, dtype=torch.float64)
-    with pytest.raises(EmbedLensError, match="2 of 2 vectors hold .* numbers too large for a norm"):
-        EmbedLens(many[0], named(300)).topk(far)
-    lens = LogitLens.from_model(tiny)
-    monkeypatch.setattr(tiny.unembed.head.weight, "data", torch.full_like(tiny.unembed.head.weight, torch.nan))
-    for read in (lens.topk, lambda h: lens.rank(h, [7])):
-        with pytest.raises(EmbedLensError, match="some logits are NaN: load the model with dtype='float32'"):
-            read(torch.ones(1, lens.width))
-
-
-def test_a_zero_vector_has_cosine_zero_not_nan(many):
-    embeddings, h = many
-    embeddings[5] = 0
-    values, ids = EmbedLens(embeddings, named(300)).topk(torch.zeros(1, 16), 2)
-    assert values.tolist() == [[0, 0]] and ids.tolist() == [[0, 1]]
-    assert torch.isfinite(EmbedLens(embeddings, named(300)).scores(h)).all()
-
-
-def test_excluded_ids_never_answer(many):
-    embeddings, h = many
-    _, ids = EmbedLens(embeddings, named(300), exclude=[0, 7]).topk(h, 298)
-    assert not torch.isin(ids, torch.tensor([0, 7])).any()
 
 
 def test_the_rank_of_an_entry_is_its_place_in_the_whole_ranking(many):
@@ -240,20 +209,6 @@ def test_logitlens_never_answers_with_an_excluded_id_and_ranks_the_rest_as_befor
     assert not torch.isin(ids, torch.tensor(gone)).any()
     second_is_free = ~torch.isin(first[:, 1], torch.tensor(gone))
     assert torch.equal(ids[second_is_free], first[second_is_free, 1])
-
-
-def test_embedlens_of_an_embedding_row_is_that_row(model):
-    lens = EmbedLens.from_model(model)
-    ids = torch.arange(10, 60)
-    found = lens.topk(model.input_embeddings[ids] * 3, 1)[1][:, 0]
-    same = (model.input_embeddings[found].float() - model.input_embeddings[ids].float()).norm(dim=-1)
-    assert float(same.max()) == 0  # the row itself, or one equal to it
-
-
-def test_embedlens_ranks_visual_tokens_as_brute_force_does(model):
-    prompt = model.prompt(picture(), QUESTION)
-    h = prompt.embeds[prompt.visual][::7]
-    assert EmbedLens.from_model(model).topk(h, 5)[1].tolist() == brute_force(h, model.input_embeddings, 5)
 
 
 @pytest.mark.parametrize(

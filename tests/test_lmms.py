@@ -122,16 +122,6 @@ def test_an_empty_answer_ends_the_run(miniature, monkeypatch):
         list(Answerer(miniature, arm_of("none")).answers(of(asked()[:2])))
 
 
-def test_random_arms_are_seeded_by_picture_and_seed(miniature):
-    prompt = miniature.prompt(tasks.questions("colour", 1)[0].sample.image, "What?")
-
-    def mask(seed, key):
-        return Answerer(miniature, arm_of("prune_random", seed=seed))._plans([prompt], [key])[0][0].mask
-
-    assert torch.equal(mask(1, 5), mask(1, 5))
-    assert not torch.equal(mask(1, 5), mask(2, 5)) and not torch.equal(mask(1, 5), mask(1, 6))
-
-
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

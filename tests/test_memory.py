@@ -1,29 +1,23 @@
-"""Memory is estimated before anything is loaded; what is exact about it is the weights."""
+"""Memory is estimated before anything is loaded, its weights exactly; the page says what is so, a GPU measures it."""
 
-import json
+import re
+import sys
 from pathlib import Path
 
+import book_build as book
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
 
+from benchmarks import full_size
 from embedlens import EmbedLensError, batches, families, loading, memory
-from embedlens.memory import configs
+from embedlens.__main__ import app
+from embedlens.released import configs, sizes
 
-
-def test_a_batch_is_halved_until_it_fits_and_no_other_error_is_swallowed():
-    tried, full = [], torch.OutOfMemoryError("CUDA out of memory")
-
-    def run(batch_size, error=full):
-        tried.append(batch_size)
-        if batch_size > 3:
-            raise error
-        return "done"
-
-    assert batches.halving(run, 16) == ("done", 2) and tried == [16, 8, 4, 2]
-    with pytest.raises(RuntimeError, match="shapes"):
-        batches.halving(lambda size: run(size, RuntimeError("shapes do not match")), 16)
-    with pytest.raises(torch.OutOfMemoryError):
-        batches.halving(lambda size: run(4), 16)
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "book/gpu.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"<!-- memory: .*? -->\n(.*?)\n<!-- end -->", re.S)
 
 
 def test_batches_become_smaller_from_where_one_does_not_fit_and_none_is_measured_twice():
@@ -44,10 +38,6 @@ def test_batches_become_smaller_from_where_one_does_not_fit_and_none_is_measured
         list(batches.in_batches(run, [1], 0))
 
 
-def config_of_released(model):
-    return configs()[model]
-
-
 def test_the_weights_are_those_of_the_loaded_model(miniature):
     found = memory.needed(memory.config_of("miniature"), dtype="float32")
     parameters = list(miniature.hf.parameters())
@@ -62,7 +52,7 @@ def test_the_weights_are_those_of_the_loaded_model(miniature):
     [("llava-hf/llava-1.5-7b-hf", 7_063_427_072), ("Qwen/Qwen2.5-VL-7B-Instruct", 8_292_166_656)],
 )
 def test_published_models_have_the_number_of_parameters_that_their_checkpoints_say(model, published):
-    assert memory.needed(config_of_released(model)).parameters == published
+    assert memory.needed(configs()[model]).parameters == published
 
 
 def test_fewer_bits_longer_prompts_and_larger_batches_count():
@@ -77,10 +67,9 @@ def test_fewer_bits_longer_prompts_and_larger_batches_count():
 @pytest.mark.parametrize("model", configs())
 def test_quantisation_leaves_what_makes_visual_tokens_and_the_head_alone(model):
     """By transformers' own rule, on the modules of the published class: bitsandbytes needs a GPU."""
-    from transformers import AutoModelForImageTextToText
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    config = config_of_released(model)
+    config = configs()[model]
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config)
     family = families.family_of(type(hf).__name__)
@@ -110,13 +99,6 @@ def test_what_is_computed_in_is_what_the_checkpoint_was_stored_in(config, stored
     assert loading._stored_dtype(config) == stored
 
 
-def test_the_real_config_says_float16():
-    real = Path(__file__).parents[2] / "shared/real/llava-1.5-7b-hf/config.json"  # beside the checkout, not in it
-    if not real.is_file():
-        pytest.skip("the checkpoint's own config.json is not at hand")
-    assert loading._stored_dtype(json.loads(real.read_text())) == torch.float16
-
-
 def test_another_dtype_than_the_usual_is_part_of_the_name(tiny_folder):
     named = {dtype: loading.load(tiny_folder, device="cpu", dtype=dtype) for dtype in ("auto", "float32", "bfloat16")}
     stored = str(loading._stored_dtype(loading._config(tiny_folder, "tiny"))).removeprefix("torch.")
@@ -127,7 +109,7 @@ def test_another_dtype_than_the_usual_is_part_of_the_name(tiny_folder):
 
 def test_what_fits_a_card_grows_with_the_card_and_falls_with_the_bits():
     """LLaVA-1.5-7B: what people report of it, too. Half precision does not fit 16 GB, and does 24; four bits fit 16."""
-    llava = config_of_released("llava-hf/llava-1.5-7b-hf")
+    llava = configs()["llava-hf/llava-1.5-7b-hf"]
     fits = {
         bits: [memory.needed(llava, quantize=bits).pictures(gib) for gib in memory.CARDS.values()]
         for bits in (None, "8bit", "4bit")
@@ -140,7 +122,7 @@ def test_what_fits_a_card_grows_with_the_card_and_falls_with_the_bits():
 
 def test_a_run_says_beforehand_what_it_takes_and_in_which_numbers(monkeypatch):
     model = "llava-hf/llava-1.5-7b-hf"
-    monkeypatch.setattr(memory, "config_of", config_of_released)
+    monkeypatch.setattr(memory, "config_of", configs().__getitem__)
     said = [memory.foretold(model, *how) for how in [("cpu", "auto"), ("cuda", "auto"), ("cuda", "auto", "4bit")]]
     assert all(text.startswith("memory: about ") and "on each device" in text for text in said)
     assert ["weights take 26.3" in said[0], "weights take 13.2" in said[1]] == [True, True] and "take 4." in said[2]
@@ -156,18 +138,63 @@ def test_a_run_says_beforehand_what_it_takes_and_in_which_numbers(monkeypatch):
     ],
 )
 def test_tiles_and_merging_count_in_the_tokens_of_an_ordinary_picture(model, tokens):
-    assert memory.visual_tokens_of(config_of_released(model)) == tokens
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [({"dtype": "int8"}, "unknown dtype 'int8'"), ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit'")],
-)
-def test_what_cannot_be_estimated_is_refused(given, sentence):
-    with pytest.raises(EmbedLensError, match=sentence):
-        memory.needed(memory.config_of("miniature"), **given)
+    assert memory.visual_tokens_of(configs()[model]) == tokens
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(EmbedLensError, match="no config.json"):
         memory.config_of(tmp_path)
+
+
+def test_every_example_of_a_family_is_a_model_of_its_class_and_of_the_size_that_its_name_says():
+    """A tower comes on top of the language model that a name usually counts; names are round."""
+    known = configs()
+    assert list(known) == sizes().index.tolist()
+    assert set(known) == {name for family in families.FAMILIES for name in family.EXAMPLES}
+    for name, config in known.items():
+        (family,) = [family for family in families.FAMILIES if name in family.EXAMPLES]
+        with torch.device("meta"):
+            assert type(AutoModelForImageTextToText.from_config(config)).__name__ in family.CLASSES
+        found = re.search(r"([\d.]+)([bm])\b", name.lower())
+        said = float(found[1]) / {"b": 1, "m": 1000}[found[2]] if found else 0
+        assert said * 0.9 < memory.needed(config).parameters / 1e9 < said * 1.2 + 0.4, name
+
+
+def test_the_table_of_memory_is_what_the_function_gives():
+    table = sizes().reset_index()
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    assert BLOCK.search(PAGE)[1].strip() == "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_the_notebook_commands_name_parameters_that_exist():
+    text = PAGE.replace("\\\n", " ")
+    runs = [line for line in text.splitlines() if line.startswith("papermill notebooks/")]
+    assert any("-p quantize 4bit" in line for line in runs)
+    for line in runs:
+        declared = book.declared_parameters(ROOT / line.split()[1])
+        assert set(re.findall(r"-p (\w+)", line)) <= set(declared)
+
+
+def test_the_flags_on_the_page_exist():
+    said = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
+    lines = [line for line in PAGE.replace("\\\n", " ").splitlines() if "embedlens run " in line]
+    flags = {flag for line in lines for flag in re.findall(r"(?<= )--?[a-z][a-z-]*", line.split("embedlens run ")[1])}
+    assert {"--model", "--dataset", "-n"} <= flags
+    assert not [flag for flag in flags if flag not in said]
+
+
+def test_every_way_is_measured_and_no_memory_is_claimed_without_a_gpu(miniature):
+    found = full_size.measured(memory.config_of("miniature"), "float32", "cpu", repeats=1)
+    assert [name.split(":")[0] for name in found["ways"]] == ["retrieval", "trace", "prefill", "prefill", "sweep"]
+    assert all(way["seconds"]["median"] > 0 and way["peak GiB"] is None for way in found["ways"].values())
+    assert found["parameters"] == sum(parameter.numel() for parameter in miniature.hf.parameters())
+
+
+def test_without_a_gpu_nothing_is_measured_or_written(tmp_path, monkeypatch):
+    out = tmp_path / "full_size.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(full_size, "measured", lambda *_, **__: pytest.fail("it measures"))
+    monkeypatch.setattr(sys, "argv", ["full_size", "--out", str(out)])
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        full_size.main()
+    assert not out.exists()

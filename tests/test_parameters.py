@@ -2,7 +2,6 @@
 
 import datetime
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import book_build as book
@@ -10,7 +9,7 @@ import launch
 import papermill
 import pytest
 
-from embedlens import EmbedLensError, loading, parameters
+from embedlens import EmbedLensError, parameters
 from embedlens.parameters import check
 
 ROOT = Path(__file__).parents[1]
@@ -36,8 +35,6 @@ def test_sound_parameters_pass():
     ("changed", "sentence"),
     [
         ({"n_images": 1}, "n_images is 1: pass a whole number of at least 2"),
-        ({"n_images": True}, "n_images is True"),
-        ({"n_images": "many"}, "n_images is 'many'"),
         ({"n_images": 2.5}, "n_images is 2.5"),
         ({"n_questions": 4}, "n_questions is 4: pass a whole number of at least 5, one for each kind of question"),
         ({"n_fewer": 4, "n_trained": 5}, "^n_fewer is 4"),
@@ -47,11 +44,9 @@ def test_sound_parameters_pass():
         ({"dtype": "int8"}, "dtype is 'int8': pass 'auto' or one of 'float32', 'float16', 'bfloat16'"),
         ({"quantize": 4}, "quantize is 4: pass '4bit' or '8bit', or leave it empty"),
         ({"quantize": "4bit"}, "quantize='4bit' needs a CUDA GPU"),
-        ({"quantize": "4bit", "device": "gpu"}, "unknown device 'gpu'"),
         ({"model": "no-such-model"}, "no-such-model"),
         ({"model": None}, "model is None: pass a name or a folder"),
         ({"dataset": "imagenet"}, "unknown data set 'imagenet'"),
-        ({"dataset": "coco:/nowhere"}, "no folder /nowhere"),
         ({"scale": 0}, "scale is 0: pass a number above 0"),
         ({"out": str(Path(__file__))}, "is a file: pass a folder"),
         ({"out": datetime.date(2024, 1, 1)}, r"out is datetime.date\(2024, 1, 1\): pass a folder"),
@@ -61,22 +56,6 @@ def test_sound_parameters_pass():
 def test_an_impossible_value_is_refused_with_what_to_pass(changed, sentence):
     with pytest.raises(EmbedLensError, match=sentence):
         check({**SOUND, **changed})
-
-
-@pytest.mark.parametrize(
-    ("device", "packages", "sentence"),
-    [
-        ("cpu", ("bitsandbytes",), "needs a CUDA GPU, not cpu: pass device='cuda', or leave it out$"),
-        ("cuda", (), "needs bitsandbytes: pip install bitsandbytes$"),
-        ("cuda", ("bitsandbytes",), None),
-    ],
-)
-def test_quantisation_needs_a_gpu_to_run_on_and_its_package(device, packages, sentence, monkeypatch):
-    monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loading.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(loading, "find_spec", lambda name: object() if name in packages else None)
-    with nullcontext() if sentence is None else pytest.raises(EmbedLensError, match=sentence):
-        check({**SOUND, "device": device, "quantize": "4bit"})
 
 
 def test_a_chapter_says_what_it_takes_before_it_starts_and_the_miniature_is_small(tiny_folder, capsys):
@@ -144,16 +123,10 @@ def test_a_value_that_is_not_written_as_its_type_is_refused(typed_notebook, word
         book.parse_parameters([word], [typed_notebook])
 
 
-def test_any_other_count_is_at_least_one():
-    history = ["", "n_seeds: int = 5  # of the control", f"{parameters.INJECTED}\nn_seeds = 0"]
-    with pytest.raises(EmbedLensError, match="n_seeds is 0: pass a whole number of at least 1"):
-        check({**SOUND, "n_seeds": 0}, history)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "sentence"),
-    [({"n_image": 9}, "no parameter 'n_image'"), ({"n_images": 0}, "n_images is 0"), ({"n_images": 3}, None)],
+    [({"n_image": 9}, "no parameter 'n_image'"), ({"n_images": 3}, None)],
 )
 def test_papermill_itself_stops_at_the_check(tmp_path, given, sentence):
     from nbformat.v4 import new_code_cell, new_notebook

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,41 +20,132 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (9, 6)) -> Image.Image:
     return Image.fromarray(values).convert(mode)
 
 
-def test_every_mode_becomes_rgb_of_the_same_size():
-    by_way = {"PA": ("RGBA", "LA", "PA"), "I": ("L", "I"), "F": ("L", "F")}
-    for mode in ("RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBA", "LA", "PA", "I", "F"):
-        image = noise()
-        for step in by_way.get(mode, (mode,)):
-            image = image.convert(step)
-        opened = open_picture(image)
-        assert (opened.mode, opened.size) == ("RGB", (9, 6)), mode
-        assert np.asarray(opened).std() > 10, mode  # the content is still there
+def rgb(width: int = 30, height: int = 18) -> np.ndarray:
+    """Coarse noise: what is left of it after resizing still differs from place to place."""
+    blocks = np.random.default_rng(width).integers(0, 256, (-(-height // 6), -(-width // 6), 3), dtype=np.uint8)
+    return blocks.repeat(6, 0).repeat(6, 1)[:height, :width]
 
 
-def test_ordinary_files_are_read(tmp_path):
-    for ending in ("jpg", "png", "webp", "bmp", "tiff", "gif", "ppm"):
-        path = tmp_path / f"picture.{ending}"
-        Image.new("RGB", (9, 6), (250, 10, 10)).save(path)
-        opened = open_picture(path)
-        assert opened.size == (9, 6)
-        np.testing.assert_allclose(np.asarray(opened)[3, 4], (250, 10, 10), atol=6)  # jpg and webp are lossy
-        assert open_picture(str(path)).tobytes() == opened.tobytes()
+def grey() -> np.ndarray:
+    return rgb()[..., 0]
 
 
-def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path):
-    path = tmp_path / "grey.png"
-    Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(path)
-    assert np.asarray(open_picture(path))[0, :, 0].tolist() == [0, 100, 255]
-    assert np.asarray(Image.open(path).convert("RGB"))[0, 1, 0] != 100  # what a plain convert would give
+def as_rgb(values: np.ndarray) -> np.ndarray:
+    return np.stack([values] * 3, -1)
 
 
-def test_a_rotated_photograph_stands_upright(tmp_path):
-    path = tmp_path / "phone.jpg"
+def saved(values: np.ndarray, path: Path, **how) -> None:
+    Image.fromarray(values).save(path, **how)
+
+
+def on_white() -> np.ndarray:
+    half = np.zeros((18, 30, 1))
+    half[:, 15:] = 128 / 255
+    return np.round(255 * (1 - half) + rgb() * half).astype(np.uint8)
+
+
+def half_transparent(path: Path) -> None:
+    alpha = np.zeros((18, 30, 1), dtype=np.uint8)
+    alpha[:, 15:] = 128
+    saved(np.concatenate([rgb(), alpha], -1), path)
+
+
+COLOURS = np.random.default_rng(1).integers(0, 256, (16, 3), dtype=np.uint8)
+
+
+def numbered_colours(path: Path) -> None:
+    image = Image.frombytes("P", (30, 18), (grey() // 16).tobytes())
+    image.putpalette(COLOURS.flatten().tolist())
+    image.save(path)
+
+
+def inks(path: Path) -> None:
+    """Cyan, magenta, yellow are the complements of red, green, blue; no black."""
+    Image.merge("CMYK", [*Image.fromarray(255 - rgb()).split(), Image.new("L", (30, 18), 0)]).save(path)
+
+
+def turned(path: Path, orientation: int, turns: int) -> None:
+    """Stored as the sensor saw it, upright after `turns` quarter turns to the left."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    Image.new("RGB", (9, 6), "red").save(path, exif=exif)
-    assert open_picture(path).size == (6, 9)
-    assert open_picture(Image.open(path)).size == (6, 9)
+    exif[0x0112] = orientation
+    saved(np.rot90(rgb(), -turns), path, exif=exif)
+
+
+READABLE: dict[str, tuple[Callable[[Path], None], np.ndarray]] = {
+    "plain.png": (partial(saved, rgb()), rgb()),
+    "grey.png": (partial(saved, grey()), as_rgb(grey())),
+    "rgba.png": (half_transparent, on_white()),
+    "cmyk.tiff": (inks, rgb()),
+    "deep.png": (partial(saved, grey().astype(np.uint16) * 257), as_rgb(grey())),
+    "deep.tiff": (partial(saved, grey().astype(np.uint16) * 257), as_rgb(grey())),
+    "palette.png": (numbered_colours, COLOURS[grey() // 16]),
+    "palette.gif": (numbered_colours, COLOURS[grey() // 16]),
+    "two-tone.png": (partial(saved, grey() > 128), as_rgb((grey() > 128).astype(np.uint8) * 255)),
+    "upside-down.png": (partial(turned, orientation=3, turns=2), rgb()),
+    "on-its-right.png": (partial(turned, orientation=6, turns=-1), rgb()),
+    "on-its-left.png": (partial(turned, orientation=8, turns=1), rgb()),
+    "column.png": (partial(saved, rgb(1, 100)), rgb(1, 100)),
+    "row.png": (partial(saved, rgb(100, 1)), rgb(100, 1)),
+    "dot.png": (partial(saved, rgb(1, 1)), rgb(1, 1)),
+}
+
+
+def corrupt(path: Path) -> None:
+    """A byte in the middle of the compressed pixels is another one."""
+    saved(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    saved(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8), path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "corrupt.png": (corrupt, "corrupt.png is damaged or truncated .*: get a complete copy, or save it again"),
+    "cut.jpg": (cut, "cut.jpg is damaged or truncated .*: get a complete copy, or save it again"),
+    "no-picture.jpg": (lambda path: path.write_text("<html>404</html>"), "cannot be decoded as a picture: pass a jpg"),
+    "empty.jpg": (Path.touch, "cannot be decoded as a picture: pass a jpg"),
+    "absent.jpg": (lambda path: None, "no picture at .*absent.jpg: check the path"),
+    "folder.png": (Path.mkdir, "folder.png is a folder: pass one picture file"),
+    "cut.webp": (cut, "cut.webp (is damaged or truncated|cannot be decoded)"),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_a_file_shows_its_pixels_upright_whatever_it_is_stored_as(name, tmp_path):
+    write, pixels = READABLE[name]
+    write(tmp_path / name)
+    for given in (tmp_path / name, str(tmp_path / name), Image.open(tmp_path / name)):
+        opened = open_picture(given)
+        assert opened.mode == "RGB" and np.abs(np.asarray(opened).astype(int) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp", "bmp", "ppm"])
+def test_ordinary_formats_are_read(ending, tmp_path):
+    Image.new("RGB", (9, 6), (250, 10, 10)).save(path := tmp_path / f"picture.{ending}")
+    assert open_picture(path).size == (9, 6)
+    np.testing.assert_allclose(np.asarray(open_picture(path))[3, 4], (250, 10, 10), atol=6)  # jpg and webp are lossy
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_is_no_whole_picture_gets_its_sentence(name, tmp_path):
+    write, sentence = UNREADABLE[name]
+    write(tmp_path / name)
+    with pytest.raises(EmbedLensError, match=sentence):
+        open_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB", "LA", "PA", "I", "F"])
+def test_every_mode_becomes_rgb_of_the_same_size(mode):
+    image = noise()
+    for step in {"PA": ("RGBA", "LA", "PA"), "I": ("L", "I"), "F": ("L", "F")}.get(mode, (mode,)):
+        image = image.convert(step)
+    opened = open_picture(image)
+    assert (opened.mode, opened.size) == ("RGB", (9, 6))
+    assert np.asarray(opened).std() > 10  # the content is still there
 
 
 def test_transparent_pixels_lie_on_white():
@@ -129,29 +223,6 @@ def test_arrays_are_read_as_height_by_width():
     assert open_picture(array).getpixel((8, 0)) == (1, 2, 3)
     assert open_picture(array[..., 0]).size == open_picture(array[..., :1]).size == (9, 6)
     assert open_picture(array[:, ::2]).size == (5, 6)  # not contiguous
-
-
-def truncated(path):
-    noise(size=(200, 150)).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "sentence"),
-    [
-        ("gone.jpg", lambda path: None, "no picture at .*gone.jpg: check the path"),
-        ("text.jpg", lambda path: path.write_text("hello"), "text.jpg cannot be decoded as a picture: pass a jpg, png"),
-        ("empty.png", lambda path: path.touch(), "empty.png cannot be decoded as a picture"),
-        ("folder.png", lambda path: path.mkdir(), "folder.png is a folder: pass one picture file"),
-        ("half.jpg", truncated, "half.jpg is damaged or truncated .*: get a complete copy"),
-        ("half.png", truncated, "half.png is damaged or truncated .*: get a complete copy"),
-        ("half.webp", truncated, "half.webp (is damaged or truncated|cannot be decoded)"),
-    ],
-)
-def test_a_file_that_is_no_whole_picture_gets_its_sentence(tmp_path, name, make, sentence):
-    make(tmp_path / name)
-    with pytest.raises(EmbedLensError, match=sentence):
-        open_picture(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,6 @@ WHOLE = SIZES if os.environ.get("EMBEDLENS_PRETEND_CHAPTERS") else ("01", "03", 
     ("mixing", "sentence"),
     [
         (lambda card, cpu: card + cpu, "found at least two devices"),
-        (lambda card, cpu: torch.where(cpu > 0, card, card), "found at least two devices"),
-        (lambda card, cpu: card.masked_fill(cpu > 0, 0), "found at least two devices"),
         (lambda card, cpu: torch.cat([card, cpu]), "found at least two devices"),
         (lambda card, cpu: torch.nn.functional.linear(card, cpu), "found at least two devices"),
         (lambda card, cpu: cpu[card > 0], "indices should be either on cpu"),
@@ -76,10 +74,14 @@ def prompts_of(model, n=5):
     return model.prompts([picture.image for picture in pictures], ["What is in the picture?"] * n)
 
 
+def few():
+    """Of every family of questions, about two pictures."""
+    return tasks.questionnaires(5, 0)[:8]
+
+
 def swept(model, arms):
     reference = discover(model, samples.load("miniworld", n=4, split="train"))
-    items = tasks.questionnaires(5, 0)
-    return sweep.run_arms(model, items, arms, partial(token_groups_of, reference=reference)).prediction.tolist()
+    return sweep.run_arms(model, few(), arms, partial(token_groups_of, reference=reference)).prediction.tolist()
 
 
 def chosen_by(model):
@@ -103,7 +105,7 @@ MEASURES = {
     "sweep of groups": lambda model: swept(model, sweep.dead_arms()[:3]),
     "sweep of sublayers": lambda model: entry.asked(
         model,
-        tasks.questionnaires(5, 0),
+        few(),
         [
             sweep.everywhere("late", el.EnterAt(3)),
             sweep.everywhere("silent", el.Silence("attention")),
@@ -146,6 +148,7 @@ def test_a_measure_gives_on_a_small_card_what_it_gives_without(measure, miniatur
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", WHOLE)
 def test_a_chapter_runs_on_a_small_card(chapter, miniature, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "dead_arms", partial(sweep.dead_arms, seeds=1))  # of each control; chapter 04 wants more
     with on_card(miniature) as model, small_card(ROWS, miniature) as asked:
         run_chapter(chapter, model, monkeypatch, out=str(tmp_path), **SIZES[chapter])
     assert max(asked) > ROWS

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -31,37 +32,15 @@ def long_sides(model, sample):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_record_that_one_does(tmp_path, monkeypatch):
-    two = tmp_path / "two"
-    two.mkdir()
-    command = [*LAUNCH, "-m", "embedlens", "run", "other_models", "-n", "5", "--batch-size", "2", "--device", "cpu"]
-    command += ["--results", "results"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=two, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
-    rows = two / "runs/miniature/other_models"
-    assert len(list(rows.glob("*.json"))) == 3  # batches of two
-
-    one = tmp_path / "one"
-    one.mkdir()
-    monkeypatch.chdir(one)
-    run_named("other_models", n=5, batch_size=2, device="cpu", results="results")
-    assert (one / RECORD).read_text() == (two / RECORD).read_text()
-    assert (one / "runs/miniature/other_models/table.csv").read_bytes() == (rows / "table.csv").read_bytes()
-    assert json.loads((one / RECORD).read_text())["n_images"] == 5
-
-
-@pytest.mark.slow
-def test_a_chapter_in_two_processes_writes_the_record_that_one_writes(tmp_path):
-    """As the page says: the notebook with its parameters, as a script, behind a launcher."""
-    from nbformat import read
-
-    record, parameters = "results/miniature/01_motivation_clustering.json", {"n_images": 4, "out": "results"}
-    cells = read(ROOT / "notebooks/01_motivation_clustering.ipynb", as_version=4)["cells"]
+@pytest.mark.parametrize("chapter", ["09_other_models", "01_motivation_clustering"])
+def test_two_processes_write_the_record_that_one_writes(chapter, tmp_path):
+    """A study by its command; a notebook with its parameters, as a script, behind a launcher: as the page says."""
+    command = ["-m", "embedlens", "run", "other_models", "-n", "4", "--batch-size", "2", "--device", "cpu"]
+    command = [*command, "--results", "results"] if chapter.startswith("09") else ["chapter.py"]
+    parameters = {"n_images": 4, "out": "results"}
     lines = [
         cell["source"] + f"\nglobals().update({parameters})" * ("parameters" in cell["metadata"].get("tags", []))
-        for cell in cells
+        for cell in nbformat.read(ROOT / f"notebooks/{chapter}.ipynb", as_version=4)["cells"]
         if cell["cell_type"] == "code"
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
@@ -70,13 +49,16 @@ def test_a_chapter_in_two_processes_writes_the_record_that_one_writes(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "chapter.py").write_text("\n".join(lines), encoding="utf-8")
-        rows = environment | {"EMBEDLENS_ROWS": str(folder / "rows")}
-        done = subprocess.run(
-            [*launch, "chapter.py"], cwd=folder, env=rows, capture_output=True, text=True, timeout=600
-        )
+        rows = {} if command[0] == "-m" else {"EMBEDLENS_ROWS": str(folder / "rows")}
+        run = {"cwd": folder, "env": environment | rows, "capture_output": True, "text": True, "timeout": 600}
+        done = subprocess.run([*launch, *command], **run)
         assert done.returncode == 0, done.stderr
-        found[name] = (folder / record).read_text(encoding="utf-8")
+        found[name] = (folder / f"results/miniature/{chapter}.json").read_text(encoding="utf-8")
     assert found["one"] == found["two"] and json.loads(found["one"])["n_images"] == 4
+    if command[0] == "-m":
+        assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
+        tables = [tmp_path / name / "runs/miniature/other_models/table.csv" for name in found]
+        assert tables[0].read_bytes() == tables[1].read_bytes() and len([*tables[0].parent.glob("*.json")]) == 2
 
 
 def test_a_sweep_is_dealt_out_to_processes_chunk_by_chunk(tmp_path):

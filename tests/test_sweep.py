@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.ndimage import label
 
 import embedlens as el
 from embedlens import (
@@ -26,7 +27,7 @@ from embedlens import (
     sweep,
     tasks,
 )
-from embedlens.arms import _connected_parts, random_block
+from embedlens.arms import random_block
 from embedlens.sweep import BASELINE, Arm, dead_arms, everywhere, members, pruning, run_arms, sink_arms, skipping
 
 ALL_KINDS = ("alive", "dead", "ViT sink", "LLM sink")
@@ -153,28 +154,6 @@ def test_arms_that_do_not_act_cost_one_baseline_answer(tiny, monkeypatch):
     assert len(asked) == 2 * len(items)
 
 
-def test_an_exception_stops_the_sweep_and_leaves_the_model_as_it_was(tiny):
-    items, calls = few(), []
-
-    def breaks(groups, grid, rng):
-        calls.append(1)
-        if len(calls) == 3:
-            raise ZeroDivisionError
-        return [Prune(groups.dead)]
-
-    with pytest.raises(ZeroDivisionError):
-        run_arms(tiny, items, [BASELINE, Arm("broken", breaks)], ranked)
-
-    broken = tiny.blocks[1].register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run_arms(tiny, items, ARMS[1:2], ranked)
-    broken.remove()
-    assert tiny.intervention is None
-    everything = pruning("-all", partial(members, names=ALL_KINDS))
-    with pytest.raises(EmbedLensError, match="removes all 16 visual tokens"):
-        run_arms(tiny, items, [everything], ranked)
-
-
 def test_tokens_says_how_many_an_arm_acted_on(tiny):
     items = few()
     several = Arm("several", lambda groups, grid, rng: [Prune(groups.dead), SkipSublayers(groups.sink, at=[0])])
@@ -237,18 +216,11 @@ def random_groups(seed: int, n: int, share: float = 0.25) -> TokenGroups:
 
 
 def blocks(mask: torch.Tensor, grid: PatchGrid) -> int:
-    """Number of connected parts, by merging labels until nothing changes."""
-    label = {int(place): int(place) for place in mask.nonzero()[:, 0]}
-    for _ in label:
-        for a in label:
-            for b in label:
-                (ra, ca), (rb, cb) = divmod(a, grid.cols), divmod(b, grid.cols)
-                if abs(ra - rb) + abs(ca - cb) == 1:
-                    label[a] = label[b] = min(label[a], label[b])
-    return len(set(label.values()))
+    """Number of connected parts."""
+    return label(mask.reshape(grid.rows, grid.cols).numpy())[1]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("control", ["random_alive", "block_alive"])
 @pytest.mark.parametrize("matched", [("dead",), ("dead", "ViT sink", "LLM sink")])
 def test_controls_are_of_the_matched_size_and_alive(seed, control, matched):
@@ -285,22 +257,17 @@ def test_alive_tokens_on_things_and_on_the_background_are_told_by_every_objects_
         sweep.random_alive(groups, square_grid(), sweep.generator(0, "a", 0), ("dead",), "things")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_block_is_connected_where_the_pool_has_room_and_random_tokens_are_not(seed):
-    grid = square_grid()
-    rng = np.random.default_rng(seed)
+    grid, rng = square_grid(), np.random.default_rng(seed)
     whole = torch.ones(len(grid), dtype=torch.bool)
     size = int(rng.integers(8, 20))
     assert blocks(random_block(whole, size, grid, rng), grid) == 1
     assert blocks(sweep.random_tokens(whole, size, rng), grid) > 1
-    pool = torch.from_numpy(rng.random(len(grid)) < 0.7)
-    parts = sorted(map(len, _connected_parts(pool, grid)), reverse=True)
-    assert len(parts) == blocks(pool, grid) and sum(parts) == int(pool.sum())
-    mask = random_block(pool, parts[0], grid, rng)
-    assert blocks(mask, grid) == 1 and not (mask & ~pool).any()
-    if len(parts) > 1:  # no room in one part: as few blocks as possible
-        mask = random_block(pool, parts[0] + 1, grid, rng)
-        assert blocks(mask, grid) == 2 and int(mask.sum()) == parts[0] + 1
+    halves = torch.arange(len(grid)) % grid.cols != 3  # 18 tokens on either side of a gap
+    for size, parts in ((18, 1), (19, 2)):  # no room in one part: as few blocks as possible
+        mask = random_block(halves, size, grid, rng)
+        assert blocks(mask, grid) == parts and int(mask.sum()) == size and not (mask & ~halves).any()
 
 
 def test_chance_is_seeded_by_picture_arm_and_seed_and_by_nothing_else():

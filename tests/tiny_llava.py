@@ -18,19 +18,13 @@ TEXT = "a red dog and a blue cat on the green grass . what is in the picture ? h
 
 def save_tiny_llava(
     folder: Path,
-    *,
-    seed: int = 0,
-    image_size: int = 56,
-    patch_size: int = 14,
     tied: bool = False,
-    padded_rows: int = 7,
-    letterbox: bool = True,
     specials_first: bool = True,
 ) -> Path:
     """Write a checkpoint folder that `AutoProcessor` and `AutoModelForImageTextToText` load offline.
 
     Weights are larger than the usual init, so that pictures matter, answers differ and near ties are rare.
-    The embedding has `padded_rows` rows more than the tokenizer has tokens, as released checkpoints do.
+    The embedding has seven rows more than the tokenizer has tokens, as released checkpoints do.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
@@ -63,15 +57,15 @@ def save_tiny_llava(
         extra_special_tokens={"image_token": "<image>"},
     )
     images = LlavaImageProcessorPil(
-        do_pad=letterbox,
-        do_center_crop=not letterbox,
-        size={"height": image_size, "width": image_size} if letterbox else {"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
+        do_pad=True,
+        do_center_crop=False,
+        size={"height": 56, "width": 56},
+        crop_size={"height": 56, "width": 56},
     )
     processor = LlavaProcessor(
         images,
         tokenizer,
-        patch_size=patch_size,
+        patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
@@ -82,11 +76,11 @@ def save_tiny_llava(
             intermediate_size=48,
             num_hidden_layers=3,
             num_attention_heads=2,
-            image_size=image_size,
-            patch_size=patch_size,
+            image_size=56,
+            patch_size=14,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(tokenizer) + padded_rows,
+            vocab_size=len(tokenizer) + 7,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=3,
@@ -99,12 +93,12 @@ def save_tiny_llava(
             pad_token_id=tokenizer.pad_token_id,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(image_size // patch_size) ** 2,
+        image_seq_length=16,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=tied,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
