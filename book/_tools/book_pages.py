@@ -132,7 +132,7 @@ ESTIMATE = re.compile(r"[+−]?\d[\d.,]*(?:\s%|\spoints)? \([+−]?\d[\d.,]*(?:�
 
 
 def typeset(text: str) -> str:
-    """A page with one space, which does not break, before each per cent sign, and estimates held with their intervals."""
+    """A page with one unbreaking space before each per cent sign, and estimates held together with their intervals."""
     parts, at = list[str](), 0
     for kept in (*AS_WRITTEN.finditer(text), None):  # code and tags stay as they are
         words = re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None])
