@@ -61,7 +61,7 @@ def _fill(app: Any, name: str, text: list[str]) -> None:
 
 def _anchor(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     if name.startswith("notebooks/"):
-        context["body"] = anchored(context["body"])
+        context["body"] = sourced(anchored(context["body"]), name, Path(app.srcdir))
     if "body" in context:
         context["body"] = typeset(one_head(context["body"]))
 
@@ -123,6 +123,20 @@ def one_head(text: str) -> str:
         return f"<thead><tr>{''.join(f'<th>{a or b}</th>' for a, b in zip(names, index, strict=True))}</tr></thead>"
 
     return HEAD.sub(merged, text)
+
+
+def sourced(text: str, page: str, source: Path) -> str:
+    """A chapter's page with links behind its subtitle: to its notebook, and to the record of the run that it shows.
+
+    >>> sourced("<h1>A</h1><p><em>b</em></p>", "notebooks/01_a", Path("gone"))
+    '<h1>A</h1><p><em>b</em> <a href="../_sources/notebooks/01_a.ipynb">notebook</a></p>'
+    """
+    links = [f'<a href="../_sources/{page}.ipynb">notebook</a>']
+    record = f"results/miniature/{Path(page).name}.json"
+    if (source / record).is_file():
+        links.append(f'<a href="../{record}">record of the run</a>')
+    subtitle = re.compile(r"(</h1>\s*<p><em>.*?</em>)(?=</p>)", re.S)
+    return subtitle.sub(lambda found: f"{found[1]} {' · '.join(links)}", text, count=1)
 
 
 AS_WRITTEN = re.compile(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]*>)", re.S)

@@ -38,28 +38,26 @@ def installing(address: str) -> str:
     >>> "git+https://github.com/owner/name" in installing("https://github.com/owner/name")
     True
     """
-    home = f"""
-    home = Path("..").resolve().as_uri() if Path("../pyproject.toml").is_file() else "git+{address}\""""
-    if not address:
-        home = """
-    if not Path("../pyproject.toml").is_file():
-        raise ModuleNotFoundError(
-            "embedlens is missing: open this notebook in a checkout of its repository, or pip install "
-            "'embedlens[notebook] @ git+…' with the repository's address"
-        )
-    home = Path("..").resolve().as_uri()"""
+    package = '"..[notebook]"'
+    first = """\
+    if not os.path.isfile("../pyproject.toml"):
+        raise ModuleNotFoundError("open this in a checkout of the book or pip install 'embedlens[notebook] @ git+…'")"""
+    if address:
+        package = "package"
+        first = f"""\
+    here = os.path.isfile("../pyproject.toml")  # in a checkout
+    package = "..[notebook]" if here else "embedlens[notebook] @ git+{address}\""""
     return f"""\
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 
-if importlib.util.find_spec("embedlens") is None:  # as on Colab; elsewhere this cell does nothing{home}
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"embedlens[notebook] @ {{home}}"], check=True)
-drive = Path("/content/drive/MyDrive")
-if drive.is_dir():  # Colab's, mounted: after a disconnect what was measured is found there
-    os.environ.setdefault("EMBEDLENS_ROWS", str(drive / "embedlens-rows"))"""
+if find_spec("embedlens") is None:  # as on Colab; elsewhere nothing is installed
+{first}
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", {package}], check=True)
+if os.path.isdir("/content/drive/MyDrive"):  # Colab's, mounted: after a disconnect what was measured is found there
+    os.environ.setdefault("EMBEDLENS_ROWS", "/content/drive/MyDrive/embedlens-rows")"""
 
 
 def stated(notebook: Any) -> str | None:
