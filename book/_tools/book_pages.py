@@ -63,7 +63,7 @@ def _anchor(app: Any, name: str, template: str, context: dict[str, Any], doctree
     if name.startswith("notebooks/"):
         context["body"] = sourced(anchored(context["body"]), name, Path(app.srcdir))
     if "body" in context:
-        context["body"] = typeset(context["body"])
+        context["body"] = typeset(one_head(context["body"]))
 
 
 def _finish(app: Any, error: Exception | None) -> None:
@@ -106,6 +106,25 @@ def anchored(text: str) -> str:
     return text
 
 
+HEAD = re.compile(r"<thead>\s*<tr[^>]*>(.*?)</tr>\s*<tr>(.*?)</tr>\s*</thead>", re.S)
+
+
+def one_head(text: str) -> str:
+    """A page whose tables name their index in the row that names the columns; pandas gives it a row of its own.
+
+    >>> one_head("<thead><tr><th></th><th>b</th></tr><tr><th>a</th><th></th></tr></thead>")
+    '<thead><tr><th>a</th><th>b</th></tr></thead>'
+    """
+
+    def merged(head: re.Match[str]) -> str:
+        names, index = (re.findall(r"<th>(.*?)</th>", row, re.S) for row in head.groups())
+        if len(names) != len(index) or any(a and b for a, b in zip(names, index, strict=True)):
+            return head[0]
+        return f"<thead><tr>{''.join(f'<th>{a or b}</th>' for a, b in zip(names, index, strict=True))}</tr></thead>"
+
+    return HEAD.sub(merged, text)
+
+
 def sourced(text: str, page: str, source: Path) -> str:
     """A chapter's page with links behind its subtitle: to its notebook, and to the record of the run that it shows.
 
@@ -123,11 +142,15 @@ def sourced(text: str, page: str, source: Path) -> str:
 AS_WRITTEN = re.compile(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]*>)", re.S)
 
 
+ESTIMATE = re.compile(r"[+−]?\d[\d.,]*(?:\s%|\spoints)? \([+−]?\d[\d.,]*(?:–| to )[+−]?\d[\d.,]*\)")
+
+
 def typeset(text: str) -> str:
-    """A page with one space, which does not break, before each per cent sign, whether a run or an author wrote it."""
+    """A page with one unbreaking space before each per cent sign, and estimates held together with their intervals."""
     parts, at = list[str](), 0
     for kept in (*AS_WRITTEN.finditer(text), None):  # code and tags stay as they are
-        parts.append(re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None]))
+        words = re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None])
+        parts.append(ESTIMATE.sub(r'<span class="estimate">\g<0></span>', words))
         parts.append(kept[0] if kept else "")
         at = kept.end() if kept else at
     return "".join(parts)
