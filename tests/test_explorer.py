@@ -109,7 +109,7 @@ def test_an_answer_that_cannot_be_one_is_one_sentence(miniature, answer, said):
 def test_an_answer_as_text_is_read_as_the_tokens_that_were_generated(miniature):
     for sample in el.samples.load("miniworld", n=3, seed=0):
         prompt = miniature.prompt(sample.image, "Describe the image.")
-        ids, answer = attention_maps.generated(miniature, prompt), miniature.answer(prompt)
+        ids, answer = miniature.answer_ids(prompt), miniature.answer(prompt)
         assert miniature.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
         assert attention_maps.answer_ids(miniature, prompt, answer).tolist() == ids.tolist()
 
@@ -132,7 +132,7 @@ def test_attention_of_a_bfloat16_model_is_softmaxed_from_exact_products():
 def test_silenced_text_does_not_silence_the_answer(miniature):
     prompt = miniature.prompt(el.samples.load("miniworld", n=1, seed=0)[0].image, "Describe the image.")
     with intervene(miniature, el.Silence("attention", rows="text")):
-        said = miniature.tokenizer.decode(attention_maps.generated(miniature, prompt), skip_special_tokens=True)
+        said = miniature.tokenizer.decode(miniature.answer_ids(prompt), skip_special_tokens=True)
         assert said.strip() == miniature.answer(prompt)
 
 
@@ -478,7 +478,7 @@ def test_what_the_page_shows_is_what_the_library_computes_and_is_called_so(minia
     dom, console = opened(tab, page.html, tmp_path, keys)
     text = html.unescape(re.sub("<[^>]*>", "", dom.partition('id="cards"')[2])).replace("\xa0", " ")
     prompt = miniature.prompt(images[0], "Describe the image.")
-    ids = attention_maps.generated(miniature, prompt)
+    ids = miniature.answer_ids(prompt)
     looks = el.attention(miniature, prompt, ids[:2].tolist(), question=True)[3, 1]  # block 4 wrote layer 4
     look, first = looks[-1, 9], looks[0, 9]
     stream = miniature.hidden_states(prompt)[4, prompt.visual][9:10]

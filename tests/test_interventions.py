@@ -176,10 +176,10 @@ def answered_by_hand(model, prompt, plan, steps: int) -> str:
 @pytest.mark.parametrize("nothing", [Rescale(1.0), EnterAt(0)], ids=repr)
 def test_a_no_op_changes_nothing_bit_for_bit(model, nothing):
     prompts = prompts_of(model)
-    plain = [model.logits(prompts[0]), *model.hidden_states_of(prompts)]
+    plain = [model.logits(prompts[0]), *model.streams_of(prompts)]
     texts = model.answers(prompts, max_new_tokens=4)
     with intervene(model, nothing) as run:
-        seen = [model.logits(prompts[0]), *model.hidden_states_of(prompts)]
+        seen = [model.logits(prompts[0]), *model.streams_of(prompts)]
         assert model.answers(prompts, max_new_tokens=4) == texts
     assert run.fired >= 3  # a forward of prompts each
     assert all(map(torch.equal, seen, plain))
@@ -287,7 +287,7 @@ def together_is_one_by_one(model, arm):
     named = [{"some": torch.arange(len(prompt)) % 3 == 0, "visual": prompt.visual} for prompt in prompts]
     with acting(masks):
         texts = model.answers(prompts, max_new_tokens=4, batch_size=2)
-        streams = model.hidden_states_of(prompts, batch_size=2)
+        streams = list(model.streams_of(prompts, batch_size=2))
         seen = list(el.traces(model, prompts, named, batch_size=2))
     for index, prompt in enumerate(prompts):
         with acting([masks[index]]):
@@ -305,9 +305,9 @@ def together_is_one_by_one(model, arm):
 def test_eager_attention_gives_what_sdpa_gives(tiny, arm):
     prompts = prompts_of(tiny, 3)
     with intervene(tiny, *ARMS[arm]([random_mask(prompt) for prompt in prompts])):
-        streams, texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
+        streams, texts = list(tiny.streams_of(prompts)), tiny.answers(prompts, max_new_tokens=8)
         with eager(tiny):
-            others, other_texts = tiny.hidden_states_of(prompts), tiny.answers(prompts, max_new_tokens=8)
+            others, other_texts = list(tiny.streams_of(prompts)), tiny.answers(prompts, max_new_tokens=8)
     assert texts == other_texts
     for one, other in zip(others, streams, strict=True):
         assert_close(one, other, **CLOSE)
@@ -369,7 +369,6 @@ def ones(n: int = 16) -> torch.Tensor:
         (lambda: Prune(torch.arange(16) > 3, positions="shift"), "pass 'keep' or 'renumber'"),
         (lambda: SkipSublayers(ones(), at=[]), "skips nothing: name sublayers, for example at="),
         (lambda: SkipSublayers(ones(), at=[1.25]), "no sublayer 1.25: pass n for the attention of layer n, n \\+ 0.5"),
-        (lambda: LeaveAt(ones(), -1), "no layer -1: pass the first block without the tokens, 0-based"),
         (lambda: LeaveAt(ones(), 1, positions="shift"), "pass 'keep' or 'renumber'"),
         (lambda: Silence("ffn"), "no sublayer 'ffn': pass 'attention' or 'mlp'"),
         (lambda: Silence("mlp", layers=[]), "silences nothing: name layers, or leave layers out"),
@@ -387,6 +386,7 @@ def test_a_broken_value_is_refused_with_the_fix(build, message):
         ([], "pass at least one"),
         ([EnterAt(3)], "no layer 3 in .*: pass 0 to 2"),
         ([LeaveAt(ones(), 3)], "no layer 3 in .*: pass 0 to 2"),
+        ([LeaveAt(ones(), -1)], "no layer -1 in .*: pass 0 to 2"),
         ([Silence("mlp", layers=[0, 3])], "no layer 3 in .*: pass 0 to 2"),
         ([SkipSublayers(ones(), at=[3.5])], "no layer 3 in .*: pass 0 to 2"),
         ([Prune(torch.arange(16) > 3)] * 2, "several Prune: pass one"),

@@ -228,3 +228,14 @@ def test_logitlens_never_answers_with_an_excluded_id_and_ranks_the_rest_as_befor
 def test_bad_vectors_get_their_sentence(many, call, sentence):
     with pytest.raises(EmbedLensError, match=sentence):
         call(EmbedLens(many[0], named(300)))
+
+
+def test_numbers_beyond_float32_and_logits_that_are_nan_get_their_sentence(tiny, many, monkeypatch):
+    far = torch.full((2, 16), 1e60, dtype=torch.float64)
+    with pytest.raises(EmbedLensError, match="2 of 2 vectors hold .* numbers too large for a norm"):
+        EmbedLens(many[0], named(300)).topk(far)
+    lens = LogitLens.from_model(tiny)
+    monkeypatch.setattr(tiny.unembed.head.weight, "data", torch.full_like(tiny.unembed.head.weight, torch.nan))
+    for read in (lens.topk, lambda h: lens.rank(h, [7])):
+        with pytest.raises(EmbedLensError, match="some logits are NaN: load the model with dtype='float32'"):
+            read(torch.ones(1, lens.width))

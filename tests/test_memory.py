@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks import full_size
 from embedlens import EmbedLensError, batches, families, loading, memory
 from embedlens.__main__ import app
-from embedlens.released import configs, sizes
+from embedlens.memory import configs, sizes
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "book/gpu.md").read_text(encoding="utf-8")

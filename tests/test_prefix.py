@@ -45,6 +45,7 @@ def ids(monkeypatch):
             return [" ".join(map(str, row)) for row in kept]
 
         monkeypatch.setattr(type(model.tokenizer), "batch_decode", lambda self, rows, **options: written(rows))
+        monkeypatch.setattr(type(model.tokenizer), "decode", lambda self, row, **options: written([row])[0])
 
     return of
 

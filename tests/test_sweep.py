@@ -27,7 +27,7 @@ from embedlens import (
     sweep,
     tasks,
 )
-from embedlens.arms import random_block
+from embedlens.arms import block_alive, random_alive, random_block
 from embedlens.sweep import BASELINE, Arm, dead_arms, everywhere, members, pruning, run_arms, sink_arms, skipping
 
 ALL_KINDS = ("alive", "dead", "ViT sink", "LLM sink")
@@ -221,13 +221,13 @@ def blocks(mask: torch.Tensor, grid: PatchGrid) -> int:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("control", ["random_alive", "block_alive"])
+@pytest.mark.parametrize("control", [random_alive, block_alive])
 @pytest.mark.parametrize("matched", [("dead",), ("dead", "ViT sink", "LLM sink")])
 def test_controls_are_of_the_matched_size_and_alive(seed, control, matched):
     grid = square_grid()
     groups = random_groups(seed, len(grid))
     size = sum(int(groups.named[name].sum()) for name in matched)
-    mask = getattr(sweep, control)(groups, grid, sweep.generator(seed, "control", 0), matched=matched)
+    mask = control(groups, grid, sweep.generator(seed, "control", 0), matched=matched)
     assert 0 < int(mask.sum()) == size < int(groups.alive.sum())
     assert not (mask & ~groups.alive).any()
 
