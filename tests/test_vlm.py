@@ -188,7 +188,7 @@ def cut_in_half(path):
         (
             lambda f: [
                 (f / "model.safetensors").unlink(),
-                (f / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "x-1.safetensors"}}'),
+                (f / "model.safetensors.index.json").write_text('{"metadata":{},"weight_map":{"a":"x-1.safetensors"}}'),
             ],
             r"cannot be loaded: save or download the model again .*x-1.safetensors",
         ),

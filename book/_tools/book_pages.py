@@ -106,7 +106,8 @@ def anchored(text: str) -> str:
     return text
 
 
-HEAD = re.compile(r"<thead>\s*<tr[^>]*>(.*?)</tr>\s*<tr>(.*?)</tr>\s*</thead>", re.S)
+ROW = r"<tr[^>]*>((?:(?!</tr>).)*)</tr>\s*"
+HEAD = re.compile(rf"<thead>\s*{ROW}{ROW}</thead>", re.S)
 
 
 def one_head(text: str) -> str:
