@@ -65,7 +65,7 @@ class Recipe:
     asks: Mapping[str, float] | None = None  # questions of a kind in a conversation; None: those of training.data.SHARE
     pairs: bool = False  # True: nothing but two different objects in every picture or description
     relation_first: bool = False  # True: many batches of pairs, at first side by side; every relation asked both ways
-    tower_learns: bool = False  # True: stage "tuning" trains the tower too, by Muon, as LLaVA-NeXT does
+    tower_learns: bool = False  # True: stage "tuning" trains the tower too (LLaVA-NeXT does), and that by Muon
     experiment: bool = False  # True: its log ships, no weights
     shipped_tokenizer: bool = False  # True: none is learned; an onward training has it anyway
     together: bool = False  # True: tower and language learn at the same time, in two processes
