@@ -110,6 +110,5 @@ def test_the_committed_results_are_what_the_book_reads():
     lines = [line for found in content["retrieval"] for line in retrieval.lines(found)]
     lines += [line for found in content["trace"] for line in trace.lines(found)]
     lines += [line for found in content["sweep"] for line in sweep.lines(found)] + prefill.lines(content["prefill"])
-    if "attention" in content:  # recorded since
-        lines += looking.lines(content["attention"], content["context"], content["explorer"])
-    assert len(lines + clustering.lines(content["clustering"])) in (19, 19 + 6 + 9)
+    lines += looking.lines(content["attention"], content["context"], content["explorer"])
+    assert len(lines + clustering.lines(content["clustering"])) == 19 + 6 + 9
