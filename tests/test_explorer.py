@@ -60,7 +60,8 @@ def test_attention_and_rollout_are_the_stock_models_own(twin):
     behind = attention_maps.question_ids(model, prompt)
     assert QUESTION in model.tokenizer.decode(behind) and bool((prompt.ids[-len(behind) :] == behind).all())
     asking = el.attention(model, prompt, ids, question=True)
-    assert asking.shape[2] == len(behind) + 3 and torch.equal(asking[:, :, -4:], found)
+    assert asking.shape[2] == len(behind) + 3
+    assert_close(asking[:, :, -4:], found, atol=1e-6, rtol=1e-5)  # not bit for bit: products of more rows may differ
     stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     whole = attention_maps.followed_by(model, prompt, torch.tensor(ids))
     kinds = {"input_ids": whole.ids[None], "pixel_values": prompt.pixel_values, **prompt.beside}

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from embedlens import stats
+from embedlens import figures, stats
 from embedlens.prefix import Case
 from embedlens.prefix import answers as answered
 from embedlens.samples import Sample
 from embedlens.stats import Estimate
 from embedlens.tasks import ANSWER_TOKENS, Item, said_yes, score
 from embedlens.vlm import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ABOUT = ("own picture", "another picture")
 NO_SHARE = ("caption", "captioning", "contrastive", "loss", "bos", "peak")  # what training logs beside shares
@@ -99,23 +102,64 @@ def relation_parts(rows: pd.DataFrame) -> tuple[Estimate, Estimate]:
 
 
 def curves(stages: Mapping[str, Any]) -> pd.DataFrame:
-    """What was logged while a model trained, tidy: stage, samples (thousands), quantity, value.
+    """What was logged while a model trained, tidy: stage, samples (thousands), minutes, quantity, value.
 
     Quantities: "loss", and what was measured on held-out samples under its own name: shares of right answers, and
     of signs of sinks the largest over blocks, "bos" (attention of text on BOS) and "peak" (|x| / RMS).
 
-    >>> run = {"log": [{"samples": 2000, "heldout/object": 0.5, "heldout/bos": [0.1, 0.2], "loss": 3.0}]}
-    >>> curves({"tower": run})[["quantity", "value"]].values.tolist()
-    [['object', 0.5], ['bos', 0.2], ['loss', 3.0]]
+    >>> run = {"log": [{"samples": 2000, "seconds": 90, "heldout/object": 0.5, "heldout/bos": [0.1, 0.2], "loss": 3.0}]}
+    >>> curves({"tower": run})[["minutes", "quantity", "value"]].values.tolist()
+    [[1.5, 'object', 0.5], [1.5, 'bos', 0.2], [1.5, 'loss', 3.0]]
     """
     rows = [
-        (stage, entry["samples"] / 1000, name.removeprefix("heldout/"), np.max(value))
+        (stage, entry["samples"] / 1000, entry["seconds"] / 60, name.removeprefix("heldout/"), np.max(value))
         for stage, run in stages.items()
         for entry in run["log"]
         for name, value in entry.items()
         if name == "loss" or name.startswith("heldout/")
     ]
-    return pd.DataFrame(rows, columns=["stage", "samples", "quantity", "value"])
+    return pd.DataFrame(rows, columns=["stage", "samples", "minutes", "quantity", "value"])
+
+
+def panels(
+    rows: pd.DataFrame,
+    title: str,
+    model: str,
+    of: str,
+    by: str = "stage",
+    x: str = "samples",
+    log: Mapping[str, Any] | None = None,
+    **look: Any,
+) -> dict[str, Axes]:
+    """Draw `curves`, a panel to each value of the column `by`, two in a row, over thousand samples or minutes.
+
+    Args:
+        title: the message, above all panels.
+        model: whose training it was; with `of` it signs the figure.
+        log: `training.json`, for a dotted line where a further training of a stage began.
+        look: for `seaborn.lineplot`, such as hue; its legend stands once, beside the panels.
+    """
+    import seaborn as sns
+    from matplotlib import pyplot as plt
+
+    parts = dict(list(rows.groupby(by, sort=False)))
+    fig, places = plt.subplots(-(-len(parts) // 2), 2, figsize=(figures.WIDTH, 1.4 * len(parts)), squeeze=False)
+    drawn = dict(zip(parts, places.flat, strict=False))
+    named: dict[str, Any] = {}
+    for name, axes in drawn.items():
+        sns.lineplot(parts[name], x=x, y="value", errorbar=None, ax=axes, **look)
+        axes.set(title=name, xlabel="thousand samples" if x == "samples" else x, ylabel="")
+        for at in resumed(log, name) if log else ():
+            axes.axvline(at, color=figures.CHANCE, linestyle=":", linewidth=1.2)
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    if "hue" in look:
+        for axes in drawn.values():
+            axes.get_legend().remove()
+        fig.legend(named.values(), named, loc="outside right center", fontsize=9)
+    figures.headline(fig, title)
+    figures.sign(fig, model, of)
+    return drawn
 
 
 def resumed(log: Mapping[str, Any], stage: str) -> list[float]:
@@ -132,7 +176,8 @@ def runs(of: Mapping[str, Any], shown: Mapping[str, str] | None = None) -> pd.Da
         of: name → run, as `training.json` keeps stages and experiments.
         shown: quantity of `curves` → format, of those to show; "–" where it was not logged.
 
-    >>> run = {"steps": 4, "seconds": 150, "log": [{"samples": s, "heldout/box": s / 64} for s in (16, 64)]}
+    >>> log = [{"samples": s, "seconds": s, "heldout/box": s / 64} for s in (16, 64)]
+    >>> run = {"steps": 4, "seconds": 150, "log": log}
     >>> runs({"tuning": run}, {"box": ".2f", "bos": ".2f"}).iloc[0, 3:].tolist()
     ['0.25 to 1.00', '–']
     """
