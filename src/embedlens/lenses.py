@@ -22,7 +22,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.vlm import Unembed, VisionLanguageModel
 
 SLICE_BYTES = 32 * 2**20  # of scores held at a time, but
-SLICE_ROWS = 192  # vectors at least, so that a large table is not read once for every few of them
+SLICE_ROWS = 288  # vectors at least, so that a large table is not read once for every few of them
 BLOCK = 64  # entries of which the best one stands for all in a search
 FINALISTS = 256  # of a vector, scored one by one; where more are in question, all entries are scored exactly
 TINY = 1e-30  # entries shorter than this, such as words that weight decay left, would overflow when they are scaled
