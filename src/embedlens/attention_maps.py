@@ -133,9 +133,7 @@ def answer_ids(
     if not ids:
         raise EmbedLensError("the answer is empty: pass what the model says, or leave answer out")
     if min(ids) < 0 or max(ids) >= rows:
-        raise EmbedLensError(
-            f"the answer is no text and no ids of {model.name}: pass text, or ids from 0 to {rows - 1}"
-        )
+        raise EmbedLensError(f"the answer is neither text nor ids: pass text, or ids from 0 to {rows - 1}")
     last = int(prompt.ids[-1])
     apart = last in words.added_tokens_decoder or words.decode([last])[-1:].isspace()
     if isinstance(answer, str) and not apart and not answer[0].isspace():

@@ -33,14 +33,9 @@ def check(model: Any) -> None:
     with model.recording() as layers:
         logits = model.logits(prompt)
     if len(layers) != model.n_layers + 1:
-        raise EmbedLensError(
-            f"{model.name} ran {len(layers) - 1} of {model.n_layers} blocks: the checkpoint skips layers, which this "
-            "wrapper does not support"
-        )
+        raise EmbedLensError(f"{model.name} ran {len(layers) - 1} of {model.n_layers} blocks: no layers may be skipped")
     if not torch.isfinite(logits).all():
-        raise EmbedLensError(
-            f"{model.name} gives logits that are not finite in {model.hf.dtype}: pass dtype='float32' or 'bfloat16'"
-        )
+        raise EmbedLensError(f"{model.name} gives logits that are not finite: pass dtype='float32' or 'bfloat16'")
     with torch.no_grad():
         read = model.unembed(layers[-1][0])
     if not torch.allclose(read.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):

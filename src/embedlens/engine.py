@@ -101,10 +101,7 @@ class Run:
         entered = list(prompts)
         own = any(prompt.positions is not None for prompt in prompts)
         if own and any(value.positions == "renumber" for _, value in self._of((Prune, LeaveAt))):
-            raise EmbedLensError(
-                f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
-                "pass positions='keep'"
-            )
+            raise EmbedLensError(f"{self.model.name} places patches by row and column: pass positions='keep'")
         for _, rescale in self._of(Rescale):
             entered = [prompt.rescaled(rescale.factor) for prompt in entered]
         for index, prune in self._of(Prune):
@@ -218,10 +215,7 @@ class Run:
         if not acting:
             return None
         if "position_embeddings" not in kwargs:
-            raise EmbedLensError(
-                f"{self.model.name} hands its blocks no rotary embedding, so that gaps cannot be closed: "
-                "pass positions='keep'"
-            )
+            raise EmbedLensError(f"{self.model.name} hands its blocks no rotary embedding: pass positions='keep'")
         hidden = args[0] if args else kwargs["hidden_states"]
         gone = gone.to(hidden.device)
         before = gone.cumsum(1) if self._prefill else gone.sum(1, keepdim=True)
@@ -245,10 +239,7 @@ class Run:
         seen = ~(hidden_keys & others)
         kernel = self.model.decoder.config._attn_implementation
         if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
-            raise EmbedLensError(
-                f"visual tokens cannot be hidden from {kernel!r} attention: call "
-                "model.hf.set_attn_implementation('sdpa') first"
-            )
+            raise EmbedLensError(f"{kernel!r} attention hides no visual tokens: set_attn_implementation('sdpa') first")
         if stock is None:
             stock = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
             if kernel == "eager":

@@ -99,10 +99,8 @@ class Explorer:
         )
 
     def save(self, file: Path | str) -> Path:
-        """Write the page to one .html file, or its static twin to a picture file.
-
-        Raises:
-            EmbedLensError: another ending, or a place that cannot be written.
+        """Write the page to one .html file, or its static twin to a picture file. EmbedLensError: another ending, or a
+        place that cannot be written.
         """
         file = Path(file).expanduser()
         if file.suffix.lower() not in (".html", ".htm", ".png"):

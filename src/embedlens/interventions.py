@@ -66,14 +66,10 @@ class SkipSublayers:
     def __post_init__(self) -> None:
         _checked_masks(self)
         if not len(self.at):
-            raise EmbedLensError(
-                "SkipSublayers skips nothing: name sublayers, for example at=[1.5] for the MLP of layer 1"
-            )
+            raise EmbedLensError("SkipSublayers skips nothing: name sublayers, for example at=[1.5], layer 1's MLP")
         for place in self.at:
             if place < 0 or 2 * place != int(2 * place):
-                raise EmbedLensError(
-                    f"there is no sublayer {place}: pass n for the attention of layer n, n + 0.5 for its MLP"
-                )
+                raise EmbedLensError(f"there is no sublayer {place}: pass n for attention n, n + 0.5 for its MLP")
         object.__setattr__(self, "at", tuple(float(place) for place in self.at))
 
 
@@ -173,14 +169,9 @@ def _checked_masks(value: Prune | SkipSublayers | LeaveAt) -> tuple[Tensor, ...]
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise EmbedLensError(f"the mask of {name} is {kind}: pass a torch.bool tensor, True where it acts")
         if mask.ndim != 1:
-            raise EmbedLensError(
-                f"the mask of {name} has shape {tuple(mask.shape)}: pass one True or False per visual token, and a "
-                "list of such masks for several prompts"
-            )
+            raise EmbedLensError(f"the mask of {name} has shape {tuple(mask.shape)}: pass Bool[n_visual], or several")
     if not any(bool(mask.any()) for mask in masks):
-        raise EmbedLensError(
-            f"the mask of {name} is empty: mark at least one visual token, or run without the intervention"
-        )
+        raise EmbedLensError(f"the mask of {name} is empty: mark at least one visual token, or no intervention")
     return masks
 
 

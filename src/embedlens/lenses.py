@@ -47,11 +47,8 @@ class Lens(ABC):
     def topk(
         self, h: Float[Tensor, "*batch d"], k: int = 5
     ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-        """The k best vocabulary entries: (scores, ids), best first, ties by lowest id.
-
-        Raises:
-            EmbedLensError: the vectors have another width, some are no numbers (NaN, inf), or k is not between 1 and
-                the size of the vocabulary.
+        """The k best vocabulary entries: (scores, ids), best first, ties by lowest id. EmbedLensError: the vectors have
+        another width, some are no numbers (NaN, inf), or k is not between 1 and the size of the vocabulary.
         """
         if h.ndim < 1 or h.shape[-1] != self.width:
             raise EmbedLensError(
@@ -77,9 +74,7 @@ class Lens(ABC):
         """Place of the best of `ids` among all vocabulary entries: 1 is the first, ties by lowest id.
 
         Holds a score per vector and entry: for a few vectors, such as one token followed through the layers.
-
-        Raises:
-            EmbedLensError: no ids, or one that is not in the vocabulary.
+        EmbedLensError: no ids, or one that is not in the vocabulary.
 
         >>> EmbedLens(torch.eye(3), ["a", "b", "c"]).rank(torch.tensor([[0.0, 2.0, 1.0]]), [0, 2]).tolist()
         [2]

@@ -77,9 +77,7 @@ def arm_of(intervention: str, seed: Any = 0, layer: Any = None, factor: Any = No
     """The arm that `--model_args intervention=…` names.
 
     lmms-eval hands numbers over as it parses them: "-1" arrives as -1.0, so whole numbers are told from others here.
-
-    Raises:
-        EmbedLensError: unknown intervention, or a number that is missing or not whole.
+    EmbedLensError: unknown intervention, or a number that is missing or not whole.
 
     >>> arm_of("prune_random", seed=3.0).seed
     3
@@ -159,10 +157,8 @@ class Answerer:
 
     def answers(self, questions: Sequence[Any], read: Callable[[Any], Asked] = lambda one: one) -> Iterator[Said]:
         """The greedy answers in the order of the questions, which `read` makes of what is given a batch at a time.
-
-        Raises:
-            EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was
-                to act and did not.
+        EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was to act
+        and did not.
         """
 
         def run(_: int, batch: Sequence[Any]) -> Iterator[Said]:
@@ -202,10 +198,8 @@ class Answerer:
         ]
 
     def report(self) -> str:
-        """How often the arm acted, in one sentence.
-
-        Raises:
-            EmbedLensError: it never did, so that all scores are the baseline's.
+        """How often the arm acted, in one sentence. EmbedLensError: it never did, so that all scores are the
+        baseline's.
         """
         if self.arm.name == BASELINE.name:
             return f"{self.asked} answers without an intervention"
@@ -234,25 +228,18 @@ def until(text: str, stops: Sequence[str]) -> str:
 
 
 def generation(kwargs: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """(new tokens, stops) of a task's `generation_kwargs`; only greedy decoding is supported.
-
-    Raises:
-        EmbedLensError: the task samples or searches beams.
+    """(new tokens, stops) of a task's `generation_kwargs`; only greedy decoding is supported. EmbedLensError: the task
+    samples or searches beams.
     """
     if kwargs.get("do_sample") or (kwargs.get("temperature") or 0) > 0 or (kwargs.get("num_beams") or 1) > 1:
-        raise EmbedLensError(
-            "the task asks for sampling or beams, and answers here are greedy: pass --gen_kwargs "
-            "do_sample=false,temperature=0,num_beams=1"
-        )
+        raise EmbedLensError("answers here are greedy: pass --gen_kwargs do_sample=false,temperature=0,num_beams=1")
     stops = kwargs.get("until") or ()
     return int(kwargs.get("max_new_tokens") or NEW_TOKENS), (stops,) if isinstance(stops, str) else tuple(stops)
 
 
 def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
-    """Picture and text of one user turn, as this package asks them: the picture first.
-
-    Raises:
-        EmbedLensError: several turns, no picture or several, a video, or sound.
+    """Picture and text of one user turn, as this package asks them: the picture first. EmbedLensError: several turns,
+    no picture or several, a video, or sound.
     """
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) != 1 or turns[0]["role"] != "user" or len(turns) != len(messages):
@@ -296,17 +283,12 @@ _NAMED = r"(?m)^task: *[\"']?([\w+-]+)"
 
 def check_keys(tasks_asked: Iterable[str], folder: Path) -> None:
     """Say before anything runs that a key is missing: without it every answer would be scored as a wrong one.
-
-    Raises:
-        EmbedLensError: a task is scored by a judge, and none of its keys is set.
+    EmbedLensError: a task is scored by a judge, and none of its keys is set.
     """
     for task in tasks_asked:
         keys = judges(task, folder)
         if keys and not any(os.environ.get(key) for key in keys):
-            raise EmbedLensError(
-                f"{task} is scored by a judge behind a service, and {' or '.join(sorted(keys))} is not set, so that "
-                "answers would count as wrong: set it, or leave the task out"
-            )
+            raise EmbedLensError(f"a judge scores answers of {task}: set {' or '.join(sorted(keys))}, or leave it out")
 
 
 def manifests() -> Any:

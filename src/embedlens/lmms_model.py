@@ -59,9 +59,7 @@ class EmbedLensModel(Base):
         **unknown: Any,
     ) -> None:
         if MISSING is not None:
-            raise EmbedLensError(
-                f"the benchmarks need lmms-eval ({MISSING} is missing): pip install 'embedlens[benchmarks]'"
-            )
+            raise EmbedLensError(f"lmms-eval is needed ({MISSING} is missing): pip install 'embedlens[benchmarks]'")
         super().__init__()
         if unknown:
             raise EmbedLensError(

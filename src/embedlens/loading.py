@@ -107,10 +107,8 @@ def dtype_of(dtype: Any) -> torch.dtype:
 
 
 def check_quantization(quantize: str | None, place: str) -> None:
-    """Refuse what this machine cannot do, before anything is loaded; nothing, for no quantisation.
-
-    Raises:
-        EmbedLensError: another word than "4bit" or "8bit", no CUDA GPU, a package that is missing.
+    """Refuse what this machine cannot do, before anything is loaded; nothing, for no quantisation. EmbedLensError:
+    another word than "4bit" or "8bit", no CUDA GPU, a package that is missing.
     """
     if quantize is None:
         return
@@ -119,9 +117,7 @@ def check_quantization(quantize: str | None, place: str) -> None:
     if not torch.cuda.is_available():
         raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU, and PyTorch sees none: leave it out")
     if not place.startswith(("cuda", "auto")):
-        raise EmbedLensError(
-            f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or leave it out"
-        )
+        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or no quantize")
     if find_spec("bitsandbytes") is None:
         raise EmbedLensError(f"quantize={quantize!r} needs bitsandbytes: pip install bitsandbytes")
 
@@ -150,9 +146,7 @@ def _locate(name_or_folder: str | Path) -> Path | str:
     if name_or_folder == MINIATURE:
         folder = Path(str(files("embedlens").joinpath(MINIATURE)))
         if not (folder / "config.json").is_file():
-            raise EmbedLensError(
-                f"the miniature is missing from this installation ({folder}): reinstall it, or run make train"
-            )
+            raise EmbedLensError(f"the miniature is missing from {folder}: reinstall it, or run make train")
         return folder
     text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
     if text and folder.is_dir():
@@ -215,9 +209,7 @@ def _load_weights(
     absent = sorted(found["missing_keys"])
     if absent:
         # transformers would go on with random numbers in their place
-        raise EmbedLensError(
-            f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model, not a part"
-        )
+        raise EmbedLensError(f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save all of it")
     return hf.to(place) if device_map is None else hf
 
 
@@ -235,10 +227,7 @@ def _load_processor(source: Path | str, name: str, family: ModuleType) -> Any:
             f"(processor_config.json, tokenizer.json, ...) ({_first_line(error)})"
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise EmbedLensError(
-            f"{name} has no image processor, only a {type(processor).__name__}: add processor_config.json, as "
-            "processor.save_pretrained writes it"
-        )
+        raise EmbedLensError(f"{name} has no image processor: add processor_config.json, as save_pretrained writes it")
     return processor
 
 

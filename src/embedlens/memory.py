@@ -103,10 +103,7 @@ def needed(
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     except ValueError:
-        raise EmbedLensError(
-            f"{type(config).__name__} is no config of a vision-language model: pass a checkpoint that embedlens.load "
-            "takes"
-        ) from None
+        raise EmbedLensError(f"{type(config).__name__} is no vision-language config: pass another model") from None
     family = family_of(type(model).__name__)
     left = tuple(unpacked(family)) if family else ()
     packed = sum(  # the matrices that quantisation packs
@@ -146,10 +143,8 @@ def visual_tokens_of(config: Any) -> int:
 def foretold(
     model: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None, batch_size: int = 1
 ) -> str:
-    """What a run on this model will take, and what is free where it is to run, in one sentence.
-
-    Raises:
-        EmbedLensError: as `config_of` and `needed`.
+    """What a run on this model will take, and what is free where it is to run, in one sentence. EmbedLensError: as
+    `config_of` and `needed`.
     """
     if dtype in (None, AUTO):  # as `load` chooses; of the two half precisions both are of a size
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())

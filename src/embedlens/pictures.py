@@ -47,10 +47,7 @@ def open_picture(picture: Picture) -> Image:
             return _upright_rgb(picture, "this image")
         if hasattr(picture, "__array_interface__"):
             return _from_array(picture)
-    raise EmbedLensError(
-        f"a picture is a path, a PIL image or a uint8 array, not {type(picture).__name__}: "
-        "open it with PIL.Image.open, or pass its path"
-    )
+    raise EmbedLensError(f"a picture is a path, a PIL image or a uint8 array, not a {type(picture).__name__}: pass one")
 
 
 @contextmanager
@@ -110,10 +107,7 @@ def _upright_rgb(image: Image, name: str) -> Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         if "ghostscript" in str(error).lower() or "not available" in str(error):
             raise EmbedLensError(f"{name} cannot be read on this machine ({error}): save it as png or jpg") from None
-        raise EmbedLensError(
-            f"{name} is damaged or truncated and cannot be read to its end ({error}): "
-            "get a complete copy, or save it again"
-        ) from None
+        raise EmbedLensError(f"{name} is damaged and cannot be read to its end ({error}): get it again") from None
 
 
 def _in_strips(image: Image, convert: Callable[[Image], Image]) -> Image:
@@ -168,15 +162,11 @@ def _from_array(array: np.ndarray) -> Image:
 
     array = np.asarray(array)
     if array.dtype != np.uint8:
-        raise EmbedLensError(
-            f"the picture array has dtype {array.dtype}: pass uint8, for example (array * 255).round().astype('uint8')"
-        )
+        raise EmbedLensError(f"the picture array has dtype {array.dtype}: pass uint8, (255 * array).astype('uint8')")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise EmbedLensError(
-            f"the picture array has shape {tuple(array.shape)}: pass [h, w], [h, w, 3] or [h, w, 4] (channels last)"
-        )
+        raise EmbedLensError(f"the picture array has shape {tuple(array.shape)}: pass [h, w] or [h, w, 1, 3 or 4]")
     return _upright_rgb(Image.fromarray(np.ascontiguousarray(array)), "this array")
 
 

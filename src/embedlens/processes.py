@@ -40,10 +40,7 @@ def placed(device: Any) -> Any:
     """The device to load on: of several processes each has its own. EmbedLensError where these are to share "auto"."""
     own = own_device()
     if own is not None and device == "auto":
-        raise EmbedLensError(
-            "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
-            "leave device out so that each takes a GPU of its own"
-        )
+        raise EmbedLensError("device='auto' spreads one model over all GPUs: start one process, or leave it out")
     return own if own is not None and device in (None, "cuda") else device
 
 

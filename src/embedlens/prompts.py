@@ -91,10 +91,7 @@ class Prompt:
         if self.rows is not None:
             raise EmbedLensError("this prompt has lost visual tokens already: spread the mask on the whole prompt")
         if mask.shape != (len(self.grid),):
-            raise EmbedLensError(
-                f"the mask has shape {tuple(mask.shape)}, the picture {len(self.grid)} visual tokens: pass one "
-                "True or False per visual token"
-            )
+            raise EmbedLensError(f"the mask has shape {tuple(mask.shape)}: pass {len(self.grid)}, one a visual token")
         whole = torch.zeros_like(self.visual)
         whole[self.visual] = mask.to(whole.device)
         return whole
@@ -123,10 +120,7 @@ def written(model: Any, picture: Image, question: str) -> tuple[Int[Tensor, " s"
     if not isinstance(question, str) or not question.strip():
         raise EmbedLensError("the question is empty: ask something, for example 'What is in the picture?'")
     if processor.image_token in question:
-        raise EmbedLensError(
-            f"the question holds the image placeholder {processor.image_token}: leave it out, "
-            "the chat format puts the picture in"
-        )
+        raise EmbedLensError(f"the question holds the image placeholder {processor.image_token}: leave it out")
     content = [{"type": "image", "image": shown(model, picture)}, {"type": "text", "text": question}]
     turn = [{"role": "user", "content": content}]
     if system := instructions_of(model).system:

@@ -223,9 +223,7 @@ def _checked(content: Any, name: str) -> Record:
     try:
         found = {key: Finding(**entry) for key, entry in content["claims"].items()}
     except TypeError as error:
-        raise EmbedLensError(
-            f"{name}: a claim has other fields than a Finding ({error}): run the chapter again"
-        ) from None
+        raise EmbedLensError(f"{name}: a claim has other fields ({error}): run the chapter again") from None
     return Record(**{**content, "claims": found})
 
 

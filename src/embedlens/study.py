@@ -237,10 +237,7 @@ def _answers(
 def _checked(given: Any, batch: Sequence[Sample]) -> list[Answer]:
     if not isinstance(given, list) or len(given) != len(batch):
         what = f"{len(given)} results" if isinstance(given, list) else _kind(given)
-        raise EmbedLensError(
-            f"the study gave {what} for a batch of {len(batch)} samples: with batch_size it returns a list with one "
-            "record, or one list of records, per sample"
-        )
+        raise EmbedLensError(f"the study gave {what} for a batch of {len(batch)} samples: return a list, one for each")
     return [{"id": sample.id, "rows": _rows(rows, sample)} for rows, sample in zip(given, batch, strict=True)]
 
 
@@ -254,9 +251,7 @@ def _listed(given: Any) -> Any:
 def _rows(given: Any, sample: Sample) -> list[dict[str, Any]]:
     wrong = [entry for entry in given if not isinstance(entry, Mapping)] if isinstance(given, list) else [given]
     if wrong:
-        raise EmbedLensError(
-            f"the study gave {_kind(wrong[0])} for sample {sample.id}: return one record (a dict) or a list of records"
-        )
+        raise EmbedLensError(f"the study gave {_kind(wrong[0])} for sample {sample.id}: return a dict, or several")
     rows = [{str(name): _plain(value, str(name)) for name, value in row.items()} for row in given]
     return [row if "id" in row else {"id": sample.id, **row} for row in rows]
 
@@ -299,10 +294,7 @@ def _table(answers: Sequence[Answer]) -> pd.DataFrame:
     if len(failed) == len(answers):
         raise EmbedLensError(f"none of {len(answers)} samples could be measured; the first: {failed[0]['error']}")
     if not rows:
-        raise EmbedLensError(
-            f"the study gave no record for any of {len(answers)} samples: return at least one, or choose samples that "
-            "have what it looks for"
-        )
+        raise EmbedLensError(f"the study gave no record for any of {len(answers)} samples: return at least one")
     table = pd.DataFrame(rows)
     table.attrs["failed"] = failed
     return table

@@ -143,9 +143,7 @@ def reading(
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
     if kernel != "sdpa":
-        raise EmbedLensError(
-            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
-        )
+        raise EmbedLensError(f"{kernel!r} attention cannot be read: call model.hf.set_attn_implementation('sdpa')")
 
     def attend(
         stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any

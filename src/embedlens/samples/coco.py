@@ -111,10 +111,8 @@ def comparable(samples: Iterable[Sample]) -> list[Sample]:
 def picture(path: Path, width: int, height: int) -> Image.Image:
     """The picture of a sample, RGB, as stored, whatever turn its EXIF asks for: annotations are about those pixels.
 
-    Only where its annotations are for the size that it has upright is it turned.
-
-    Raises:
-        EmbedLensError: it is missing or damaged, or has another size than its annotations were made on.
+    Only where its annotations are for the size that it has upright is it turned. EmbedLensError: it is missing or
+    damaged, or has another size than its annotations were made on.
     """
     if not os.path.exists(path):
         what = f"no picture {path.name} in {path.parent}, though the annotations list it"
