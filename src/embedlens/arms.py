@@ -79,11 +79,8 @@ def others(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names
 def random_alive(
     groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str], among: str = "all"
 ) -> Bool[Tensor, " n"]:
-    """Alive tokens at random, as many as some groups have together, or all of them where they are fewer.
-
-    Args:
-        among: "all" alive tokens; those on "things", whose patch shows some of an object's box; or on the "background".
-    """
+    """Alive tokens at random, as many as some groups have together, or all of them where they are fewer. `among`: "all"
+    alive tokens; those on "things", whose patch shows some of an object's box; or on the "background"."""
     pool = groups.alive
     if among != "all":
         if groups.on_things is None or among not in ("things", "background"):

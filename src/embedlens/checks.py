@@ -60,11 +60,9 @@ def check(model: Any) -> None:
 
 
 def _check_pixels(model: Any, picture: Image.Image, inputs: Mapping[str, Tensor]) -> None:
-    """Does each token's patch show what its cell of the grid covers, and nothing else?
-
-    The check picture's colours say where they are, so what is expected at a pixel of a patch follows from the
-    grid alone; a bar has one colour, black or the mean.
-    """
+    """Does each token's patch show what its cell of the grid covers, and nothing else? The check picture's colours say
+    where they are, so what is expected at a pixel of a patch follows from the grid alone; a bar has one colour, black
+    or the mean."""
     images, grid = model.processor.image_processor, grid_of(model, picture)
     try:
         seen = model.family.patch_pixels(model.hf, inputs).float().cpu()
@@ -104,10 +102,8 @@ def _ramp(x: Float[Tensor, "*n"], y: Float[Tensor, "*n"]) -> Float[Tensor, rgb *
 
 
 def _colour_error(seen: Float[Tensor, "n 3 h w"], grid: PatchGrid, mean: Float[Tensor, "3 1 1"]) -> float:
-    """How far patches of the check picture are from what the grid says they show, colours from 0 to 1.
-
-    Left out is what lies as near to the picture's edge as interpolation reaches, there and back.
-    """
+    """How far patches of the check picture are from what the grid says they show, colours from 0 to 1. Left out is what
+    lies as near to the picture's edge as interpolation reaches, there and back."""
     cells = grid.cells.float()
     down, across = seen.shape[-2:]
     step = (cells[:, 2:] - cells[:, :2]) / torch.tensor([across, down])

@@ -1,8 +1,7 @@
 """Interventions at work: hooks on the stock modules, in prefill and while decoding, that go at the end of a block.
 
-The prompts reach the engine through `model.running`, which `model.answer(s)`, `model.logits`, `model.hidden_states`,
-`model.streams_of` and `el.trace(s)` call. A forward that is not announced there is refused, as nobody could say
-which of its positions are visual.
+The prompts reach the engine through `model.running`, which all ways to run a model call. A forward that is not
+announced there is refused, as nobody could say which of its positions are visual.
 """
 
 from __future__ import annotations

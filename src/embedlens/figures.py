@@ -256,8 +256,7 @@ def patch_words(
     groups: Mapping[str, Bool[np.ndarray, " n"]] | None = None,
 ) -> Image:
     """The picture (upright RGB, original size) as the model sees it, magnified: patches outlined, one word at the foot
-    of each, bars hatched. Thickly in green `marked` patches, in the group's colour with its letter those of `groups`.
-    """
+    of each, bars hatched; thickly in green `marked` patches, in the group's colour with its letter `groups`."""
     from PIL import Image, ImageDraw
 
     cells = [grid.cell(index) for index in range(len(grid))]

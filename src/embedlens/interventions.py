@@ -27,12 +27,10 @@ a sequence single masks may be empty, but not all."""
 class Prune:
     """Take visual tokens out of the sequence before layer 0, as if the picture had never had them.
 
-    What remains runs as a physically shorter sequence: hidden states, logits and traces have only the remaining rows,
-    those of `prompt.without(mask)`, and the cache is shorter at every layer. The vision tower has still seen all.
-
-    `positions="keep"` leaves gaps in the rotary positions, as the released code does (Section 5 of the paper), and
-    decoding goes on at the length of the whole prompt; `"renumber"` closes the gaps, which models refuse whose
-    patches stand at a row and a column (Qwen-VL).
+    Hidden states, logits and traces have only the remaining rows, those of `prompt.without(mask)`, and the cache is
+    shorter at every layer. The vision tower has still seen all. `positions="keep"` leaves gaps in the rotary positions,
+    as the released code does (Section 5 of the paper), and decoding goes on at the length of the whole prompt;
+    `"renumber"` closes the gaps, which models refuse whose patches stand at a row and a column (Qwen-VL).
 
     >>> Prune(torch.tensor([True, True]))
     Traceback (most recent call last):
@@ -113,12 +111,10 @@ class EnterAt:
 class LeaveAt:
     """Take visual tokens out of the sequence at a later layer, as pruners inside the language model do.
 
-    Blocks below `layer` run as ever; from `layer` on nothing reads these rows, in prefill and while decoding, so that
-    all other rows are those of a physically shorter sequence. In traces the rows stay where they are, unchanged since
-    they left. Several LeaveAt are the stages of a schedule; a later mask need not repeat an earlier one.
-
-    `positions="keep"` leaves gaps in the rotary positions, as FastV does; `"renumber"` closes them from `layer` on, as
-    PyramidDrop does (both from their released code), which models refuse whose patches stand at a row and a column.
+    From `layer` on nothing reads these rows, in prefill and while decoding: all other rows are those of a shorter
+    sequence. In traces the rows stay, unchanged since they left. Several LeaveAt are the stages of a schedule; a later
+    mask need not repeat an earlier one. `positions="keep"` leaves gaps in rotary positions, as FastV's released code
+    does; `"renumber"` closes them from `layer` on, as PyramidDrop's does; see `Prune`.
     """
 
     mask: Masks  #: True = leaves
@@ -131,10 +127,8 @@ class LeaveAt:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01).
-
-    What some families add to them between blocks (Qwen3-VL) is multiplied, too.
-    """
+    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01), and what families
+    add to them between blocks (Qwen3-VL)."""
 
     factor: float
 

@@ -34,10 +34,8 @@ AT_ONCE = 2**22  # values of a weight that are read at a time
 
 
 def digest(value: Any) -> str:
-    """Of numbers, texts, arrays, models, functions and what is made of them, by value: the same in every process.
-
-    A function counts with its source, what it encloses, and the functions and plain values beside it that it names.
-    TypeError: something in it is not known by its value, such as a generator.
+    """Of numbers, texts, arrays, models, functions (source, what they enclose and name) and what is made of them, by
+    value: the same in every process. TypeError: something in it is not known by its value, such as a generator.
 
     >>> digest({"a": 1, "b": (2.0, "x")}) == digest({"b": (2.0, "x"), "a": 1}) != digest({"a": 1})
     True

@@ -75,8 +75,6 @@ def _given(name: str, value: Any, intervention: str) -> Any:
 
 def arm_of(intervention: str, seed: Any = 0, layer: Any = None, factor: Any = None) -> Arm:
     """The arm that `--model_args intervention=…` names.
-
-    lmms-eval hands numbers over as it parses them: "-1" arrives as -1.0, so whole numbers are told from others here.
     EmbedLensError: unknown intervention, or a number that is missing or not whole.
 
     >>> arm_of("prune_random", seed=3.0).seed
@@ -111,18 +109,13 @@ def batch_size_of(given: Any) -> int | str:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question.
-
-    Attributes:
-        key: of the picture; what is random about the arm is seeded by it.
-        stops: the answer ends before the first of these.
-    """
+    """One question."""
 
     picture: Any
     question: str
-    key: int
+    key: int  #: Of the picture; what is random about the arm is seeded by it
     max_new_tokens: int
-    stops: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()  #: The answer ends before the first of these
 
 
 @dataclass(frozen=True)
@@ -134,14 +127,8 @@ class Said:
 
 
 class Answerer:
-    """A model that answers under one arm, and keeps count of how often the arm acted.
-
-    Attributes:
-        asked: questions answered.
-        acted: those whose picture the arm acted on; the others ran as the baseline.
-        tokens: visual tokens that it acted on, in all.
-        batch_size: questions answered together; fewer from where a batch does not fit into memory.
-    """
+    """A model that answers under one arm, and counts questions `asked`, those whose picture the arm `acted` on, and the
+    visual `tokens` that it acted on in all. `batch_size` questions are answered together, or as many as fit."""
 
     def __init__(
         self, model: VisionLanguageModel, arm: Arm, calibration: str | None = None, batch_size: int | str = study.AUTO
@@ -255,10 +242,7 @@ def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
 
 def judges(task: str, folder: Path) -> set[str]:
     """Names of keys one of which a task's scoring needs, as a judge behind a service reads the answers; {}: none.
-
-    Args:
-        folder: lmms-eval's `tasks`. What a task's YAML names, and what that imports beside it, is searched for keys.
-    """
+    `folder`: lmms-eval's `tasks`. What a task's YAML names, and what that imports beside it, is searched for keys."""
     files = (file for file in folder.rglob("*.yaml") if re.search(_NAMED, file.read_text("utf-8")))
     for file in files:
         text = file.read_text("utf-8")

@@ -30,13 +30,10 @@ class EmbedLensModel(Base):
     """A model from `embedlens.load` under one intervention; every exception ends the run, as a score must not hide it.
 
     Args:
-        pretrained: as `embedlens.load` takes it.
+        pretrained, device, dtype, quantize, preprocessing: as `embedlens.load` takes them.
         intervention: a key of `lmms.INTERVENTIONS`.
-        seed: of random interventions.
-        layer: for enter_at. factor: for rescale.
-        calibration: pictures in which dead and sink tokens are told apart, such as coco:/data/coco/val2017; default:
-            drawn ones.
-        device, dtype, quantize, preprocessing: as `embedlens.load` takes them.
+        seed, layer, factor: of random interventions, for enter_at, for rescale.
+        calibration: pictures to tell groups apart in, such as coco:/data/coco/val2017; default: drawn ones.
         batch_size: questions answered together, or auto: as many as fit, found by halving.
     """
 

@@ -38,10 +38,8 @@ def load(
     """A model to study: the shipped miniature, a checkpoint folder, or a Hugging Face repository.
 
     Args:
-        name_or_folder: `"miniature"`, a folder that `save_pretrained` wrote, or a repository id such as
-            `llava-hf/llava-1.5-7b-hf`.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or `"auto"` to spread the layers over all GPUs.
-            Default: the first GPU if there is one, else the CPU.
+        name_or_folder: `"miniature"`, a folder that `save_pretrained` wrote, or an id as `llava-hf/llava-1.5-7b-hf`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"auto"`, all GPUs; by default the first GPU, else the CPU.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default, `"auto"`: float32 for the miniature and on the CPU,
             the checkpoint's own on a GPU. Any other becomes part of the model's name.
         quantize: `"4bit"` or `"8bit"` matrices of the decoder through bitsandbytes (needs a CUDA GPU). The vision
@@ -51,8 +49,7 @@ def load(
             Other families cut pictures in their own way, `"own"`; the three make a picture square before that.
 
     Raises:
-        EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
-            missing processor, unknown device, dtype, quantisation or preprocessing.
+        EmbedLensError: unknown name, class, device, dtype, quantisation or preprocessing, or a part that is missing.
     """
     with warnings.catch_warnings():  # in a notebook without ipywidgets its first import prints a path of this machine
         warnings.simplefilter("ignore")

@@ -26,8 +26,7 @@ class Frame:
     """What part of the picture's plane the model's canvas shows, exactly.
 
     Coordinates are pixels of the original picture, x to the right, y down; pixel (i, j) covers [i, i+1) x [j, j+1).
-    The window reaches beyond the picture where the canvas has bars, and lies inside it where the canvas cuts.
-    Resampling rounds nothing here: the canvas is the window, stretched.
+    The window reaches beyond the picture where the canvas has bars. The canvas is the window, stretched.
     """
 
     width: int  # of the original picture, px
@@ -36,10 +35,8 @@ class Frame:
 
     @classmethod
     def letterbox(cls, width: int, height: int) -> Frame:
-        """The whole picture, centred in a square with bars, as LLaVA-1.5 does.
-
-        The bar before the picture is (long - short) // 2 pixels, the one behind it takes the odd pixel
-        (`expand2square` of LLaVA, `LlavaImageProcessorPil.pad_to_square`).
+        """The whole picture, centred in a square with bars, as LLaVA-1.5 does (`expand2square`): the bar before the
+        picture is (long - short) // 2 pixels, the one behind it takes the odd pixel.
 
         >>> Frame.letterbox(640, 427).box
         (0.0, -106.0, 640.0, 534.0)
@@ -50,10 +47,8 @@ class Frame:
 
     @classmethod
     def centre_crop(cls, width: int, height: int, side: int) -> Frame:
-        """The central square, as CLIP does: short side resized to `side` px, then the middle cut out.
-
-        The processor truncates the long side and the left edge to whole pixels of the resized picture, so `side`
-        enters.
+        """The central square, as CLIP does: short side resized to `side` px, then the middle cut out, the long side and
+        the left edge truncated to whole pixels of the resized picture.
 
         >>> Frame.centre_crop(640, 480, side=336).box
         (80.0, 0.0, 560.0, 480.0)
@@ -128,9 +123,8 @@ class PatchGrid:
 
     @classmethod
     def of_canvas(cls, frame: Frame, canvas: tuple[int, int], patch: int) -> PatchGrid:
-        """The grid that patches of `patch` px make on a canvas of (width, height) px.
-
-        Where they do not divide it, the vision tower's convolution drops the remainder at the right and at the bottom.
+        """The grid that patches of `patch` px make on a canvas of (width, height) px; a remainder at the right and at
+        the bottom is dropped.
 
         >>> grid = PatchGrid.of_canvas(Frame.stretch(380, 384), canvas=(380, 384), patch=14)
         >>> grid.rows, grid.cols, grid.box(26)
@@ -197,9 +191,8 @@ class PatchGrid:
         return tuple(self.cells[index].tolist())
 
     def box(self, index: int) -> Box:
-        """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1.
-
-        A cell wholly in the bars shows nothing: its box has no area and lies on the picture's edge.
+        """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1. Of a cell wholly
+        in the bars it has no area and lies on the picture's edge.
 
         >>> PatchGrid(4, 4, Frame.letterbox(100, 50)).box(0)
         (0.0, 0.0, 25.0, 0.0)

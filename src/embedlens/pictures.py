@@ -16,10 +16,8 @@ from embedlens.errors import EmbedLensError
 
 Picture = str | os.PathLike | Image | np.ndarray
 
+#: Longer side, px, up to which a picture reaches the model's own preprocessing with all its pixels; larger ones shrink.
 LARGEST = 4096
-"""Longer side, px, up to which a picture reaches the model's own preprocessing with all its pixels. Larger ones are
-shrunk to what that can use before anything as large as they are is drawn."""
-
 STRIP = 2**20  # pixels that are converted at a time
 GAP = 2.0  # large pictures are averaged over whole pixels down to this many times what is wanted, then interpolated
 
@@ -29,10 +27,8 @@ def open_picture(picture: Picture) -> Image:
 
     Paths are decoded; EXIF rotation is applied, as viewers do; transparent pixels lie on white; 16-bit, 32-bit and
     float greys are scaled to 8 bits; CMYK and palettes are converted. The first frame of an animation counts. An
-    upright RGB image beyond `LARGEST` px is handed on as it is, others as a copy.
-
-    Args:
-        picture: path, PIL image of any mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
+    upright RGB image beyond `LARGEST` px is handed on as it is, others as a copy. `picture`: path, PIL image of any
+    mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
 
     >>> from PIL import Image
     >>> open_picture(Image.new("L", (3, 2), 255)).getpixel((0, 0))

@@ -62,11 +62,8 @@ def _launched() -> int:
 
 
 def processes(device: str) -> Processes:
-    """This process alone, unless a launcher started several, for models on this kind of device, "cpu" or "cuda".
-
-    To be called before a model is loaded: loading may make accelerate look at the machine by itself, and without a GPU
-    it then takes each process for a single one.
-    """
+    """This process alone, unless a launcher started several, for models on a "cpu" or "cuda". Call it before a model is
+    loaded: then accelerate may look at the machine by itself, and without a GPU take each process for a single one."""
     launched = _launched()
     if launched == 1 and not _met():
         return Processes()

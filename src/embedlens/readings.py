@@ -167,11 +167,8 @@ class Reader:
         self, logits: Float[Tensor, "m V"], again: Callable[[Tensor, Tensor], Tensor], wrote: Int[Tensor, " m"] | None
     ) -> tuple[Float[Tensor, "m V"], Int[Tensor, " m"]]:
         """Logits at the first content word of readings, given those at the first word, and the article before it (-1:
-        none).
-
-        `again` gives the logits of some of them after a further word each; `wrote` are the articles to read after,
-        None: those that the readings begin with themselves.
-        """
+        none). `again` gives the logits of some of them after a further word each; `wrote` are the articles to read
+        after, None: those that the readings begin with themselves."""
         if wrote is None:
             best = logits.argmax(-1).cpu()
             wrote = torch.where(torch.isin(best, self.articles), best, -1)

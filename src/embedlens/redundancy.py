@@ -33,10 +33,8 @@ RANKS = (  # places in the order of similarity to CLS, of 576, that the release 
 
 
 def window(place: int, grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
-    """The tokens around one, in raster order: a square of `side` patches, shifted inward where it would leave the grid.
-
-    A grid that is smaller than the square gives its whole side.
-
+    """The tokens around one, in raster order: a square of `side` patches, shifted inward where it would leave the grid,
+    smaller in a grid that is smaller.
     >>> from embedlens.patches import Frame, PatchGrid
     >>> grid = PatchGrid(rows=4, cols=5, frame=Frame.stretch(50, 40))
     >>> window(7, grid).tolist(), window(0, grid).tolist()

@@ -29,8 +29,7 @@ RESAMPLES = 2000
 class Estimate:
     """A value with its interval, of `n` pictures (or questions, as `of` says).
 
-    It formats itself, and comparing it is three-valued: True or False where the whole interval lies on one side of the
-    bar, None where it straddles it. A rule that forgets "undecided" cannot be written.
+    Comparing is three-valued: True or False where the whole interval lies on one side of the bar, None where not.
 
     >>> share = Estimate(0.35, 0.34, 0.36, n=150)
     >>> f"{share:.0%}", f"{share:.2f}", share > 0.3, share > 0.35

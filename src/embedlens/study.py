@@ -47,17 +47,14 @@ def run(
 ) -> pd.DataFrame:
     """Run a study on every sample; one row per record it gives.
 
-    Where `accelerate launch` or torchrun started several processes, the batches are dealt out to them and all return
-    the same table. Load the model on `accelerate.PartialState().device` then; without a GPU use torchrun, because
-    `accelerate launch --cpu` starts one process only.
+    Several processes (`accelerate launch`, without a GPU torchrun) share the batches and all return the same table.
+    Load the model on `accelerate.PartialState().device` then.
 
-    Without `out`, rows are kept where the environment variable EMBEDLENS_ROWS names a folder, and found again by what
-    was run on what: every study of a notebook goes on after a kill, and nothing in it has to be changed for that.
-    `embedlens book` sets it, and so does the first cell of a notebook on Colab where a drive is mounted.
+    Without `out`, rows are kept in the folder that the environment variable EMBEDLENS_ROWS names, and found again by
+    what was run on what. `embedlens book` sets it.
 
-    A sample that raises EmbedLensError or OSError (a damaged picture) is left out of the table; one warning at the end
-    says how many, `table.attrs["failed"]` which. Calling again tries them again. Any other exception is a bug of the
-    study and is raised at once; chunks that were finished stay on disk.
+    A sample that raises EmbedLensError or OSError (a damaged picture) is left out of the table; a warning says how
+    many, `table.attrs["failed"]` which. Calling again tries them again. Any other exception is raised at once.
 
     Args:
         study: (model, sample) → a flat record {name: number, text, bool or None}, or several. With `batch_size` it
@@ -66,9 +63,8 @@ def run(
         model: from `embedlens.load`.
         samples: any iterable; read once, a batch at a time. Pictures that the study opens are let go.
         out: a folder for rows; a call that finds its own chunks there goes on from them.
-        batch_size: samples at a time; batches are the same whatever the number of processes. "auto": as many as fit,
-            found by halving from 64 on a GPU, 8 on a CPU; a resumed run keeps what was found. A batch that does not
-            fit after all is measured in halves.
+        batch_size: samples at a time, by any number of processes. "auto": as many as fit, found by halving from 64 on
+            a GPU, 8 on a CPU. A batch that does not fit after all is measured in halves.
         progress: show a bar on stderr; None: if that is a terminal, or the model is not the miniature.
 
     Returns:
@@ -108,10 +104,7 @@ def run(
         return [answer for batch in parts for answer in _answers(study, model, batch, size)]
 
     def known(chunk: list[Sample]) -> list[Answer]:
-        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ.
-
-        What failed is tried again.
-        """
+        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
         if folder is None:
             return measured(chunk)
         what = key, size, list(map(kept.of_sample, chunk))
@@ -148,11 +141,8 @@ def run(
 
 
 def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, samples: Sequence[Sample]) -> int:
-    """The largest power of two up to 64, or the number of samples, at which a batch fits into memory.
-
-    What the study gives is thrown away. A CPU is not tried but given 8: where its memory runs out, nothing is raised
-    that could be caught. EmbedLensError: not even one sample fits.
-    """
+    """The largest power of two up to 64, or the number of samples, at which a batch fits into memory. A CPU is given 8:
+    where its memory runs out, nothing is raised that could be caught. EmbedLensError: not even one sample fits."""
     if not len(samples):
         raise EmbedLensError("no samples: pass at least one")
     if model.device.type == "cpu":

@@ -55,10 +55,8 @@ class Trace:
 
 
 def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
-    """Run one prompt and keep what every sublayer leaves.
-
-    Args:
-        masks: name → positions whose share of everyone's attention is wanted. They may overlap.
+    """Run one prompt and keep what every sublayer leaves. `masks`: name → positions whose share of everyone's attention
+    is wanted. They may overlap.
 
     Raises:
         EmbedLensError: a mask of another length than the prompt, or an attention kernel that cannot be read.
@@ -132,10 +130,8 @@ def _indicators(
 def reading(
     model: VisionLanguageModel, of_products: Callable[[Tensor, Tensor, Tensor | None, float], None]
 ) -> Iterator[None]:
-    """For the time of the block, the attention of the decoder is read, layer by layer.
-
-    Args:
-        of_products: is given queries Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention.
+    """For the time of the block, the attention of the decoder is read, layer by layer. `of_products`: is given queries
+    Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention.
 
     Raises:
         EmbedLensError: another kernel.
