@@ -133,7 +133,6 @@ def explore(
     """Look at every visual token of a picture: words by lens and layer, group, norm, and what the answer attends to.
 
     Args:
-        model: from `embedlens.load`.
         image: a picture, or several to choose from.
         question: what is asked; attention is that of the answer to it.
         k: words per token; by default 5, of large pictures 3.

@@ -67,7 +67,9 @@ class SkipSublayers:
             raise EmbedLensError("SkipSublayers skips nothing: name sublayers, for example at=[1.5], layer 1's MLP")
         for place in self.at:
             if place < 0 or 2 * place != int(2 * place):
-                raise EmbedLensError(f"there is no sublayer {place}: pass n for attention n, n + 0.5 for its MLP")
+                raise EmbedLensError(
+                    f"there is no sublayer {place}: pass n for the attention of layer n, n + 0.5 for its MLP"
+                )
         object.__setattr__(self, "at", tuple(float(place) for place in self.at))
 
 
@@ -163,9 +165,10 @@ def _checked_masks(value: Prune | SkipSublayers | LeaveAt) -> tuple[Tensor, ...]
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise EmbedLensError(f"the mask of {name} is {kind}: pass a torch.bool tensor, True where it acts")
         if mask.ndim != 1:
-            raise EmbedLensError(f"the mask of {name} has shape {tuple(mask.shape)}: pass Bool[n_visual], or several")
+            what = f"the mask of {name} has shape {tuple(mask.shape)}"
+            raise EmbedLensError(f"{what}: pass one True or False per visual token, and a list for several prompts")
     if not any(bool(mask.any()) for mask in masks):
-        raise EmbedLensError(f"the mask of {name} is empty: mark at least one visual token, or no intervention")
+        raise EmbedLensError(f"the mask of {name} is empty: mark at least one visual token, or run without it")
     return masks
 
 

@@ -272,7 +272,9 @@ def check_keys(tasks_asked: Iterable[str], folder: Path) -> None:
     for task in tasks_asked:
         keys = judges(task, folder)
         if keys and not any(os.environ.get(key) for key in keys):
-            raise EmbedLensError(f"a judge scores answers of {task}: set {' or '.join(sorted(keys))}, or leave it out")
+            raise EmbedLensError(
+                f"{task} is scored by a judge and {' or '.join(sorted(keys))} is not set: leave it out"
+            )
 
 
 def manifests() -> Any:

@@ -206,7 +206,7 @@ def _load_weights(
     absent = sorted(found["missing_keys"])
     if absent:
         # transformers would go on with random numbers in their place
-        raise EmbedLensError(f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save all of it")
+        raise EmbedLensError(f"weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model")
     return hf.to(place) if device_map is None else hf
 
 

@@ -1,7 +1,6 @@
 """How much memory a model will take, from its config alone.
 
-Weights are counted exactly, on an architecture without storage; the rest is an estimate, before anything is loaded.
-
+Weights are counted exactly; the rest is an estimate, before anything is loaded.
 >>> from embedlens.model_names import MINIATURE
 >>> found = needed(config_of(MINIATURE), dtype="float32")
 >>> found.parameters > 1e6, found.total(batch_size=8) > found.weights

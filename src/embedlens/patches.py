@@ -73,13 +73,11 @@ class Frame:
     @classmethod
     def of(cls, preprocessing: str, width: int, height: int, side: int) -> Frame:
         """The frame of a picture under a named preprocessing with a square canvas of `side` px."""
-        if preprocessing == "letterbox":
-            return cls.letterbox(width, height)
         if preprocessing == "centre-crop":
             return cls.centre_crop(width, height, side)
-        if preprocessing == "stretch":
-            return cls.stretch(width, height)
-        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+        if preprocessing not in PREPROCESSINGS:
+            raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+        return (cls.letterbox if preprocessing == "letterbox" else cls.stretch)(width, height)
 
     @classmethod
     def _of(cls, width: int, height: int, *window: int | Fraction) -> Frame:

@@ -103,7 +103,8 @@ def _upright_rgb(image: Image, name: str) -> Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         if "ghostscript" in str(error).lower() or "not available" in str(error):
             raise EmbedLensError(f"{name} cannot be read on this machine ({error}): save it as png or jpg") from None
-        raise EmbedLensError(f"{name} is damaged and cannot be read to its end ({error}): get it again") from None
+        what = f"{name} is damaged or truncated and cannot be read to its end ({error})"
+        raise EmbedLensError(f"{what}: get a complete copy, or save it again") from None
 
 
 def _in_strips(image: Image, convert: Callable[[Image], Image]) -> Image:
@@ -158,11 +159,13 @@ def _from_array(array: np.ndarray) -> Image:
 
     array = np.asarray(array)
     if array.dtype != np.uint8:
-        raise EmbedLensError(f"the picture array has dtype {array.dtype}: pass uint8, (255 * array).astype('uint8')")
+        what = f"the picture array has dtype {array.dtype}"
+        raise EmbedLensError(f"{what}: pass uint8, for example (array * 255).round().astype('uint8')")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise EmbedLensError(f"the picture array has shape {tuple(array.shape)}: pass [h, w] or [h, w, 1, 3 or 4]")
+        what = f"the picture array has shape {tuple(array.shape)}"
+        raise EmbedLensError(f"{what}: pass [h, w], [h, w, 3] or [h, w, 4] (channels last)")
     return _upright_rgb(Image.fromarray(np.ascontiguousarray(array)), "this array")
 
 

@@ -91,7 +91,8 @@ class Prompt:
         if self.rows is not None:
             raise EmbedLensError("this prompt has lost visual tokens already: spread the mask on the whole prompt")
         if mask.shape != (len(self.grid),):
-            raise EmbedLensError(f"the mask has shape {tuple(mask.shape)}: pass {len(self.grid)}, one a visual token")
+            what = f"the mask has shape {tuple(mask.shape)}, the picture {len(self.grid)} visual tokens"
+            raise EmbedLensError(f"{what}: pass one True or False per visual token")
         whole = torch.zeros_like(self.visual)
         whole[self.visual] = mask.to(whole.device)
         return whole

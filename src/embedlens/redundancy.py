@@ -121,9 +121,8 @@ def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float 
     """Clusters by density peaks with nearest neighbours; 0 is that of the first centre. The same on every run.
 
     Distances are Euclidean over √d. A token's density is exp(-mean square distance to its k nearest, itself among
-    them); its separation is the distance to the nearest denser token; the tokens of largest product are the centres,
-    and every token goes to the nearest. The release breaks ties by noise, this by index, and products are compared as
-    logarithms, as densities of long vectors would all be zero.
+    them); its separation is the distance to the nearest denser token; the tokens of largest product (compared as
+    logarithms) are the centres, and every token goes to the nearest. Ties go by index, in the release by noise.
 
     Args:
         clusters: how many; as many as there are tokens if they are fewer.

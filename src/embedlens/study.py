@@ -241,7 +241,7 @@ def _listed(given: Any) -> Any:
 def _rows(given: Any, sample: Sample) -> list[dict[str, Any]]:
     wrong = [entry for entry in given if not isinstance(entry, Mapping)] if isinstance(given, list) else [given]
     if wrong:
-        raise EmbedLensError(f"the study gave {_kind(wrong[0])} for sample {sample.id}: return a dict, or several")
+        raise EmbedLensError(f"the study gave {_kind(wrong[0])} for sample {sample.id}: return one record or several")
     rows = [{str(name): _plain(value, str(name)) for name, value in row.items()} for row in given]
     return [row if "id" in row else {"id": sample.id, **row} for row in rows]
 

@@ -1,9 +1,8 @@
 """Hubs of a lens: vocabulary entries that are nearest to everything, whatever is asked.
 
 In many dimensions a few points become the nearest neighbours of very many others (Radovanović, Nanopoulos and
-Ivanović 2010). An entry that is nearest to random directions too says little about the token on which it stands. So
-the words on visual tokens are counted beside those on directions that hold no picture: drawn from a sphere, and with
-nothing of the tokens but their mean and covariance.
+Ivanović 2010). So the words on visual tokens are counted beside those on directions that hold no picture: drawn from a
+sphere, and with nothing of the tokens but their mean and covariance.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Norms of visual and text positions, how far each block turns them, and what rescaling changes (Section 6.2).
 
-A block of a pre-norm decoder reads the residual stream through a norm that divides its length out, and adds an update
-to it. A factor on the visual tokens leaves what the first attention reads as it is, and changes how much the update
-weighs beside what it is added to: `first_block` separates this arithmetic from what the model does.
+A pre-norm block divides the length out as it reads. So a factor on the visual tokens leaves what the first attention
+reads, and changes how much its update weighs: `first_block` separates this arithmetic from what the model does.
 """
 
 from __future__ import annotations

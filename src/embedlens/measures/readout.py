@@ -1,8 +1,7 @@
 """What a linear probe reads from visual tokens: content that cosines near one can hide.
 
-Tokens whose pairwise cosine is .99 can still differ in directions that a later layer, or a probe, reads without
-effort. So a multinomial logistic regression is trained on the tokens of some pictures and asked about those of others,
-beside the same on projectors with random weights (what the vision tower alone gives) and the most frequent answer.
+A multinomial logistic regression is trained on the tokens of some pictures and asked about those of others, beside the
+same on projectors with random weights (what the vision tower alone gives) and the most frequent answer.
 """
 
 from __future__ import annotations
@@ -133,8 +132,7 @@ def linear_readout(
 ) -> pd.DataFrame | None:
     """Train a probe on the tokens of two thirds of the pictures, ask it about those of the rest.
 
-    Every dimension is standardised by the training tokens, so a direction that all tokens share plays no part. Only
-    the most frequent classes of the training tokens are asked for, and the majority is counted among the same.
+    Every dimension is standardised by the training tokens. Only their most frequent classes are asked for.
 
     Args:
         vectors: the same tokens in one or several forms (several random projectors); their hits are averaged.

@@ -1,8 +1,7 @@
 """Sinks: do any stand out, how alike they are, how like BOS, how much attended (Sections 4.1 to 4.3, Appendix D).
 
-Which tokens are sinks a `Reference` tells; where a model has none of a kind, there are no rows of it. The first token
-of the sequence (BOS) sees nothing but itself, so its state at every layer is the same for all pictures; what lies along
-it cannot hold anything of a picture. `embedlens.measures.planted` makes the positive control.
+Which tokens are sinks a `Reference` tells; where a model has none of a kind, there are no rows of it. The state of the
+first token (BOS) is the same for all pictures. `embedlens.measures.planted` makes the positive control.
 """
 
 from __future__ import annotations

@@ -148,10 +148,9 @@ def pictures(n: int = PAPER, seed: int = 0, side: int = 112, patch: int = 14) ->
     """The first `n` pictures of a seed, of `side` px, which the model reads without resampling, in cells of `patch` px;
     70 have the paper's 30, 20 and 20.
 
-    Objects, colours, numbers and lengths are dealt from shuffled decks, so that each comes equally often and none goes
-    with another. A picture does not depend on how many are asked for; on another grid it has the same content in
-    another cell. Every second string has a white surround, as the paper's text says, the others a coloured one, as its
-    example has (A59).
+    Objects, colours, numbers and lengths come from shuffled decks, so that each comes equally often. A picture does
+    not depend on how many are asked for; on another grid it has the same content in another cell. Every second string
+    has a white surround, as the paper's text says, the others a coloured one, as its example has (A59).
     """
     if n < 1 or seed < 0:
         raise EmbedLensError(f"n is {n} and the seed {seed}: n is 1 or more, the seed 0 or more")
