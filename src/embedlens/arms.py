@@ -94,11 +94,8 @@ def random_alive(
 def block_alive(
     groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str]
 ) -> Bool[Tensor, " n"]:
-    """A connected block of alive tokens, as many as some groups have together, or all where they are fewer.
-
-    Dead tokens lie side by side, in bars and background. Tokens removed at random hit every object of a picture; a
-    block of them can miss some, as the dead tokens do.
-    """
+    """A connected block of alive tokens, as many as some groups have together, or all where they are fewer: unlike
+    tokens removed at random it can miss some objects, as the dead tokens do, which lie side by side."""
     return random_block(groups.alive, int(members(groups, grid, rng, matched).sum()), grid, rng)
 
 
@@ -115,11 +112,8 @@ def random_tokens(pool: Bool[Tensor, " n"], size: int, rng: np.random.Generator)
 
 
 def random_block(pool: Bool[Tensor, " n"], size: int, grid: PatchGrid, rng: np.random.Generator) -> Bool[Tensor, " n"]:
-    """A connected block of `size` tokens of a pool, or the whole of a smaller one, grown neighbour by neighbour.
-
-    It starts in a connected part of the pool that has room for it, each token equally likely; where no part has, it
-    takes the largest part whole and goes on in the next.
-    """
+    """A connected block of `size` tokens of a pool, or the whole of a smaller one, grown neighbour by neighbour in a
+    part that has room for it, from each token equally likely; where no part has, the largest is taken whole first."""
     if len(pool) != len(grid):
         raise EmbedLensError(f"the pool has {len(pool)} tokens, the grid {len(grid)}: pass those of one picture")
     parts = _connected_parts(pool, grid)

@@ -79,10 +79,8 @@ def _check_pixels(model: Any, picture: Image.Image, inputs: Mapping[str, Tensor]
 
 
 def real_rows(tokenizer: Any, image_token_id: int, n_embeddings: int, name: str) -> int:
-    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder.
-
-    A special token beyond the embedding, as InternVL3's <video>, has no row: nothing here writes it.
-    """
+    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder, nor a
+    special token beyond the embedding, as InternVL3's <video>."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     rowless = {image_token_id, tokenizer.pad_token_id, *(index for index in special if index >= n_embeddings)}

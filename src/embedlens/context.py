@@ -163,11 +163,8 @@ class ContextLens(EmbedLens):
 
     @classmethod
     def load(cls, file: Path | str, model: VisionLanguageModel) -> ContextLens:
-        """The bank in a file, if it is of this model.
-
-        Raises:
-            EmbedLensError: no such file, no bank, or the bank of another model or of other weights.
-        """
+        """The bank in a file, if it is of this model. EmbedLensError: no such file, no bank, or the bank of another
+        model or of other weights."""
         from safetensors import SafetensorError, safe_open
 
         file = Path(file).expanduser()

@@ -99,12 +99,9 @@ def _features(
 def attended(
     model: VisionLanguageModel, prompts: Sequence[Prompt], batch_size: int = 32
 ) -> list[tuple[Float[Tensor, "layers n"], Float[Tensor, " n"]]]:
-    """How much attention the text of each prompt pays to its visual tokens, with all of them in place.
-
-    Returns:
-        per prompt, means over heads: from the last position, which predicts the first word, in every layer; and from
-        SparseVLM's raters in its layer.
-    """
+    """How much attention the text of each prompt pays to its visual tokens, with all of them in place. Returns per
+    prompt, means over heads: from the last position, which predicts the first word, in every layer; and from
+    SparseVLM's raters in its layer."""
 
     def asking(prompt: Prompt) -> Int[Tensor, " _"]:
         return torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])])

@@ -46,11 +46,8 @@ class _Batch:
 
 
 class Run:
-    """What an `intervene` block hands out: how often its interventions acted.
-
-    `counts`: per intervention, in the order given, the number of module calls that it changed. Prune, Rescale and
-    EnterAt(0) count forwards of prompts, the others sublayers or blocks.
-    """
+    """What an `intervene` block hands out. `counts`: per intervention the number of module calls that it changed;
+    Prune, Rescale and EnterAt(0) count forwards of prompts, the others sublayers or blocks."""
 
     def __init__(self, model: VisionLanguageModel, interventions: tuple[Intervention, ...]) -> None:
         self.model, self.interventions = model, interventions

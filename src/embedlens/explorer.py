@@ -100,8 +100,7 @@ class Explorer:
 
     def save(self, file: Path | str) -> Path:
         """Write the page to one .html file, or its static twin to a picture file. EmbedLensError: another ending, or a
-        place that cannot be written.
-        """
+        place that cannot be written."""
         file = Path(file).expanduser()
         if file.suffix.lower() not in (".html", ".htm", ".png"):
             raise EmbedLensError(f"{file.name or file} has no ending .html or .png: name such a file")

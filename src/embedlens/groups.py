@@ -273,8 +273,7 @@ _REFERENCES: WeakKeyDictionary[VisionLanguageModel, dict[tuple[str, int] | None,
 
 def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: int = 0) -> Reference:
     """`discover` in pictures of a data set, once per model: in photographs where photographs are measured, else in
-    training pictures of the miniature world. `dataset` and `seed` are those of `embedlens.samples.calibration`.
-    """
+    training pictures of the miniature world. `dataset` and `seed` are those of `embedlens.samples.calibration`."""
     known, key = _REFERENCES.setdefault(model, {}), (dataset, seed) if photographs(dataset) else None
     if key not in known:
         known[key] = discover(model, None if key is None else calibration(dataset, CALIBRATION, seed))

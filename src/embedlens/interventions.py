@@ -52,11 +52,8 @@ class Prune:
 
 @dataclass(frozen=True, eq=False)
 class SkipSublayers:
-    """Zero what some sublayers add to masked visual tokens: their rows pass through unchanged.
-
-    The rows still serve keys and values, from their own un-updated state, so others keep reading them. With masks of
-    sink tokens these are the paper's sublayer-skipping arms (Section 5.1): MLP-2 there, which counts from 1, is 1.5.
-    """
+    """Zero what some sublayers add to masked visual tokens, which still serve keys and values, from their un-updated
+    state. With masks of sinks these are the paper's arms (Section 5.1): MLP-2 there, which counts from 1, is 1.5."""
 
     mask: Masks  #: True = not updated
     at: Sequence[float]  #: n: the attention of layer n; n + 0.5: its MLP; 0-based

@@ -45,8 +45,7 @@ class Lens(ABC):
         self, h: Float[Tensor, "*batch d"], k: int = 5
     ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
         """The k best vocabulary entries: (scores, ids), best first, ties by lowest id. EmbedLensError: the vectors have
-        another width, some are no numbers (NaN, inf), or k is not between 1 and the size of the vocabulary.
-        """
+        another width, some are no numbers (NaN, inf), or k is not between 1 and the size of the vocabulary."""
         if h.ndim < 1 or h.shape[-1] != self.width:
             raise EmbedLensError(
                 f"the vectors have shape {tuple(h.shape)}, this lens reads width {self.width}: pass hidden states of "

@@ -145,8 +145,7 @@ class Answerer:
     def answers(self, questions: Sequence[Any], read: Callable[[Any], Asked] = lambda one: one) -> Iterator[Said]:
         """The greedy answers in the order of the questions, which `read` makes of what is given a batch at a time.
         EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was to act
-        and did not.
-        """
+        and did not."""
 
         def run(_: int, batch: Sequence[Any]) -> Iterator[Said]:
             for _, alike in groupby(map(read, batch), key=lambda one: one.max_new_tokens):
@@ -186,8 +185,7 @@ class Answerer:
 
     def report(self) -> str:
         """How often the arm acted, in one sentence. EmbedLensError: it never did, so that all scores are the
-        baseline's.
-        """
+        baseline's."""
         if self.arm.name == BASELINE.name:
             return f"{self.asked} answers without an intervention"
         if self.asked and not self.acted:
@@ -216,8 +214,7 @@ def until(text: str, stops: Sequence[str]) -> str:
 
 def generation(kwargs: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     """(new tokens, stops) of a task's `generation_kwargs`; only greedy decoding is supported. EmbedLensError: the task
-    samples or searches beams.
-    """
+    samples or searches beams."""
     if kwargs.get("do_sample") or (kwargs.get("temperature") or 0) > 0 or (kwargs.get("num_beams") or 1) > 1:
         raise EmbedLensError("answers here are greedy: pass --gen_kwargs do_sample=false,temperature=0,num_beams=1")
     stops = kwargs.get("until") or ()
@@ -226,8 +223,7 @@ def generation(kwargs: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
 
 def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
     """Picture and text of one user turn, as this package asks them: the picture first. EmbedLensError: several turns,
-    no picture or several, a video, or sound.
-    """
+    no picture or several, a video, or sound."""
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) != 1 or turns[0]["role"] != "user" or len(turns) != len(messages):
         raise EmbedLensError("the task has several turns or a system prompt: choose tasks of one question a picture")
@@ -267,8 +263,7 @@ _NAMED = r"(?m)^task: *[\"']?([\w+-]+)"
 
 def check_keys(tasks_asked: Iterable[str], folder: Path) -> None:
     """Say before anything runs that a key is missing: without it every answer would be scored as a wrong one.
-    EmbedLensError: a task is scored by a judge, and none of its keys is set.
-    """
+    EmbedLensError: a task is scored by a judge, and none of its keys is set."""
     for task in tasks_asked:
         keys = judges(task, folder)
         if keys and not any(os.environ.get(key) for key in keys):

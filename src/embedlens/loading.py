@@ -105,8 +105,7 @@ def dtype_of(dtype: Any) -> torch.dtype:
 
 def check_quantization(quantize: str | None, place: str) -> None:
     """Refuse what this machine cannot do, before anything is loaded; nothing, for no quantisation. EmbedLensError:
-    another word than "4bit" or "8bit", no CUDA GPU, a package that is missing.
-    """
+    another word than "4bit" or "8bit", no CUDA GPU, a package that is missing."""
     if quantize is None:
         return
     if quantize not in ("4bit", "8bit"):

@@ -88,11 +88,8 @@ def config_of(name_or_folder: str | Path) -> Any:
 def needed(
     config: Any, dtype: str = "bfloat16", quantize: str | None = None, visual_tokens: int | None = None
 ) -> Memory:
-    """What a model of this config takes, computed in `dtype`; "4bit" or "8bit" as bitsandbytes does it.
-
-    `visual_tokens`: of one picture; None: those of an ordinary one. EmbedLensError for what is unknown here, or a
-    config that is no vision-language model's.
-    """
+    """What a model of this config takes, computed in `dtype`; "4bit" or "8bit" as bitsandbytes does it; `visual_tokens`
+    of one picture, None: an ordinary one. EmbedLensError for what is unknown here, or no vision-language model's."""
     from transformers import AutoModelForImageTextToText
 
     size = dtype_of(dtype).itemsize
@@ -143,8 +140,7 @@ def foretold(
     model: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None, batch_size: int = 1
 ) -> str:
     """What a run on this model will take, and what is free where it is to run, in one sentence. EmbedLensError: as
-    `config_of` and `needed`.
-    """
+    `config_of` and `needed`."""
     if dtype in (None, AUTO):  # as `load` chooses; of the two half precisions both are of a size
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
         dtype = "bfloat16" if on_gpu and model != MINIATURE else "float32"

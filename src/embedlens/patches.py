@@ -231,8 +231,7 @@ class PatchGrid:
 
     def patch_at(self, x: float, y: float) -> int:
         """Index of the smallest patch that shows the point (x, y); a point in the bars has its patch too.
-        EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it.
-        """
+        EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it."""
         x0, y0, x1, y1 = self.cells.T
         shown = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).nonzero()[:, 0]
         if not len(shown):

@@ -225,10 +225,8 @@ def resized(
     resample: int | None = None,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image:
-    """A picture, or the part of it in `box`, at another size; bicubic by default.
-
-    Those beyond `LARGEST` px are averaged over whole pixels first: interpolating them would take ten times as long.
-    """
+    """A picture, or the part of it in `box`, at another size; bicubic by default, beyond `LARGEST` px averaged over
+    whole pixels first, which is ten times as fast."""
     from PIL import Image as images
 
     resample = images.Resampling.BICUBIC if resample is None else resample

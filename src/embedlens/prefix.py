@@ -48,10 +48,7 @@ def answers(
 
     Prompts share what the picture of `prompt.image` and equal interventions have in common; build further questions on
     a picture with `model.asked`. `batch_size`: pictures that run together, each with up to eight questions; twice as
-    many are remembered.
-
-    Raises:
-        EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
+    many are remembered. EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")

@@ -68,10 +68,8 @@ class Prompt:
         return replace(self, embeds=embeds, deep=None if self.deep is None else self.deep * factor)
 
     def without(self, mask: Bool[Tensor, " n"], gaps: bool = False) -> Prompt:
-        """The same prompt, physically shorter by the masked visual tokens.
-
-        The remaining rows keep their `positions`; of a prompt without such they count anew, with `gaps` as before.
-        """
+        """The prompt, physically shorter by the masked visual tokens. The remaining rows keep their `positions`; of
+        a prompt without such they count anew, with `gaps` as before."""
         kept = (~self.spread(mask)).nonzero()[:, 0]
         positions = self.positions
         if gaps and positions is None:

@@ -148,8 +148,7 @@ def write(
 ) -> Path:
     """Write `folder/<model>/<chapter>.json` (`folder` as `results` takes it), replacing one of the same parameters:
     what else the chapter was asked for, such as `dataset`. One of other parameters stays; the new one lies beside it,
-    named by what differs, and a printed line says so. A quantised model has a folder of its own.
-    """
+    named by what differs, and a printed line says so. A quantised model has a folder of its own."""
     content = {
         "model": model,
         "chapter": chapter,

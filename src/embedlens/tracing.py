@@ -56,11 +56,8 @@ class Trace:
 
 def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
     """Run one prompt and keep what every sublayer leaves. `masks`: name → positions whose share of everyone's attention
-    is wanted. They may overlap.
-
-    Raises:
-        EmbedLensError: a mask of another length than the prompt, or an attention kernel that cannot be read.
-    """
+    is wanted. They may overlap. EmbedLensError: a mask of another length than the prompt, or an attention kernel that
+    cannot be read."""
     return next(traces(model, [prompt], None if masks is None else [masks]))
 
 
@@ -70,11 +67,8 @@ def traces(
     masks: Sequence[Mapping[str, Bool[Tensor, " _"]]] | None = None,
     batch_size: int = 8,
 ) -> Iterator[Trace]:
-    """`trace` of several prompts, run together and padded on the right; one trace after the other, in order.
-
-    Only `batch_size` traces are held at a time. Masks of all prompts need the same names. Under `embedlens.Prune` a
-    trace has the remaining rows only; masks are still given for the whole prompt.
-    """
+    """`trace` of several prompts, padded on the right, `batch_size` of them held at a time. Masks need the same names.
+    Under `embedlens.Prune` a trace has the remaining rows only; masks are still given for the whole prompt."""
     if masks is not None and len(masks) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
 
@@ -131,11 +125,7 @@ def reading(
     model: VisionLanguageModel, of_products: Callable[[Tensor, Tensor, Tensor | None, float], None]
 ) -> Iterator[None]:
     """For the time of the block, the attention of the decoder is read, layer by layer. `of_products`: is given queries
-    Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention.
-
-    Raises:
-        EmbedLensError: another kernel.
-    """
+    Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention. EmbedLensError: another kernel."""
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
     if kernel != "sdpa":

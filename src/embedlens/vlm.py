@@ -188,11 +188,8 @@ class VisionLanguageModel:
 
     def prompt(self, image: Picture, question: str) -> Prompt:
         """A picture (as `embedlens.pictures.open_picture` takes it) and one question, without the image placeholder, as
-        the model reads them, in its own chat format.
-
-        Raises:
-            EmbedLensError: the picture or the question cannot be read, or both are longer than the model has positions.
-        """
+        the model reads them, in its own chat format. EmbedLensError: the picture or the question cannot be read, or
+        both are longer than the model has positions."""
         return self.prompts([image], [question])[0]
 
     def asked(self, prompt: Prompt, question: str) -> Prompt:
@@ -257,10 +254,8 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def tower_states_of(self, prompts: Sequence[Prompt]) -> list[Float[Tensor, "layers n v"]]:
-        """Every layer of the vision tower, one row per visual token: index 0 is its embedding, l leaves block l.
-
-        The projector reads layer `feature_layer`; in LLaVA that is the last but one. Where a merger makes one token of
-        2x2 patches, a row is the four patches' states side by side, as the merger reads them.
+        """Each layer of the vision tower, a row per visual token: index 0 is its embedding, l leaves block l. Where a
+        merger makes one token of 2x2 patches, a row is the four patches' states side by side, as the merger reads them.
         """
         with self.lock:
             inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]

@@ -27,10 +27,7 @@ def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
 
 
 def textless_ids(tokenizer, n_tokens: int) -> list[int]:
-    """Ids below n_tokens that are no text: special tokens, and bytes that are no character by themselves.
-
-    An ablation leaves them out of a lens: they can be nearest to a token but name nothing.
-    """
+    """Ids below n_tokens that are no text: special tokens, and bytes that are no character by themselves."""
     special = {*tokenizer.all_special_tokens, "<none>"}
     words = readable_tokens(tokenizer, n_tokens)
     return [index for index, word in enumerate(words) if word in special or RAW_BYTES.fullmatch(word)]

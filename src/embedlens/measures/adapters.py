@@ -75,8 +75,7 @@ def fingerprint(projector: nn.Module) -> str:
 
 def adapters(model: VisionLanguageModel) -> tuple[Adapter, ...]:
     """Those that lie beside the model's weights, by seed and layer; none where the folder has no `late_entry/`.
-    EmbedLensError: a file that is no adapter, or adapters that began at other weights.
-    """
+    EmbedLensError: a file that is no adapter, or adapters that began at other weights."""
     found, remake = [], "with `python -m training.entry`"
     for path in sorted((Path(model.hf.name_or_path) / FOLDER).glob("*.safetensors")):
         try:

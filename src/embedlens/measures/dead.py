@@ -211,11 +211,9 @@ def chosen_by_half(
     """Is a dead token's likeness to the others a result of how it was chosen? Choose on half, measure on the rest.
 
     Dead tokens are chosen at layer 0 by their direction, so that they are alike there by construction. Here they are
-    chosen by a random half of the coordinates, each half once, and their cosine is taken on the *other* half.
-
-    Returns:
-        per sample, a row of means over splits, or none where no split chooses two tokens: selected_on, other_half and,
-        of any two tokens of the picture, any_tokens, the last two also `_mean_removed`.
+    chosen by a random half of the coordinates, each half once, and their cosine is taken on the *other* half. Returns
+    per sample, a row of means over splits, or none where no split chooses two tokens: selected_on, other_half and, of
+    any two tokens of the picture, any_tokens, the last two also `_mean_removed`.
     """
     embedding = model.input_embeddings
     orders = [np.random.default_rng((seed, split)).permutation(model.width) for split in range(splits)]

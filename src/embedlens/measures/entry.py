@@ -40,8 +40,7 @@ def entering(layer: int, trained: bool = False) -> str:
 
 def frozen_until(layer: int) -> Arm:
     """The control of late entry: no updates of visual tokens below a layer, but text reads them there, which late entry
-    takes away too.
-    """
+    takes away too."""
     return everywhere(f"frozen until {layer}", *(Silence(part, range(layer)) for part in ("attention", "mlp")))
 
 
@@ -83,11 +82,8 @@ def at_entry(
     model: VisionLanguageModel, samples: Sequence[Sample], runs: Sequence[Any] = ()
 ) -> list[list[dict[str, Any]]]:
     """Grounded tokens as they leave the projector, which is as they enter: no language model, one pass of the tower.
-
-    Returns:
-        per sample with an object whose label has a token, one row for the model as shipped and one per run: entry,
-        run (its seed), object_tokens, grounded (how many of them name their object).
-    """
+    Returns per sample with an object whose label has a token, one row for the model as shipped and one per run: entry,
+    run (its seed), object_tokens, grounded (how many of them name their object)."""
     lens, prompts = EmbedLens.from_model(model), prompts_of(model, samples)
     known = [
         [

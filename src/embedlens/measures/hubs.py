@@ -72,11 +72,8 @@ def hubness(
     lens: Lens, tokens: Sequence[Float[Tensor, "_ d"]], k: int = 1, repeats: int = 10, seed: int = 0
 ) -> dict[str, Int[np.ndarray, "_ V"]]:
     """Count the answers of a lens on visual tokens (of each picture, as `model.visual_features_of` gives them) and on
-    as many directions that hold no picture, drawn `repeats` times.
-
-    Returns:
-        one of KINDS → `occurrences` among the k best, a row for each picture or repeat.
-    """
+    as many directions that hold no picture, drawn `repeats` times. Returns one of KINDS → `occurrences` among the k
+    best, a row for each picture or repeat."""
     if repeats < 1 or not sum(map(len, tokens)):
         raise EmbedLensError("hubness needs visual tokens of at least one picture and at least one repeat")
     flat, seeds = torch.cat(list(tokens)), [seed * repeats + i for i in range(repeats)]

@@ -97,11 +97,8 @@ def token_table(
     batch_size: int = 16,
 ) -> tuple[Float[Tensor, "tokens v"], pd.DataFrame]:
     """Tokens to probe: of each picture at most `per_picture` dead and as many alive ones, drawn by its id and the seed.
-
-    Returns:
-        the vision-tower states that the projector reads, and for each a row: id of its picture, dead, alive and the
-        class by each of QUESTIONS, NONE if there is none.
-    """
+    Returns the vision-tower states that the projector reads, and for each a row: id of its picture, dead, alive and the
+    class by each of QUESTIONS, NONE if there is none."""
     states, parts = [], []
     for batch, prompts in looked_at(model, samples, batch_size):
         found = token_groups_of(model, prompts, reference, batch_size=batch_size)
@@ -170,12 +167,8 @@ def readouts(
     model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, projectors: int = 3, seed: int = 0
 ) -> pd.DataFrame:
     """Every question to dead and to alive tokens, after the model's own projector, after several with new weights, and
-    unseen.
-
-    Returns:
-        per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS): id, hits
-        and asked; none where too few tokens qualify.
-    """
+    unseen. Returns per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS):
+    id, hits and asked; none where too few tokens qualify."""
     before, table = token_table(model, samples, reference, seed=seed)
     anew = [random_projector(model.projector, seed + number) for number in range(projectors)]
     own, *random = (projected(projector, before) for projector in (model.projector, *anew))

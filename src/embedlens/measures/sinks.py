@@ -264,23 +264,17 @@ def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int
 def attention_per_token(
     mass: Float[Tensor, "layers s"], size: int, queries: Bool[Tensor, " s"]
 ) -> Float[Tensor, " layers"]:
-    """Attention that a token of a set of `size` gets, mean over the queries, which see all of it: in units of what it
-    would get if they attended evenly, 1 / (q + 1) on each of the keys that position q sees.
-
-    `mass` is the share of each position's attention that falls on the set, from `Trace.attention`.
-    """
+    """Attention that a token of a set of `size` gets, mean over the queries, which see all of it, of `mass`, the share
+    that falls on the set: in units of 1 / (q + 1), what each key that position q sees would get of even attention."""
     at = queries.nonzero()[:, 0].to(mass.device)
     return (mass[:, at] * (at + 1) / max(size, 1)).mean(-1)
 
 
 def moved(arms: pd.DataFrame, mlp: int, seed: int = 0) -> dict[str, Estimate]:
     """What pruning LLM sinks does to attention, and letting them skip MLP-2 (the sublayer `mlp`, see `aligner_of`) to
-    attention and to their likeness to BOS; from rows of `by_arm`.
-
-    Returns:
-        to_prompt (of the attention that pruning frees, the part that goes to the text before the picture), beyond_due
-        (more than its share), change (in cosine to BOS), beyond_control (of other tokens that skip), attention_lost.
-    """
+    attention and to their likeness to BOS; from rows of `by_arm`. Returns to_prompt (of the attention that pruning
+    frees, the part that goes to the text before the picture), beyond_due (more than its share), change (in cosine to
+    BOS), beyond_control (of other tokens that skip), attention_lost."""
     arms = arms.assign(prompt=arms.BOS + arms["text before"])
     arms["due"] = arms.prompt / (1 - arms.own) * arms.own  # the prompt's gain if every key kept its share
     mass = {of: drawn(arms.dropna(subset=of), of, by="arm", seed=seed) for of in ("prompt", "own", "due")}
