@@ -223,9 +223,8 @@ def sink_arms() -> list[Arm]:
 def dead_arms(seeds: int = SEEDS) -> list[Arm]:
     """Table 2 with the controls that it lacks.
 
-    The paper says that as many remaining tokens are removed as there are dead ones; the released code removes as many
-    as dead tokens and sinks together, and its released script prunes these. Both sizes are here, from the alive
-    tokens; and, of the smaller size, a connected block, alive tokens on things, and alive tokens on the background.
+    The paper removes as many remaining tokens as there are dead ones, the released code as many as dead and sinks
+    together. Both are here, from the alive tokens; and, of the smaller size, a block, those on things and background.
     """
     dead, more = ("dead",), ("dead", "ViT sink", "LLM sink")
     return [

@@ -1,7 +1,6 @@
 """One page to look inside a picture: every visual token's words by lens and layer, its group, and who attends to it.
 
-The page is one file without any request: arrays are packed, compressed and decoded by the page itself, words lie in a
-dictionary, every text is set as text. `explorer.html` beside this module is its frame.
+The page, framed by `explorer.html`, makes no request: it decodes packed arrays, and every text is set as text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """How the book's figures look: one palette, one style, words on patches, curves by layer.
 
-Colours and markers carry meaning and keep it through the book: groups of tokens by `GROUPS`, lenses by `LENSES`. Every
-pair can also be told apart by marker or line style, so that no reader depends on colour.
+Colours and markers keep their meaning through the book; every pair can also be told apart by marker or line style.
 """
 
 from __future__ import annotations

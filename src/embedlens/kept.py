@@ -1,6 +1,6 @@
 """What was computed once, on disk: a digest of everything that it depends on, and files that are whole or not there.
 
-Equal digests mean equal results, so that whoever finds a file under one takes what it holds instead of computing it.
+Equal digests mean equal results.
 """
 
 from __future__ import annotations

@@ -209,9 +209,8 @@ def seen(
     reference: Reference | None = None,
     share: float | None = None,
 ) -> list[Seen]:
-    """What the arms of `pruner_arms` choose by; pass it to `sweep.run_arms` as `groups`, with a share bound. FastV,
-    SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture. The rules of
-    INSIDE are read for a `share` of its tokens that a picture keeps, or not at all."""
+    """What the arms of `pruner_arms` choose by: `groups` of `sweep.run_arms`, with a share bound. Some choose by the
+    question: ask one a picture. The rules of INSIDE are read for a `share` of the tokens, or not at all."""
     features = list(in_batches(lambda _, some: features_of(model, some), prompts, 64))
     weights, groups = attended(model, prompts), token_groups_of(model, prompts, reference=reference)
     inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]

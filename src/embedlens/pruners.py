@@ -5,8 +5,7 @@
     chosen.prompt(prompt)             # the prompt with these tokens only, before layer 0
 
 Every rule in `PRUNERS` is written from its authors' description and code (`Pruner.source`), reduced to its choice of
-tokens at a fixed budget, and removes them before layer 0, FastV and SparseVLM too, whose choice alone is compared.
-A pruner says what it needs, and a model that lacks it is refused. `embedlens.pruner_arms` asks questions under them.
+tokens at a fixed budget before layer 0, FastV and SparseVLM too. A pruner says what it needs, and is refused without.
 """
 
 from __future__ import annotations

@@ -116,12 +116,8 @@ class Reader:
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
         """Logits at the first content word: of prompts with some visual tokens, and of the same with some replaced.
 
-        In batches of half the size from where one does not fit on the device.
-
-        Args:
-            at: which tokens a prompt has, in raster order; text between visual rows stays where it is.
-            source: prompts to read again, which share the rows before the first that is replaced.
-            gone: which of their tokens are replaced.
+        `at` are the tokens that a prompt has, in raster order, `source` the prompts to read again, which share the rows
+        before the first that is replaced, and `gone` which of their tokens are.
         """
         found, self.batch_size = halving(partial(self._read, at, source, gone), self.batch_size)
         return found

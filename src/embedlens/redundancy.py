@@ -1,14 +1,10 @@
 """What one visual token says, and what the answer loses without it: the scores behind the redundancy codebook.
 
 Source: "Beyond Intermediate States: Explaining Visual Redundancy through Language" (2503.20540) and its released code.
-A token is read in three ways, each of them one step of the language model (`embedlens.readings`):
-
-    alone       the only visual token of the prompt: how sure is the first word of the answer?
-    region      its 3 x 3 neighbourhood alone, with and without it
-    picture     the whole picture, with and without that whole neighbourhood
-
-"Without" puts one fixed vector in a token's place; the length stays. `D = JSD(region) + 16 JSD(picture)` is what the
-answer loses. Where the release differs from its description, `Protocol` has both.
+A token is read in three ways (`embedlens.readings`): alone, as the only visual token of the prompt; its 3 x 3 region
+alone, with and without it; the whole picture, with and without that region. "Without" puts one fixed vector in a
+token's place; the length stays. `D = JSD(region) + 16 JSD(picture)` is what the answer loses. Where the release differs
+from its description, `Protocol` has both.
 """
 
 from __future__ import annotations
@@ -82,12 +78,9 @@ def divergence(
 ) -> Float[Tensor, "*batch"]:
     """How far the answer's first word moves, on the k likeliest words of the intact run; in nats.
 
-    Both runs' logits at those k words are normalised to p and q, with m = (p + q) / 2.
-
-    Args:
-        variant: "textbook", the Jensen-Shannon divergence [KL(p|m) + KL(q|m)] / 2; or "released", which has the
-            arguments of KL turned around and a mean over the k words in place of the sum: about a tenth of it.
-        k: words compared; all of a smaller vocabulary.
+    Both runs' logits at those k words are normalised to p and q, with m = (p + q) / 2. "textbook" is the Jensen-Shannon
+    divergence [KL(p|m) + KL(q|m)] / 2; "released" has the arguments of KL turned around and a mean over the k words in
+    place of the sum: about a tenth of it.
 
     >>> p, q = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.25, 0.75]).log()
     >>> round(float(divergence(p, q, "textbook")), 6), round(float(divergence(p, q, "released")), 6)

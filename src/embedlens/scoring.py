@@ -1,7 +1,6 @@
 """What an answer says: yes or no, a number, a letter, a name, what is written, a box; and whether it is right.
 
-Models answer in sentences ("Yes, there is a dog."), in digits, with the option behind its letter, with boxes in JSON.
-All that is read here. An answer that says two things, or denies one, is undecided, and what is undecided is wrong.
+An answer that says two things, or denies one, is undecided, and what is undecided is wrong.
 
 >>> asked = Question("Is there a dog in the picture?", "yes", "hallucination", "existence", ("yes", "no"))
 >>> [said(asked, text) for text in ("Yes, there is a dog.", "There is no dog.", "no dog, yes a cat")]

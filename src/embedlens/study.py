@@ -1,8 +1,7 @@
 """One study over many pictures: `run(study, model, samples)` → a table, resumable, in one process or several.
 
-A study is a function (model, sample) → one flat record, or several: one per token, layer or question. Samples are
-measured in chunks. Where rows are kept, a finished chunk is a file, named by a digest of the study, the model and the
-samples: a run that was killed loses the chunk in flight and goes on from the others, and no other's rows are taken.
+A study is a function (model, sample) → one flat record, or several: one per token, layer or question. Where rows are
+kept, a finished chunk is a file, named by a digest of the study, the model and the samples: a run goes on from there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Clusters and token groups of one model, a row a picture, to be laid beside those of others (Figure c, Appendix C.1).
 
-A row needs no other picture but a few fixed ones, so that pictures can be shared out over processes and resumed:
-
-    measured, calibration, compared = anatomy.pictures(dataset, n, seed)
-    table = el.run(anatomy.study_of(model, calibration, compared, seed), model, measured, batch_size="auto")
+measured, calibration, compared = anatomy.pictures(dataset, n, seed)
+table = el.run(anatomy.study_of(model, calibration, compared, seed), model, measured, batch_size="auto")
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Silenced updates and late entry (Section 7.2): arms, floor, trained runs, and how well tokens are grounded at entry.
 
-A *trained run* is what a projector and a language model learned with visual tokens entering later: anything with a
-`layer` of entry, a `seed`, and `on(model)`, a block in which the model has its weights. `measures.adapters` reads those
-of the miniature. Prompts are made inside the block: they hold what the projector makes of the picture.
+A *trained run* is anything with a `layer` of entry, a `seed`, and `on(model)`, a block in which the model has its
+weights, as `measures.adapters` reads them. Prompts are made inside the block.
 """
 
 from __future__ import annotations
