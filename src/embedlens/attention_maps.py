@@ -24,11 +24,8 @@ def attention(
     """How much of its attention each query gives to each visual token, in every layer and head.
 
     One forward of the stock model, on its own attention kernel: only the rows asked for are computed beside it. Rows
-    sum to the share of attention that falls on the picture, at most 1.
-
-    Args:
-        answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated.
-        question: whether every token of `question_ids` is a query, too.
+    sum to the share of attention that falls on the picture, at most 1. `answer` is what the model says, such as
+    `model.answer(prompt)`, or its ids; with `question` every token of `question_ids` is a query, too.
 
     Returns:
         float32, on the CPU. Queries: the prompt's last position, which chooses the answer's first token, then each

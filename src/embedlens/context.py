@@ -1,7 +1,6 @@
 """Nearest words *in context*: a visual token beside what text tokens look like deep inside the same model.
 
-EmbedLens compares with input embeddings, which no context has touched. LatentLens (arXiv 2602.00462) compares with what
-words of real sentences are at the layers of the language model, and finds far more visual tokens to be readable so.
+LatentLens (arXiv 2602.00462) compares with what words of real sentences are at the layers of the language model.
 """
 
 from __future__ import annotations

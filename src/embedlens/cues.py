@@ -1,9 +1,8 @@
 """What pruners choose by: what the vision tower shows of each patch, and how much the text attends to it.
 
-    features = features_of(model, prompts)      # per picture: tokens, CLS, keys, attention in the tower
-    weights = attended(model, prompts)          # per prompt: attention of the text to its visual tokens, by layer
+features = features_of(model, prompts)      # per picture: tokens, CLS, keys, attention in the tower
+weights = attended(model, prompts)          # per prompt: attention of the text to its visual tokens, by layer
 
-What a tower does not have is None, so that a rule that needs it can say so.
 """
 
 from __future__ import annotations

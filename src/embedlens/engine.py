@@ -40,8 +40,7 @@ class _Batch:
 
     entered: Sequence[Prompt]
     visual: Bool[Tensor, "b s"]
-    frozen: dict[int, Bool[Tensor, "b s"]]
-    """Index of an intervention → rows whose updates it zeroes; left out where there are none."""
+    frozen: dict[int, Bool[Tensor, "b s"]]  #: Index of an intervention → rows whose updates it zeroes, if any
     pruned: bool
 
 

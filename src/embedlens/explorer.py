@@ -68,8 +68,7 @@ class Explorer:
     scenes: Sequence[Mapping[str, Any]] = field(repr=False)
     words: Sequence[str] = field(repr=False)
     model: str
-    twin: Image.Image = field(repr=False)
-    """The first picture's readings side by side, for print."""
+    twin: Image.Image = field(repr=False)  #: The first picture's readings side by side, for print
     start: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property

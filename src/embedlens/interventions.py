@@ -74,9 +74,8 @@ class SkipSublayers:
 class Silence:
     """Zero what one kind of sublayer adds to all visual positions (the paper's -vMHA and -vFFN, Section 7.2).
 
-    Visual positions still serve keys and values, so text keeps reading them. The released code does something else at
-    the attention of layer 0; `ReleasedLayer0` adds that. `rows="text"` is the control that the paper lacks: the same
-    for all text of the prompt but its last position, which has to answer.
+    Text keeps reading their keys and values. What the released code does at the attention of layer 0 `ReleasedLayer0`
+    adds. `rows="text"` is the control that the paper lacks, for all text of the prompt but its last position.
     """
 
     sublayer: str  #: Either "attention" or "mlp"
@@ -98,9 +97,8 @@ class Silence:
 class EnterAt:
     """Let visual tokens join the sequence at a later layer (the paper's L_in, Section 7.2).
 
-    Blocks below `layer` run the text alone, at its original positions; at `layer` the projected visual tokens stand
-    there as they left the projector. In traces they wait unchanged below it. EnterAt(0) is the plain run. What some
-    families add to visual tokens between blocks (Qwen3-VL) is added to them while they wait.
+    Blocks below `layer` run the text alone, at its original positions; in traces visual tokens wait unchanged, but for
+    what some families add between blocks (Qwen3-VL). EnterAt(0) is the plain run.
     """
 
     layer: int  #: The first block that sees visual tokens, 0-based

@@ -1,11 +1,11 @@
 """Interventions inside lmms-eval: what the plugin answers with, and a task on the miniature's questions.
 
-lmms-eval finds the model by an entry point of its own (`lmms_eval.models`), so nothing of it is changed:
+On the command line:
 
     python -m lmms_eval --model embedlens --tasks pope,mme --batch_size auto \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,intervention=prune_dead
 
-This module does not need lmms-eval; `lmms_model`, which the entry point leads to, does.
+This module does not need lmms-eval; `lmms_model`, which its entry point leads to, does.
 """
 
 from __future__ import annotations
@@ -26,17 +26,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, discover, reference_of, token_groups_of
 from embedlens.interventions import EnterAt, Intervention, Rescale, Silence
 from embedlens.prefix import Case, answers
-from embedlens.sweep import (
-    BASELINE,
-    Arm,
-    acted_on,
-    everywhere,
-    members,
-    plan_of,
-    pruning,
-    random_alive,
-    skipping,
-)
+from embedlens.sweep import BASELINE, Arm, acted_on, everywhere, members, plan_of, pruning, random_alive, skipping
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -42,11 +42,9 @@ def load(
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"auto"`, all GPUs; by default the first GPU, else the CPU.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default, `"auto"`: float32 for the miniature and on the CPU,
             the checkpoint's own on a GPU. Any other becomes part of the model's name.
-        quantize: `"4bit"` or `"8bit"` matrices of the decoder through bitsandbytes (needs a CUDA GPU). The vision
-            tower, the projector and the head, whose numbers are what is studied, stay as they are.
-        preprocessing: how LLaVA-1.5 makes a picture a square. It was trained with `"letterbox"`, the default; the
-            stock processor of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
-            Other families cut pictures in their own way, `"own"`; the three make a picture square before that.
+        quantize: `"4bit"` or `"8bit"` matrices of the decoder through bitsandbytes (needs a CUDA GPU).
+        preprocessing: how LLaVA-1.5 makes a picture a square: `"letterbox"`, the default; `"centre-crop"`, as the stock
+            processor of llava-hf; `"stretch"`. Other families cut in their `"own"` way, of one of these if it is named.
 
     Raises:
         EmbedLensError: unknown name, class, device, dtype, quantisation or preprocessing, or a part that is missing.

@@ -17,16 +17,15 @@ from embedlens.errors import EmbedLensError
 
 PREPROCESSINGS = ("letterbox", "centre-crop", "stretch")
 Box = tuple[float, float, float, float]
-Span = tuple[Fraction, Fraction]
-"""Start and stop along one axis, px of the original picture, exact."""
+Span = tuple[Fraction, Fraction]  #: Start and stop along one axis, px of the original picture, exact
 
 
 @dataclass(frozen=True)
 class Frame:
     """What part of the picture's plane the model's canvas shows, exactly.
 
-    Coordinates are pixels of the original picture, x to the right, y down; pixel (i, j) covers [i, i+1) x [j, j+1).
-    The window reaches beyond the picture where the canvas has bars. The canvas is the window, stretched.
+    Pixels of the original picture, x to the right, y down; pixel (i, j) covers [i, i+1) x [j, j+1). The window, which
+    reaches beyond the picture where the canvas has bars, is stretched to the canvas.
     """
 
     width: int  # of the original picture, px
@@ -95,10 +94,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Which patch of the picture each visual token is, in raster order: left to right, then top to bottom.
-
-    All coordinates are pixels of the original picture, whatever the model's preprocessing did to it.
-
+    """Which patch of the picture each visual token is, in raster order; coordinates are px of the original picture.
     >>> grid = PatchGrid(rows=8, cols=8, frame=Frame.letterbox(112, 84))
     >>> len(grid), grid.box(8)
     (64, (0.0, 0.0, 14.0, 14.0))
@@ -276,10 +272,8 @@ def within(grid: PatchGrid, frame: Frame, canvas: tuple[int, int]) -> PatchGrid:
 
 @dataclass(frozen=True)
 class ManyViews(PatchGrid):
-    """Several grids over one picture, their tokens one after the other: the whole picture and its tiles.
-
-    `rows` and `cols` make one line of all tokens, since no rectangle holds them; `views` has the real shapes. A point
-    of the picture is shown more than once, and a box counts the patches of every view.
+    """Several grids over one picture, their tokens one after the other: the whole picture and its tiles. `rows` and
+    `cols` make one line of all tokens; `views` has the real shapes. A box counts the patches of every view.
 
     >>> whole = PatchGrid(1, 2, Frame.stretch(8, 4))
     >>> grid = ManyViews.of([whole, PatchGrid(2, 4, Frame.stretch(8, 4))])

@@ -25,10 +25,9 @@ GAP = 2.0  # large pictures are averaged over whole pixels down to this many tim
 def open_picture(picture: Picture) -> Image:
     """The picture as an upright 8-bit RGB image.
 
-    Paths are decoded; EXIF rotation is applied, as viewers do; transparent pixels lie on white; 16-bit, 32-bit and
-    float greys are scaled to 8 bits; CMYK and palettes are converted. The first frame of an animation counts. An
-    upright RGB image beyond `LARGEST` px is handed on as it is, others as a copy. `picture`: path, PIL image of any
-    mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
+    EXIF rotation is applied; transparent pixels lie on white; 16-bit, 32-bit and float greys are scaled to 8 bits. The
+    first frame of an animation counts. An upright RGB image beyond `LARGEST` px is handed on as it is, not as a copy.
+    `picture`: path, PIL image of any mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
 
     >>> from PIL import Image
     >>> open_picture(Image.new("L", (3, 2), 255)).getpixel((0, 0))

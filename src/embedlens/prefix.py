@@ -36,8 +36,7 @@ class Case:
 
     prompt: Prompt
     plan: tuple[Intervention, ...] = ()  #: Interventions, masks for this prompt alone; empty: none
-    kind: str = ""
-    """Answers of a kind are of like length; those run together."""
+    kind: str = ""  #: Answers of a kind are of like length; those run together
 
 
 @torch.no_grad()
@@ -46,9 +45,8 @@ def answers(
 ) -> list[str]:
     """Greedy answers, the same as those of each prompt alone under its interventions.
 
-    Prompts share what the picture of `prompt.image` and equal interventions have in common; build further questions on
-    a picture with `model.asked`. `batch_size`: pictures that run together, each with up to eight questions; twice as
-    many are remembered. EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
+    Build further questions on a picture with `model.asked`. `batch_size` pictures run together, with eight questions
+    each. EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")

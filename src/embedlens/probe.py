@@ -36,8 +36,7 @@ class PictureProbe:
     grid: PatchGrid
     words: list[list[str]]  #: Best words first, one list per patch
     ids: Int[Tensor, "n k"]
-    scores: Float[Tensor, "n k"]
-    """Cosine (embed) or logit (logit) of each word."""
+    scores: Float[Tensor, "n k"]  #: Cosine (embed) or logit (logit) of each word
     layer: int
     lens: str
     model: str

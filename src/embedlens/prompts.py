@@ -32,8 +32,7 @@ class Prompt:
     image: Image  #: The picture as the processor read it: upright RGB, original size
     question: str
     ids: Int[Tensor, " s"]  #: Token ids, the image placeholder expanded to one id per visual token
-    embeds: Float[Tensor, "s d"]
-    """What enters layer 0; the text rows are embeddings, the visual rows are projected features."""
+    embeds: Float[Tensor, "s d"]  #: What enters layer 0; text rows are embeddings, visual rows projected features
     visual: Bool[Tensor, " s"]  #: Which positions are visual tokens; the i-th True is patch i of `grid`
     grid: PatchGrid
     pixel_values: Float[Tensor, ...] = field(repr=False)

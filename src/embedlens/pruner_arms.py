@@ -36,8 +36,7 @@ from embedlens.sweep import run_arms
 from embedlens.tasks import Item
 from embedlens.vlm import Prompt, VisionLanguageModel
 
-Stages: TypeAlias = tuple[tuple[int, int], ...]
-"""(layer, visual tokens that it and later ones have), in order of depth. Layers before the first have all."""
+Stages: TypeAlias = tuple[tuple[int, int], ...]  #: (layer, visual tokens from there on), by depth; all before the first
 
 
 def average_tokens(stages: Stages, n: int, n_layers: int) -> float:

@@ -125,10 +125,8 @@ def kept(n: int, places: Tensor | np.ndarray) -> Bool[Tensor, " n"]:
 
 
 def cells(grid: PatchGrid, budget: int) -> Int[Tensor, " n"]:
-    """Which of `budget` near-square cells each patch lies in, in raster order: any budget divides any grid.
-
-    Rows of the grid form bands of equal height, and each band is cut into columns, so many that all add up. Several
-    views share the budget by their sizes; -1 where a view is too small to get any.
+    """Which of `budget` near-square cells each patch lies in, in raster order: bands of equal height, cut into columns,
+    so many that all add up. Several views share the budget by their sizes; -1 where a view is too small to get any.
 
     >>> from embedlens.patches import Frame
     >>> cells(PatchGrid(rows=4, cols=4, frame=Frame.stretch(4, 4)), 4).view(4, 4).tolist()

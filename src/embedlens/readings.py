@@ -1,8 +1,7 @@
 """One prompt whose visual rows are exchanged: what its readings share runs once.
 
-A reading is one step of the language model on a prompt with some visual tokens, or with some replaced by one fixed
-vector. Readings of a picture share all rows before the first that differs, whose keys and values are kept; what
-follows runs in batches. `embedlens.redundancy` says what is read.
+Readings of a picture share all rows before the first that differs, whose keys and values are kept; what follows runs in
+batches. `embedlens.redundancy` says what is read.
 """
 
 from __future__ import annotations

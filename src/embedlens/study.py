@@ -32,8 +32,7 @@ AUTO = "auto"
 LARGEST = 64  # samples in a batch that "auto" tries first on a GPU
 ON_CPU = 8  # samples in a batch that "auto" takes on a CPU, where running out of memory ends the process
 SINGLE = 8  # samples in a chunk of a study that takes one at a time
-Answer: TypeAlias = "dict[str, Any]"
-"""Of one sample: id, and its rows or the error in their place."""
+Answer: TypeAlias = "dict[str, Any]"  #: Of one sample: id, and its rows or the error in their place
 
 
 def run(
@@ -59,7 +58,6 @@ def run(
         study: (model, sample) → a flat record {name: number, text, bool or None}, or several. With `batch_size` it
             gets a list of samples and gives, for each, its record or records. What else it needs is bound with
             `functools.partial` and is part of what identifies the run; of globals, functions and plain values are.
-        model: from `embedlens.load`.
         samples: any iterable; read once, a batch at a time. Pictures that the study opens are let go.
         out: a folder for rows; a call that finds its own chunks there goes on from them.
         batch_size: samples at a time, by any number of processes. "auto": as many as fit, found by halving from 64 on

@@ -1,7 +1,6 @@
 """The residual stream at every sublayer, and where attention goes, read while the stock model runs.
 
-The forward pass is the stock one, bit for bit: hooks read it, nothing is recomputed but the attention masses. A mass
-is the attention that a query puts on a set of keys, summed over the set and averaged over heads. It is obtained by a
+The forward pass is the stock one. A mass is the attention that a query puts on a set of keys, mean over heads, by a
 second attention whose values are the set's indicator, so that the [queries, keys] weights are never held as a whole.
 """
 
@@ -36,8 +35,8 @@ class Trace:
 
     stream: Float[Tensor, "layers_and_one s d"]  #: What enters block 0, and what leaves each block
     resid_mid: Float[Tensor, "layers s d"]
+    #: Name of a mask → share of each position's attention that falls on the mask's keys, mean over heads
     attention: Mapping[str, Float[Tensor, "layers s"]]
-    """Name of a mask → share of each position's attention that falls on the mask's keys, mean over heads."""
 
     @property
     def resid_pre(self) -> Float[Tensor, "layers s d"]:

@@ -51,9 +51,8 @@ def name_of(model: str) -> str:
     return next((name for part, name in PAPER.items() if part.lower() == last.lower()), last)
 
 
+#: Of a picture: its largest clusters' shares of the tokens (0: none), their centroids, and those of random token sets.
 Clustered: TypeAlias = tuple[Float[np.ndarray, " ranks"], Float[Tensor, "_ d"], Float[Tensor, "repeats _ d"]]
-"""Of a picture: its largest clusters' shares of the tokens (0: no such cluster), their centroids, and those of random
-token sets of the same sizes."""
 
 
 def pictures(dataset: str, n: int, seed: int) -> tuple[list[Sample], list[Sample], list[Sample]]:

@@ -33,8 +33,8 @@ def by_layer(
 ) -> list[list[dict[str, Any]]]:
     """Norms and layer-to-layer cosines of each picture, means over its positions, visual tokens scaled by each factor.
 
-    Positions: "visual"; "text" without the first one, whose norm is of its own kind in many models; "all text"; and
-    the groups of the unscaled picture, if a reference is given. Where a picture has none of them, there is no row.
+    Positions: "visual"; "text" without the first one; "all text"; and the groups of the unscaled picture, if there is a
+    reference. Where a picture has none of them, there is no row.
 
     Returns:
         per sample, one row per scale, positions and layer: norm (L2; layer 0 enters the first block) and, where a block
