@@ -1,8 +1,7 @@
 """Arms: ways to run the same questions. Which tokens of a picture an arm acts on, and what it does to them.
 
 An arm is a name and a function of one picture, its token groups and a generator, that gives the interventions for it.
-What is random about it is seeded by picture, arm and seed alone, so that a sweep which is resumed, shared out or run in
-another order draws the same.
+What is random about it is seeded by picture, arm and seed alone.
 """
 
 from __future__ import annotations

@@ -158,9 +158,8 @@ def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palet
 
 
 def points(axes: Axes, found: pd.DataFrame, y: str, hue: str | None = None, palette: Sequence[str] = ORDER) -> None:
-    """Estimates as markers with their intervals, one row to each value of the column `y`, the first at the top. `found`
-    is from `embedlens.stats.curve`; `hue` is the column that tells several markers of a row apart, or each row has its
-    own colour, of `palette` in order of appearance."""
+    """Estimates (`stats.curve`) as markers with their intervals, one row to each value of the column `y`, the first at
+    the top. `hue` is the column that tells several markers of a row apart, or each row has its own colour."""
     rows, names = (list(dict.fromkeys(found[column])) for column in (y, hue or y))
     for number, (name, colour) in enumerate(zip(names, palette, strict=False)):
         part = found[found[hue or y] == name]

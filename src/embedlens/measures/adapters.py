@@ -4,7 +4,7 @@
         with adapter.on(model), el.intervene(model, el.EnterAt(adapter.layer)):
             model.answer(model.prompt(image, question))
 
-A run with entry at 0 is the *twin* of those of its seed: trained alike, on the same batches. The paper has no twin.
+A run with entry at 0 is the *twin* of those of its seed: trained alike, on the same batches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Pictures whose whole content lies in one patch, for any model's grid (Sec. 7.1 and E of the paper).
 
-The paper asks whether a single visual token carries what it shows, in which colour and how many times. Its 70 pictures
-are not published; these are drawn from a seed. Of every seven three show an object, two a short string on a white
-patch, and the last two the same strings, in the same ink and surround, on a patch of another colour.
+The paper's 70 pictures are not published; these are drawn from a seed. Of every seven three show an object, two a short
+string on a white patch, and the last two the same strings, in the same ink and surround, on a patch of another colour.
 
 >>> [picture.group for picture in pictures(7)]
 ['object', 'object', 'object', 'OCR', 'OCR', 'OCR with background', 'OCR with background']
