@@ -168,7 +168,7 @@ def models() -> None:
 
 
 def _miniature_facts() -> str:
-    """What its folder says; nothing is loaded into memory."""
+    """What its folder says."""
     from importlib.resources import files
 
     from embedlens.memory import config_of, needed

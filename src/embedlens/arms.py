@@ -1,8 +1,7 @@
 """Arms: ways to run the same questions. Which tokens of a picture an arm acts on, and what it does to them.
 
 An arm is a name and a function of one picture, its token groups and a generator, that gives the interventions for it.
-What is random about it is seeded by picture, arm and seed alone, so that a sweep which is resumed, shared out or run in
-another order draws the same.
+What is random about it is seeded by picture, arm and seed alone.
 """
 
 from __future__ import annotations
@@ -79,11 +78,8 @@ def others(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, names
 def random_alive(
     groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str], among: str = "all"
 ) -> Bool[Tensor, " n"]:
-    """Alive tokens at random, as many as some groups have together, or all of them where they are fewer.
-
-    Args:
-        among: "all" alive tokens; those on "things", whose patch shows some of an object's box; or on the "background".
-    """
+    """Alive tokens at random, as many as some groups have together, or all of them where they are fewer. `among`: "all"
+    alive tokens; those on "things", whose patch shows some of an object's box; or on the "background"."""
     pool = groups.alive
     if among != "all":
         if groups.on_things is None or among not in ("things", "background"):
@@ -97,11 +93,8 @@ def random_alive(
 def block_alive(
     groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str]
 ) -> Bool[Tensor, " n"]:
-    """A connected block of alive tokens, as many as some groups have together, or all where they are fewer.
-
-    Dead tokens lie side by side, in bars and background. Tokens removed at random hit every object of a picture; a
-    block of them can miss some, as the dead tokens do.
-    """
+    """A connected block of alive tokens, as many as some groups have together, or all where they are fewer: unlike
+    tokens removed at random it can miss some objects, as the dead tokens do, which lie side by side."""
     return random_block(groups.alive, int(members(groups, grid, rng, matched).sum()), grid, rng)
 
 
@@ -118,11 +111,8 @@ def random_tokens(pool: Bool[Tensor, " n"], size: int, rng: np.random.Generator)
 
 
 def random_block(pool: Bool[Tensor, " n"], size: int, grid: PatchGrid, rng: np.random.Generator) -> Bool[Tensor, " n"]:
-    """A connected block of `size` tokens of a pool, or the whole of a smaller one, grown neighbour by neighbour.
-
-    It starts in a connected part of the pool that has room for it, each token equally likely; where no part has, it
-    takes the largest part whole and goes on in the next.
-    """
+    """A connected block of `size` tokens of a pool, or the whole of a smaller one, grown neighbour by neighbour in a
+    part that has room for it, from each token equally likely; where no part has, the largest is taken whole first."""
     if len(pool) != len(grid):
         raise EmbedLensError(f"the pool has {len(pool)} tokens, the grid {len(grid)}: pass those of one picture")
     parts = _connected_parts(pool, grid)
@@ -232,9 +222,8 @@ def sink_arms() -> list[Arm]:
 def dead_arms(seeds: int = SEEDS) -> list[Arm]:
     """Table 2 with the controls that it lacks.
 
-    The paper says that as many remaining tokens are removed as there are dead ones; the released code removes as many
-    as dead tokens and sinks together, and its released script prunes these. Both sizes are here, from the alive
-    tokens; and, of the smaller size, a connected block, alive tokens on things, and alive tokens on the background.
+    The paper removes as many remaining tokens as there are dead ones, the released code as many as dead and sinks
+    together. Both are here, from the alive tokens; and, of the smaller size, a block, those on things and background.
     """
     dead, more = ("dead",), ("dead", "ViT sink", "LLM sink")
     return [

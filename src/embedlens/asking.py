@@ -70,9 +70,6 @@ def answer_tokens(model: VisionLanguageModel) -> int:
 
 
 def asked_with(model: VisionLanguageModel) -> dict[str, str | float]:
-    """For the record of a chapter that asks questions: instructions, unit of boxes, tokens of an answer.
-
-    Nothing for a model of this repository, which is asked the questions as they stand.
-    """
+    """For the record: instructions, unit of boxes, tokens of an answer; nothing for a model of this repository."""
     how = instructions_of(model)
     return {**how.parameters, "answer_tokens": answer_tokens(model)} if how.short else {}

@@ -23,15 +23,9 @@ def attention(
 ) -> Float[Tensor, "layers heads queries n_visual"]:
     """How much of its attention each query gives to each visual token, in every layer and head.
 
-    One forward of the stock model, on its own attention kernel: only the rows asked for are computed beside it, so no
-    [queries, keys] matrix is held. Rows sum to the share of attention that falls on the picture, at most 1.
-
-    Args:
-        model: from `embedlens.load`.
-        prompt: from `model.prompt`.
-        answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated: a word that
-            is glued to the prompt has its space.
-        question: whether every token of `question_ids` is a query, too.
+    One forward of the stock model, on its own attention kernel: only the rows asked for are computed beside it. Rows
+    sum to the share of attention that falls on the picture, at most 1. `answer` is what the model says, such as
+    `model.answer(prompt)`, or its ids; with `question` every token of `question_ids` is a query, too.
 
     Returns:
         float32, on the CPU. Queries: the prompt's last position, which chooses the answer's first token, then each
@@ -58,18 +52,10 @@ def rollout(
 ) -> Float[Tensor, "layers queries n_visual"]:
     """How much of each query may stem from each visual token: attention multiplied through all layers up to each.
 
-    `attention` alone cannot be rolled out: text on visual columns is one step, while below it visual tokens mix and
-    text hands on. So this runs the model again and reads the rows of *all* positions, heads averaged, a layer at a
-    time. It takes a block for half what stood there and half what it attends to (Abnar & Zuidema 2020, section 3):
-    the size of values, MLPs and what heads do differently are left out. It says where something can have come from,
-    not what is used; a sink that everything looks at gets much, whatever it holds.
-
-    Args:
-        answer: as in `attention`; the queries are the same.
-
-    Returns:
-        float32, on the CPU, after each layer; what is missing to 1 stems from text. While a layer runs, its
-        [heads, s, s] are held.
+    The model runs again and the rows of *all* positions are read, heads averaged, a layer at a time ([heads, s, s] are
+    held). A block is taken for half what stood there and half what it attends to (Abnar & Zuidema 2020, section 3): the
+    size of values, MLPs and what heads do differently are left out. It says where something can have come from, not
+    what is used. Queries as in `attention`; float32, on the CPU; what is missing to 1 stems from text.
     """
     ids = answer_ids(model, prompt, answer)
     below: list[Tensor] = []
@@ -133,9 +119,7 @@ def answer_ids(
     if not ids:
         raise EmbedLensError("the answer is empty: pass what the model says, or leave answer out")
     if min(ids) < 0 or max(ids) >= rows:
-        raise EmbedLensError(
-            f"the answer is no text and no ids of {model.name}: pass text, or ids from 0 to {rows - 1}"
-        )
+        raise EmbedLensError(f"the answer is neither text nor ids: pass text, or ids from 0 to {rows - 1}")
     last = int(prompt.ids[-1])
     apart = last in words.added_tokens_decoder or words.decode([last])[-1:].isspace()
     if isinstance(answer, str) and not apart and not answer[0].isspace():
@@ -147,11 +131,8 @@ def answer_ids(
 def relative(
     found: Float[Tensor, "*batch n_visual"], neutral: Float[Tensor, "*batch n_visual"]
 ) -> Float[Tensor, "*batch n_visual"]:
-    """Attention to each token as a multiple of what a neutral prompt gives it: sinks and habits divide out.
-
-    Args:
-        found: from `attention`, of the question.
-        neutral: of the same picture and queries, of `model.asked(prompt, NEUTRAL)`.
+    """`attention` to each token as a multiple of what `model.asked(prompt, NEUTRAL)` gives it: sinks and habits divide
+    out.
 
     Source: Zhang et al., "MLLMs know where to look" (ICLR 2025), relative attention.
 

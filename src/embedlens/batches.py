@@ -17,12 +17,8 @@ T = TypeVar("T")
 def in_batches(run: Callable[[int, Any], Iterable[R]], items: Any, batch_size: int | None = None) -> Iterator[R]:
     """What `run(start, batch)` gives of one batch after the other, in halves from where one does not fit on the device.
 
-    Only one batch's results are held at a time.
-
-    Args:
-        run: gets the index of a batch's first item and the batch; it may run again with fewer.
-        items: anything that can be sliced.
-        batch_size: None: all at once, as long as they fit.
+    `start` is the index of a batch's first item; a batch may run again with fewer. `items` can be sliced. One batch's
+    results are held at a time. `batch_size` None: all at once, as long as they fit.
 
     >>> list(in_batches(lambda start, batch: [start + 10 * item for item in batch], [1, 2, 3], 2))
     [10, 20, 32]
@@ -47,9 +43,8 @@ def in_batches(run: Callable[[int, Any], Iterable[R]], items: Any, batch_size: i
 
 
 def halving(run: Callable[[int], T], batch_size: int) -> tuple[T, int]:
-    """What `run(batch_size)` gives, with half the batch as often as it does not fit on the device, and the last size.
-
-    accelerate's find_executable_batch_size shrinks by a tenth, so that rounding moves; and it does not say the size.
+    """What `run(batch_size)` gives, with half the batch as often as it does not fit on the device, and the last size,
+    which accelerate's find_executable_batch_size does not say; it shrinks by a tenth, so that rounding moves.
 
     >>> halving(lambda batch_size: "so many at a time", 8)
     ('so many at a time', 8)

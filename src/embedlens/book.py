@@ -29,9 +29,7 @@ def glue(name: str, value: Any) -> None:
 
 def printable(name: str, value: Any, digits: int = 4) -> bool | int | float | str:
     """What `glue` hands on: a plain Python value, floats rounded, because their last bits belong to the machine.
-
-    Args:
-        digits: significant ones of a float; those before its point are all kept.
+    `digits`: significant ones of a float; those before its point are all kept.
 
     Raises:
         ValueError: None, NaN, infinity, an empty string or a name that cannot be referred to: the sentence would print

@@ -33,14 +33,9 @@ def check(model: Any) -> None:
     with model.recording() as layers:
         logits = model.logits(prompt)
     if len(layers) != model.n_layers + 1:
-        raise EmbedLensError(
-            f"{model.name} ran {len(layers) - 1} of {model.n_layers} blocks: the checkpoint skips layers, which this "
-            "wrapper does not support"
-        )
+        raise EmbedLensError(f"{model.name} ran {len(layers) - 1} of {model.n_layers} blocks: no layers may be skipped")
     if not torch.isfinite(logits).all():
-        raise EmbedLensError(
-            f"{model.name} gives logits that are not finite in {model.hf.dtype}: pass dtype='float32' or 'bfloat16'"
-        )
+        raise EmbedLensError(f"{model.name} gives logits that are not finite: pass dtype='float32' or 'bfloat16'")
     with torch.no_grad():
         read = model.unembed(layers[-1][0])
     if not torch.allclose(read.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
@@ -65,11 +60,9 @@ def check(model: Any) -> None:
 
 
 def _check_pixels(model: Any, picture: Image.Image, inputs: Mapping[str, Tensor]) -> None:
-    """Does each token's patch show what its cell of the grid covers, and nothing else?
-
-    The check picture's colours say where they are, so what is expected at a pixel of a patch follows from the
-    grid alone; a bar has one colour, black or the mean.
-    """
+    """Does each token's patch show what its cell of the grid covers, and nothing else? The check picture's colours say
+    where they are, so what is expected at a pixel of a patch follows from the grid alone; a bar has one colour, black
+    or the mean."""
     images, grid = model.processor.image_processor, grid_of(model, picture)
     try:
         seen = model.family.patch_pixels(model.hf, inputs).float().cpu()
@@ -86,10 +79,8 @@ def _check_pixels(model: Any, picture: Image.Image, inputs: Mapping[str, Tensor]
 
 
 def real_rows(tokenizer: Any, image_token_id: int, n_embeddings: int, name: str) -> int:
-    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder.
-
-    A special token beyond the embedding, as InternVL3's <video>, has no row: nothing here writes it.
-    """
+    """Number of embedding rows that belong to the vocabulary: ids from 0 to the last that is no placeholder, nor a
+    special token beyond the embedding, as InternVL3's <video>."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     rowless = {image_token_id, tokenizer.pad_token_id, *(index for index in special if index >= n_embeddings)}
@@ -109,10 +100,8 @@ def _ramp(x: Float[Tensor, "*n"], y: Float[Tensor, "*n"]) -> Float[Tensor, rgb *
 
 
 def _colour_error(seen: Float[Tensor, "n 3 h w"], grid: PatchGrid, mean: Float[Tensor, "3 1 1"]) -> float:
-    """How far patches of the check picture are from what the grid says they show, colours from 0 to 1.
-
-    Left out is what lies as near to the picture's edge as interpolation reaches, there and back.
-    """
+    """How far patches of the check picture are from what the grid says they show, colours from 0 to 1. Left out is what
+    lies as near to the picture's edge as interpolation reaches, there and back."""
     cells = grid.cells.float()
     down, across = seen.shape[-2:]
     step = (cells[:, 2:] - cells[:, :2]) / torch.tensor([across, down])

@@ -22,7 +22,6 @@ UNMEASURED = "not measured yet"
 
 class Chapter:
     """What one run of a chapter finds: verdicts as they are judged, numbers, and at its end the record.
-
     chapter = Chapter("05_alive_sparsity", vlm.name, n_images, seed, dataset=dataset)
     chapter.judge("E40", "rise > 0 and doubled > 0", shown=rise, unit="+.1f points", rise=rise, doubled=doubled)
     chapter.sign_off(out)

@@ -1,8 +1,7 @@
 """Clusters of the visual tokens of a picture, and how alike they are from picture to picture (Section 2, Appendix B).
 
 The paper does not say in which order anchors are taken nor whether clusters may share tokens. Here they are disjoint,
-and the anchor with the most unassigned neighbours comes first; `order="raster"` is the ablation. A rank is a place in
-the order of sizes and nothing else: which kind of token a cluster holds is told by its nearest word.
+and `order="raster"` is the ablation. A rank is a place in the order of sizes and nothing else.
 """
 
 from __future__ import annotations
@@ -27,12 +26,8 @@ def anchor_clusters(tokens: Float[Tensor, "n d"], threshold: float = 0.9, order:
     """Disjoint clusters around anchors: an anchor takes every unassigned token at a cosine of `threshold` or more.
 
     Appendix B.1 of the paper. "greedy" takes the unassigned token with the most unassigned neighbours as the next
-    anchor, ties by lowest index; "raster" takes the first unassigned token. A zero vector has no direction and is a
-    cluster by itself.
-
-    Args:
-        tokens: the visual tokens of *one* picture, any length; normalised here. Memory grows with n squared.
-        threshold: in (0, 1].
+    anchor, ties by lowest index; "raster" the first unassigned one. A zero vector is a cluster by itself. `tokens` are
+    those of *one* picture, any length; `threshold` is in (0, 1]. Memory grows with n squared.
 
     Returns:
         The cluster of each token; 0 is the largest, equal sizes are numbered as they were found.

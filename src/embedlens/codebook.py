@@ -1,11 +1,8 @@
 """The redundancy codebook: visual tokens that say nothing and that nothing misses, and what is near them.
 
-Identify, probe, prune (2503.20540 and its released code), without training and whatever the question:
-
-    identify    tokens of low confidence alone and low cascade divergence, rare within their picture, whose like recurs
-                over many pictures: `build`
-    probe       a token's redundancy is its largest cosine to a prototype: `Codebook.redundancy`
-    prune       a fixed number of the least redundant tokens stays: `keep_lowest`
+Identify, probe, prune (2503.20540 and its released code): `build` finds tokens of low confidence alone and low cascade
+divergence, rare within their picture, whose like recurs over many pictures; `Codebook.redundancy` is a token's largest
+cosine to one of these prototypes; of the least redundant tokens `keep_lowest` leaves a fixed number.
 """
 
 from __future__ import annotations
@@ -216,14 +213,10 @@ def build(
 ) -> tuple[Codebook, Stages]:
     """The codebook that some scored pictures give; EmbedLensError names the step at which no token is left.
 
-    1. In every picture, all scored tokens are clustered. Candidates are below both thresholds (strictly); they stay if
-       their cluster is small.
-    2. What stays of all pictures is clustered, and clusters that span enough different pictures are kept whole.
-
-    Args:
-        tokens, scores: of each picture, all its tokens as they leave the projector, and `token_scores` by `protocol`.
-        image_ids: of each picture; the same id is the same picture.
-        recipe: default: the release's for LLaVA-1.5.
+    In every picture, all scored tokens are clustered; candidates, strictly below both thresholds, stay if their cluster
+    is small. What stays of all pictures is clustered, and clusters that span enough different pictures are kept whole.
+    `tokens` are all of each picture as they leave the projector, `scores` its `token_scores` by `protocol`; the same
+    `image_ids` are the same picture. `recipe`: by default the release's for LLaVA-1.5.
     """
     recipe = recipe or Recipe()
     if not len(tokens) == len(scores) == len(image_ids) or not len(tokens):

@@ -1,7 +1,6 @@
 """Nearest words *in context*: a visual token beside what text tokens look like deep inside the same model.
 
-EmbedLens compares with input embeddings, which no context has touched. LatentLens (arXiv 2602.00462) compares with what
-words of real sentences are at the layers of the language model, and finds far more visual tokens to be readable so.
+LatentLens (arXiv 2602.00462) compares with what words of real sentences are at the layers of the language model.
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ FORMAT = "embedlens context bank 1"
 
 
 class ContextLens(EmbedLens):
-    """Nearest contextual representations of words, by cosine; made by `build`, kept by `save`.
-
-    It reads like any lens: `topk` gives (cosines, rows of the bank), `words` the words of those rows, `sentences` each
-    word in its sentence. A word may come several times, from several sentences or layers.
+    """Nearest contextual representations of words, by cosine; made by `build`, kept by `save`. As any lens, whose
+    `topk` gives rows of the bank, `sentences` each word in its sentence. A word may come several times.
 
     Attributes:
         tokens: the word of each row.
@@ -63,10 +60,8 @@ class ContextLens(EmbedLens):
         most: int = 100_000,
         batch_size: int = 32,
     ) -> ContextLens:
-        """Run texts through the language model and keep what its words look like there.
-
-        A word of several tokens is represented by its last one, which has seen the others. What stands behind the same
-        beginning of a text is the same vector and is kept once.
+        """Run texts through the language model and keep what its words look like there: of a word of several tokens
+        the last one. What stands behind the same beginning of a text is the same vector and is kept once.
 
         Args:
             texts: sentences, such as captions; read until the bank is full, each as far as the model has positions.
@@ -167,11 +162,8 @@ class ContextLens(EmbedLens):
 
     @classmethod
     def load(cls, file: Path | str, model: VisionLanguageModel) -> ContextLens:
-        """The bank in a file, if it is of this model.
-
-        Raises:
-            EmbedLensError: no such file, no bank, or the bank of another model or of other weights.
-        """
+        """The bank in a file, if it is of this model. EmbedLensError: no such file, no bank, or the bank of another
+        model or of other weights."""
         from safetensors import SafetensorError, safe_open
 
         file = Path(file).expanduser()

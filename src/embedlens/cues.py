@@ -1,9 +1,8 @@
 """What pruners choose by: what the vision tower shows of each patch, and how much the text attends to it.
 
-    features = features_of(model, prompts)      # per picture: tokens, CLS, keys, attention in the tower
-    weights = attended(model, prompts)          # per prompt: attention of the text to its visual tokens, by layer
+features = features_of(model, prompts)      # per picture: tokens, CLS, keys, attention in the tower
+weights = attended(model, prompts)          # per prompt: attention of the text to its visual tokens, by layer
 
-What a tower does not have is None, so that a rule that needs it can say so.
 """
 
 from __future__ import annotations
@@ -99,12 +98,9 @@ def _features(
 def attended(
     model: VisionLanguageModel, prompts: Sequence[Prompt], batch_size: int = 32
 ) -> list[tuple[Float[Tensor, "layers n"], Float[Tensor, " n"]]]:
-    """How much attention the text of each prompt pays to its visual tokens, with all of them in place.
-
-    Returns:
-        per prompt, means over heads: from the last position, which predicts the first word, in every layer; and from
-        SparseVLM's raters in its layer.
-    """
+    """How much attention the text of each prompt pays to its visual tokens, with all of them in place. Returns per
+    prompt, means over heads: from the last position, which predicts the first word, in every layer; and from
+    SparseVLM's raters in its layer."""
 
     def asking(prompt: Prompt) -> Int[Tensor, " _"]:
         return torch.cat([raters(prompt), torch.tensor([len(prompt) - 1])])

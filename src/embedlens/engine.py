@@ -1,8 +1,7 @@
 """Interventions at work: hooks on the stock modules, in prefill and while decoding, that go at the end of a block.
 
-The prompts reach the engine through `model.running`, which `model.answer(s)`, `model.logits`, `model.hidden_states`,
-`model.streams_of` and `el.trace(s)` call. A forward that is not announced there is refused, as nobody could say
-which of its positions are visual.
+The prompts reach the engine through `model.running`, which all ways to run a model call. A forward that is not
+announced there is refused, as nobody could say which of its positions are visual.
 """
 
 from __future__ import annotations
@@ -41,17 +40,13 @@ class _Batch:
 
     entered: Sequence[Prompt]
     visual: Bool[Tensor, "b s"]
-    frozen: dict[int, Bool[Tensor, "b s"]]
-    """Index of an intervention → rows whose updates it zeroes; left out where there are none."""
+    frozen: dict[int, Bool[Tensor, "b s"]]  #: Index of an intervention → rows whose updates it zeroes, if any
     pruned: bool
 
 
 class Run:
-    """What an `intervene` block hands out: how often its interventions acted.
-
-    `counts`: per intervention, in the order given, the number of module calls that it changed. Prune, Rescale and
-    EnterAt(0) count forwards of prompts, the others sublayers or blocks.
-    """
+    """What an `intervene` block hands out. `counts`: per intervention the number of module calls that it changed;
+    Prune, Rescale and EnterAt(0) count forwards of prompts, the others sublayers or blocks."""
 
     def __init__(self, model: VisionLanguageModel, interventions: tuple[Intervention, ...]) -> None:
         self.model, self.interventions = model, interventions
@@ -101,10 +96,7 @@ class Run:
         entered = list(prompts)
         own = any(prompt.positions is not None for prompt in prompts)
         if own and any(value.positions == "renumber" for _, value in self._of((Prune, LeaveAt))):
-            raise EmbedLensError(
-                f"{self.model.name} places its patches by row and column, and gaps between those cannot be closed: "
-                "pass positions='keep'"
-            )
+            raise EmbedLensError(f"{self.model.name} places patches by row and column: pass positions='keep'")
         for _, rescale in self._of(Rescale):
             entered = [prompt.rescaled(rescale.factor) for prompt in entered]
         for index, prune in self._of(Prune):
@@ -218,10 +210,7 @@ class Run:
         if not acting:
             return None
         if "position_embeddings" not in kwargs:
-            raise EmbedLensError(
-                f"{self.model.name} hands its blocks no rotary embedding, so that gaps cannot be closed: "
-                "pass positions='keep'"
-            )
+            raise EmbedLensError(f"{self.model.name} hands its blocks no rotary embedding: pass positions='keep'")
         hidden = args[0] if args else kwargs["hidden_states"]
         gone = gone.to(hidden.device)
         before = gone.cumsum(1) if self._prefill else gone.sum(1, keepdim=True)
@@ -245,10 +234,7 @@ class Run:
         seen = ~(hidden_keys & others)
         kernel = self.model.decoder.config._attn_implementation
         if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
-            raise EmbedLensError(
-                f"visual tokens cannot be hidden from {kernel!r} attention: call "
-                "model.hf.set_attn_implementation('sdpa') first"
-            )
+            raise EmbedLensError(f"{kernel!r} attention hides no visual tokens: set_attn_implementation('sdpa') first")
         if stock is None:
             stock = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
             if kernel == "eager":

@@ -11,8 +11,7 @@ from pathlib import Path
 class EmbedLensError(ValueError):
     """One sentence that says what is wrong and what to do about it; the command line prints it without a traceback."""
 
-    exit_code = 2
-    """Of the command line; a chapter that fails has 1."""
+    exit_code = 2  #: Of the command line; a chapter that fails has 1
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """One page to look inside a picture: every visual token's words by lens and layer, its group, and who attends to it.
 
-The page is one file without any request: arrays are packed, compressed and decoded by the page itself, words lie in a
-dictionary, every text is set as text. `explorer.html` beside this module is its frame.
+The page, framed by `explorer.html`, makes no request: it decodes packed arrays, and every text is set as text.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ class Explorer:
     scenes: Sequence[Mapping[str, Any]] = field(repr=False)
     words: Sequence[str] = field(repr=False)
     model: str
-    twin: Image.Image = field(repr=False)
-    """The first picture's readings side by side, for print."""
+    twin: Image.Image = field(repr=False)  #: The first picture's readings side by side, for print
     start: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -99,11 +97,8 @@ class Explorer:
         )
 
     def save(self, file: Path | str) -> Path:
-        """Write the page to one .html file, or its static twin to a picture file.
-
-        Raises:
-            EmbedLensError: another ending, or a place that cannot be written.
-        """
+        """Write the page to one .html file, or its static twin to a picture file. EmbedLensError: another ending, or a
+        place that cannot be written."""
         file = Path(file).expanduser()
         if file.suffix.lower() not in (".html", ".htm", ".png"):
             raise EmbedLensError(f"{file.name or file} has no ending .html or .png: name such a file")
@@ -135,7 +130,6 @@ def explore(
     """Look at every visual token of a picture: words by lens and layer, group, norm, and what the answer attends to.
 
     Args:
-        model: from `embedlens.load`.
         image: a picture, or several to choose from.
         question: what is asked; attention is that of the answer to it.
         k: words per token; by default 5, of large pictures 3.

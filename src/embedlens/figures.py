@@ -1,7 +1,6 @@
 """How the book's figures look: one palette, one style, words on patches, curves by layer.
 
-Colours and markers carry meaning and keep it through the book: groups of tokens by `GROUPS`, lenses by `LENSES`. Every
-pair can also be told apart by marker or line style, so that no reader depends on colour.
+Colours and markers keep their meaning through the book; every pair can also be told apart by marker or line style.
 """
 
 from __future__ import annotations
@@ -159,9 +158,8 @@ def bands(axes: Axes, curve: pd.DataFrame, x: str, hue: str | None = None, palet
 
 
 def points(axes: Axes, found: pd.DataFrame, y: str, hue: str | None = None, palette: Sequence[str] = ORDER) -> None:
-    """Estimates as markers with their intervals, one row to each value of the column `y`, the first at the top. `found`
-    is from `embedlens.stats.curve`; `hue` is the column that tells several markers of a row apart, or each row has its
-    own colour, of `palette` in order of appearance."""
+    """Estimates (`stats.curve`) as markers with their intervals, one row to each value of the column `y`, the first at
+    the top. `hue` is the column that tells several markers of a row apart, or each row has its own colour."""
     rows, names = (list(dict.fromkeys(found[column])) for column in (y, hue or y))
     for number, (name, colour) in enumerate(zip(names, palette, strict=False)):
         part = found[found[hue or y] == name]
@@ -256,8 +254,7 @@ def patch_words(
     groups: Mapping[str, Bool[np.ndarray, " n"]] | None = None,
 ) -> Image:
     """The picture (upright RGB, original size) as the model sees it, magnified: patches outlined, one word at the foot
-    of each, bars hatched. Thickly in green `marked` patches, in the group's colour with its letter those of `groups`.
-    """
+    of each, bars hatched; thickly in green `marked` patches, in the group's colour with its letter `groups`."""
     from PIL import Image, ImageDraw
 
     cells = [grid.cell(index) for index in range(len(grid))]

@@ -1,14 +1,8 @@
 """Sink, dead and alive visual tokens: how a model's groups are found, and which token belongs to which.
 
-Nothing here is a constant of one model: `discover` looks at some pictures and writes down what tells the groups apart,
+`discover` looks at some pictures and writes down what tells the groups apart (Sections 4.1, 4.2 and 5.1 of the paper),
 `token_groups` applies it. What stands out is judged by one rule: Tukey's outer fence on a log scale, three
 interquartile ranges above the third quartile. Where nothing does, the group is empty, and `Reference.notes` says so.
-
-    ViT sinks   norm at the vision tower's last layer beyond the fence (Section 4.1 of the paper)
-    LLM sinks   phi beyond a threshold in dimensions that the first token of the sequence excites (Section 4.2)
-    dead        the reference word of the largest text-distant cluster (Section 5.1)
-    alive       the others
-
 For LLaVA-1.5-7B the paper found norm 75, phi 20 in dimensions 1415 and 2533, and the reference ids 1141 (ViT sinks),
 26673 (LLM sinks) and 30296 (dead).
 """
@@ -116,8 +110,7 @@ def ratios(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
 def ratio_fence(largest: Shaped[np.ndarray, " n"], width: int) -> float:
     """`fence` of tokens' largest |x|/RMS, in the same unit and below its end, √width; 1 at width 1, where all are 1.
 
-    The fence is that of |x_i| over the RMS of the *other* dimensions, which has no end. A rule without this step found
-    no sink dimension in SmolLM2 (width 576), where BOS takes 39 % of the attention: the fence lay above √576.
+    The fence is that of |x_i| over the RMS of the *other* dimensions, which has no end.
 
     >>> ratio_fence(np.array([11.0, 12.0, 13.0, 14.0]), 576) < 24 < fence(np.array([9.0, 12.0, 13.0, 16.0]))
     True
@@ -273,8 +266,7 @@ _REFERENCES: WeakKeyDictionary[VisionLanguageModel, dict[tuple[str, int] | None,
 
 def reference_of(model: VisionLanguageModel, dataset: str = "miniworld", seed: int = 0) -> Reference:
     """`discover` in pictures of a data set, once per model: in photographs where photographs are measured, else in
-    training pictures of the miniature world. `dataset` and `seed` are those of `embedlens.samples.calibration`.
-    """
+    training pictures of the miniature world. `dataset` and `seed` are those of `embedlens.samples.calibration`."""
     known, key = _REFERENCES.setdefault(model, {}), (dataset, seed) if photographs(dataset) else None
     if key not in known:
         known[key] = discover(model, None if key is None else calibration(dataset, CALIBRATION, seed))

@@ -27,12 +27,10 @@ a sequence single masks may be empty, but not all."""
 class Prune:
     """Take visual tokens out of the sequence before layer 0, as if the picture had never had them.
 
-    What remains runs as a physically shorter sequence: hidden states, logits and traces have only the remaining rows,
-    those of `prompt.without(mask)`, and the cache is shorter at every layer. The vision tower has still seen all.
-
-    `positions="keep"` leaves gaps in the rotary positions, as the released code does (Section 5 of the paper), and
-    decoding goes on at the length of the whole prompt; `"renumber"` closes the gaps, which models refuse whose
-    patches stand at a row and a column (Qwen-VL).
+    Hidden states, logits and traces have only the remaining rows, those of `prompt.without(mask)`, and the cache is
+    shorter at every layer. The vision tower has still seen all. `positions="keep"` leaves gaps in the rotary positions,
+    as the released code does (Section 5 of the paper), and decoding goes on at the length of the whole prompt;
+    `"renumber"` closes the gaps, which models refuse whose patches stand at a row and a column (Qwen-VL).
 
     >>> Prune(torch.tensor([True, True]))
     Traceback (most recent call last):
@@ -54,11 +52,8 @@ class Prune:
 
 @dataclass(frozen=True, eq=False)
 class SkipSublayers:
-    """Zero what some sublayers add to masked visual tokens: their rows pass through unchanged.
-
-    The rows still serve keys and values, from their own un-updated state, so others keep reading them. With masks of
-    sink tokens these are the paper's sublayer-skipping arms (Section 5.1): MLP-2 there, which counts from 1, is 1.5.
-    """
+    """Zero what some sublayers add to masked visual tokens, which still serve keys and values, from their un-updated
+    state. With masks of sinks these are the paper's arms (Section 5.1): MLP-2 there, which counts from 1, is 1.5."""
 
     mask: Masks  #: True = not updated
     at: Sequence[float]  #: n: the attention of layer n; n + 0.5: its MLP; 0-based
@@ -66,9 +61,7 @@ class SkipSublayers:
     def __post_init__(self) -> None:
         _checked_masks(self)
         if not len(self.at):
-            raise EmbedLensError(
-                "SkipSublayers skips nothing: name sublayers, for example at=[1.5] for the MLP of layer 1"
-            )
+            raise EmbedLensError("SkipSublayers skips nothing: name sublayers, for example at=[1.5], layer 1's MLP")
         for place in self.at:
             if place < 0 or 2 * place != int(2 * place):
                 raise EmbedLensError(
@@ -81,9 +74,8 @@ class SkipSublayers:
 class Silence:
     """Zero what one kind of sublayer adds to all visual positions (the paper's -vMHA and -vFFN, Section 7.2).
 
-    Visual positions still serve keys and values, so text keeps reading them. The released code does something else at
-    the attention of layer 0; `ReleasedLayer0` adds that. `rows="text"` is the control that the paper lacks: the same
-    for all text of the prompt but its last position, which has to answer.
+    Text keeps reading their keys and values. What the released code does at the attention of layer 0 `ReleasedLayer0`
+    adds. `rows="text"` is the control that the paper lacks, for all text of the prompt but its last position.
     """
 
     sublayer: str  #: Either "attention" or "mlp"
@@ -105,9 +97,8 @@ class Silence:
 class EnterAt:
     """Let visual tokens join the sequence at a later layer (the paper's L_in, Section 7.2).
 
-    Blocks below `layer` run the text alone, at its original positions; at `layer` the projected visual tokens stand
-    there as they left the projector. In traces they wait unchanged below it. EnterAt(0) is the plain run. What some
-    families add to visual tokens between blocks (Qwen3-VL) is added to them while they wait.
+    Blocks below `layer` run the text alone, at its original positions; in traces visual tokens wait unchanged, but for
+    what some families add between blocks (Qwen3-VL). EnterAt(0) is the plain run.
     """
 
     layer: int  #: The first block that sees visual tokens, 0-based
@@ -117,12 +108,10 @@ class EnterAt:
 class LeaveAt:
     """Take visual tokens out of the sequence at a later layer, as pruners inside the language model do.
 
-    Blocks below `layer` run as ever; from `layer` on nothing reads these rows, in prefill and while decoding, so that
-    all other rows are those of a physically shorter sequence. In traces the rows stay where they are, unchanged since
-    they left. Several LeaveAt are the stages of a schedule; a later mask need not repeat an earlier one.
-
-    `positions="keep"` leaves gaps in the rotary positions, as FastV does; `"renumber"` closes them from `layer` on, as
-    PyramidDrop does (both from their released code), which models refuse whose patches stand at a row and a column.
+    From `layer` on nothing reads these rows, in prefill and while decoding: all other rows are those of a shorter
+    sequence. In traces the rows stay, unchanged since they left. Several LeaveAt are the stages of a schedule; a later
+    mask need not repeat an earlier one. `positions="keep"` leaves gaps in rotary positions, as FastV's released code
+    does; `"renumber"` closes them from `layer` on, as PyramidDrop's does; see `Prune`.
     """
 
     mask: Masks  #: True = leaves
@@ -135,10 +124,8 @@ class LeaveAt:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01).
-
-    What some families add to them between blocks (Qwen3-VL) is multiplied, too.
-    """
+    """Multiply projected visual tokens, before layer 0 (Section 6.2 of the paper scales by 0.01), and what families
+    add to them between blocks (Qwen3-VL)."""
 
     factor: float
 
@@ -173,14 +160,10 @@ def _checked_masks(value: Prune | SkipSublayers | LeaveAt) -> tuple[Tensor, ...]
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise EmbedLensError(f"the mask of {name} is {kind}: pass a torch.bool tensor, True where it acts")
         if mask.ndim != 1:
-            raise EmbedLensError(
-                f"the mask of {name} has shape {tuple(mask.shape)}: pass one True or False per visual token, and a "
-                "list of such masks for several prompts"
-            )
+            what = f"the mask of {name} has shape {tuple(mask.shape)}"
+            raise EmbedLensError(f"{what}: pass one True or False per visual token, and a list for several prompts")
     if not any(bool(mask.any()) for mask in masks):
-        raise EmbedLensError(
-            f"the mask of {name} is empty: mark at least one visual token, or run without the intervention"
-        )
+        raise EmbedLensError(f"the mask of {name} is empty: mark at least one visual token, or run without it")
     return masks
 
 

@@ -1,6 +1,6 @@
 """What was computed once, on disk: a digest of everything that it depends on, and files that are whole or not there.
 
-Equal digests mean equal results, so that whoever finds a file under one takes what it holds instead of computing it.
+Equal digests mean equal results.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ AT_ONCE = 2**22  # values of a weight that are read at a time
 
 
 def digest(value: Any) -> str:
-    """Of numbers, texts, arrays, models, functions and what is made of them, by value: the same in every process.
-
-    A function counts with its source, what it encloses, and the functions and plain values beside it that it names.
-    TypeError: something in it is not known by its value, such as a generator.
+    """Of numbers, texts, arrays, models, functions (source, what they enclose and name) and what is made of them, by
+    value: the same in every process. TypeError: something in it is not known by its value, such as a generator.
 
     >>> digest({"a": 1, "b": (2.0, "x")}) == digest({"b": (2.0, "x"), "a": 1}) != digest({"a": 1})
     True

@@ -1,11 +1,8 @@
 """Which words a hidden vector is close to: EmbedLens by input embeddings, LogitLens by the unembedding.
 
-A lens knows vectors and a vocabulary, nothing of the model's inside. Scores of many vectors are computed in slices
-of rows, so that the full [rows, vocabulary] matrix is never held.
-
+Scores of many vectors are computed in slices of rows, so that the full [rows, vocabulary] matrix is never held.
 EmbedLens searches with a product in the number format that the table has, bfloat16 too, and scores in float64 the few
-entries that its rounding leaves in question. How far off the product can be is bounded by what rounding allows, not
-by what it usually does, so the result is the brute-force ranking.
+entries that its rounding, bounded by what it may be at most, leaves in question: the result is the brute-force ranking.
 """
 
 from __future__ import annotations
@@ -47,12 +44,8 @@ class Lens(ABC):
     def topk(
         self, h: Float[Tensor, "*batch d"], k: int = 5
     ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-        """The k best vocabulary entries: (scores, ids), best first, ties by lowest id.
-
-        Raises:
-            EmbedLensError: the vectors have another width, some are no numbers (NaN, inf), or k is not between 1 and
-                the size of the vocabulary.
-        """
+        """The k best vocabulary entries: (scores, ids), best first, ties by lowest id. EmbedLensError: the vectors have
+        another width, some are no numbers (NaN, inf), or k is not between 1 and the size of the vocabulary."""
         if h.ndim < 1 or h.shape[-1] != self.width:
             raise EmbedLensError(
                 f"the vectors have shape {tuple(h.shape)}, this lens reads width {self.width}: pass hidden states of "
@@ -77,9 +70,7 @@ class Lens(ABC):
         """Place of the best of `ids` among all vocabulary entries: 1 is the first, ties by lowest id.
 
         Holds a score per vector and entry: for a few vectors, such as one token followed through the layers.
-
-        Raises:
-            EmbedLensError: no ids, or one that is not in the vocabulary.
+        EmbedLensError: no ids, or one that is not in the vocabulary.
 
         >>> EmbedLens(torch.eye(3), ["a", "b", "c"]).rank(torch.tensor([[0.0, 2.0, 1.0]]), [0, 2]).tolist()
         [2]
@@ -161,10 +152,8 @@ class EmbedLens(Lens):
 
     def _shown(self, rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, " n"]]:
         """The vectors as they are multiplied, about unit length, and how far two scores may be apart and still swapped.
-
         Powers of two scale exactly. Bounds: what a vector loses by the table's format; d roundings of a sum of d
-        products (Higham, "Accuracy and Stability", 3.1); on a GPU, TF32 and sums of parts in bfloat16.
-        """
+        products (Higham, "Accuracy and Stability", 3.1); on a GPU, TF32 and sums of parts in bfloat16."""
         kind = self._rows.dtype
         whole = rows.to(torch.promote_types(kind, torch.float32))
         exponent = torch.frexp(_lengths(rows).float()).exponent.clamp(-100, 100)
@@ -189,11 +178,8 @@ class EmbedLens(Lens):
 
 
 class LogitLens(Lens):
-    """What the model would say next if it stopped at this layer: final norm, then head.
-
-    `h` is the residual stream *before* the final norm, as `model.hidden_states` gives it for every layer, the last
-    included; there the lens gives the model's own logits. (Hugging Face's last hidden state is already normed.)
-    """
+    """What the model would say next if it stopped at this layer: final norm, then head. `h` is the residual stream
+    *before* the final norm, as `model.hidden_states` gives it; of the last layer these are the model's own logits."""
 
     def __init__(self, unembed: Unembed, tokens: Sequence[str], norm: bool = True, exclude: Sequence[int] = ()) -> None:
         """Args: `norm=False` leaves the final norm out, `exclude` are ids that may never be an answer (ablations)."""
@@ -274,10 +260,9 @@ def _readable(vectors: Float[Tensor, "*batch d"], what: str = "vectors") -> Floa
 def _contenders(
     scores: Float[Tensor, "n V"], k: int, slack: Float[Tensor, " n"] | float = 0.0, relative: float = 0.0
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Every entry that may be among a row's k best: (rows, ids), rows in order.
-
-    Entries stand in blocks with a stride, and a block is looked into if its best is good enough: a score is read
-    once, and few are sorted. The k-th best block is no better than the k-th best entry, so none is missed.
+    """Every entry that may be among a row's k best: (rows, ids), rows in order. Entries stand in blocks with a stride,
+    and a block is looked into if its best is good enough: a score is read once, and few are sorted. The k-th best block
+    is no better than the k-th best entry, so none is missed.
 
     Args:
         slack: a row's scores this far below its k-th best still count, and

@@ -1,11 +1,11 @@
 """Interventions inside lmms-eval: what the plugin answers with, and a task on the miniature's questions.
 
-lmms-eval finds the model by an entry point of its own (`lmms_eval.models`), so nothing of it is changed:
+On the command line:
 
     python -m lmms_eval --model embedlens --tasks pope,mme --batch_size auto \\
         --model_args pretrained=llava-hf/llava-1.5-7b-hf,intervention=prune_dead
 
-This module does not need lmms-eval; `lmms_model`, which the entry point leads to, does.
+This module does not need lmms-eval; `lmms_model`, which its entry point leads to, does.
 """
 
 from __future__ import annotations
@@ -26,17 +26,7 @@ from embedlens.errors import EmbedLensError
 from embedlens.groups import Reference, discover, reference_of, token_groups_of
 from embedlens.interventions import EnterAt, Intervention, Rescale, Silence
 from embedlens.prefix import Case, answers
-from embedlens.sweep import (
-    BASELINE,
-    Arm,
-    acted_on,
-    everywhere,
-    members,
-    plan_of,
-    pruning,
-    random_alive,
-    skipping,
-)
+from embedlens.sweep import BASELINE, Arm, acted_on, everywhere, members, plan_of, pruning, random_alive, skipping
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,11 +65,7 @@ def _given(name: str, value: Any, intervention: str) -> Any:
 
 def arm_of(intervention: str, seed: Any = 0, layer: Any = None, factor: Any = None) -> Arm:
     """The arm that `--model_args intervention=…` names.
-
-    lmms-eval hands numbers over as it parses them: "-1" arrives as -1.0, so whole numbers are told from others here.
-
-    Raises:
-        EmbedLensError: unknown intervention, or a number that is missing or not whole.
+    EmbedLensError: unknown intervention, or a number that is missing or not whole.
 
     >>> arm_of("prune_random", seed=3.0).seed
     3
@@ -113,18 +99,13 @@ def batch_size_of(given: Any) -> int | str:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question.
-
-    Attributes:
-        key: of the picture; what is random about the arm is seeded by it.
-        stops: the answer ends before the first of these.
-    """
+    """One question."""
 
     picture: Any
     question: str
-    key: int
+    key: int  #: Of the picture; what is random about the arm is seeded by it
     max_new_tokens: int
-    stops: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()  #: The answer ends before the first of these
 
 
 @dataclass(frozen=True)
@@ -136,14 +117,8 @@ class Said:
 
 
 class Answerer:
-    """A model that answers under one arm, and keeps count of how often the arm acted.
-
-    Attributes:
-        asked: questions answered.
-        acted: those whose picture the arm acted on; the others ran as the baseline.
-        tokens: visual tokens that it acted on, in all.
-        batch_size: questions answered together; fewer from where a batch does not fit into memory.
-    """
+    """A model that answers under one arm, and counts questions `asked`, those whose picture the arm `acted` on, and the
+    visual `tokens` that it acted on in all. `batch_size` questions are answered together, or as many as fit."""
 
     def __init__(
         self, model: VisionLanguageModel, arm: Arm, calibration: str | None = None, batch_size: int | str = study.AUTO
@@ -159,11 +134,8 @@ class Answerer:
 
     def answers(self, questions: Sequence[Any], read: Callable[[Any], Asked] = lambda one: one) -> Iterator[Said]:
         """The greedy answers in the order of the questions, which `read` makes of what is given a batch at a time.
-
-        Raises:
-            EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was
-                to act and did not.
-        """
+        EmbedLensError: an empty answer, which no benchmark may count as a wrong one, or an intervention that was to act
+        and did not."""
 
         def run(_: int, batch: Sequence[Any]) -> Iterator[Said]:
             for _, alike in groupby(map(read, batch), key=lambda one: one.max_new_tokens):
@@ -202,11 +174,8 @@ class Answerer:
         ]
 
     def report(self) -> str:
-        """How often the arm acted, in one sentence.
-
-        Raises:
-            EmbedLensError: it never did, so that all scores are the baseline's.
-        """
+        """How often the arm acted, in one sentence. EmbedLensError: it never did, so that all scores are the
+        baseline's."""
         if self.arm.name == BASELINE.name:
             return f"{self.asked} answers without an intervention"
         if self.asked and not self.acted:
@@ -234,26 +203,17 @@ def until(text: str, stops: Sequence[str]) -> str:
 
 
 def generation(kwargs: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """(new tokens, stops) of a task's `generation_kwargs`; only greedy decoding is supported.
-
-    Raises:
-        EmbedLensError: the task samples or searches beams.
-    """
+    """(new tokens, stops) of a task's `generation_kwargs`; only greedy decoding is supported. EmbedLensError: the task
+    samples or searches beams."""
     if kwargs.get("do_sample") or (kwargs.get("temperature") or 0) > 0 or (kwargs.get("num_beams") or 1) > 1:
-        raise EmbedLensError(
-            "the task asks for sampling or beams, and answers here are greedy: pass --gen_kwargs "
-            "do_sample=false,temperature=0,num_beams=1"
-        )
+        raise EmbedLensError("answers here are greedy: pass --gen_kwargs do_sample=false,temperature=0,num_beams=1")
     stops = kwargs.get("until") or ()
     return int(kwargs.get("max_new_tokens") or NEW_TOKENS), (stops,) if isinstance(stops, str) else tuple(stops)
 
 
 def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
-    """Picture and text of one user turn, as this package asks them: the picture first.
-
-    Raises:
-        EmbedLensError: several turns, no picture or several, a video, or sound.
-    """
+    """Picture and text of one user turn, as this package asks them: the picture first. EmbedLensError: several turns,
+    no picture or several, a video, or sound."""
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) != 1 or turns[0]["role"] != "user" or len(turns) != len(messages):
         raise EmbedLensError("the task has several turns or a system prompt: choose tasks of one question a picture")
@@ -268,10 +228,7 @@ def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
 
 def judges(task: str, folder: Path) -> set[str]:
     """Names of keys one of which a task's scoring needs, as a judge behind a service reads the answers; {}: none.
-
-    Args:
-        folder: lmms-eval's `tasks`. What a task's YAML names, and what that imports beside it, is searched for keys.
-    """
+    `folder`: lmms-eval's `tasks`. What a task's YAML names, and what that imports beside it, is searched for keys."""
     files = (file for file in folder.rglob("*.yaml") if re.search(_NAMED, file.read_text("utf-8")))
     for file in files:
         text = file.read_text("utf-8")
@@ -296,16 +253,12 @@ _NAMED = r"(?m)^task: *[\"']?([\w+-]+)"
 
 def check_keys(tasks_asked: Iterable[str], folder: Path) -> None:
     """Say before anything runs that a key is missing: without it every answer would be scored as a wrong one.
-
-    Raises:
-        EmbedLensError: a task is scored by a judge, and none of its keys is set.
-    """
+    EmbedLensError: a task is scored by a judge, and none of its keys is set."""
     for task in tasks_asked:
         keys = judges(task, folder)
         if keys and not any(os.environ.get(key) for key in keys):
             raise EmbedLensError(
-                f"{task} is scored by a judge behind a service, and {' or '.join(sorted(keys))} is not set, so that "
-                "answers would count as wrong: set it, or leave the task out"
+                f"{task} is scored by a judge and {' or '.join(sorted(keys))} is not set: leave it out"
             )
 
 

@@ -30,13 +30,10 @@ class EmbedLensModel(Base):
     """A model from `embedlens.load` under one intervention; every exception ends the run, as a score must not hide it.
 
     Args:
-        pretrained: as `embedlens.load` takes it.
+        pretrained, device, dtype, quantize, preprocessing: as `embedlens.load` takes them.
         intervention: a key of `lmms.INTERVENTIONS`.
-        seed: of random interventions.
-        layer: for enter_at. factor: for rescale.
-        calibration: pictures in which dead and sink tokens are told apart, such as coco:/data/coco/val2017; default:
-            drawn ones.
-        device, dtype, quantize, preprocessing: as `embedlens.load` takes them.
+        seed, layer, factor: of random interventions, for enter_at, for rescale.
+        calibration: pictures to tell groups apart in, such as coco:/data/coco/val2017; default: drawn ones.
         batch_size: questions answered together, or auto: as many as fit, found by halving.
     """
 
@@ -59,9 +56,7 @@ class EmbedLensModel(Base):
         **unknown: Any,
     ) -> None:
         if MISSING is not None:
-            raise EmbedLensError(
-                f"the benchmarks need lmms-eval ({MISSING} is missing): pip install 'embedlens[benchmarks]'"
-            )
+            raise EmbedLensError(f"lmms-eval is needed ({MISSING} is missing): pip install 'embedlens[benchmarks]'")
         super().__init__()
         if unknown:
             raise EmbedLensError(

@@ -38,21 +38,16 @@ def load(
     """A model to study: the shipped miniature, a checkpoint folder, or a Hugging Face repository.
 
     Args:
-        name_or_folder: `"miniature"`, a folder that `save_pretrained` wrote, or a repository id such as
-            `llava-hf/llava-1.5-7b-hf`.
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, ..., or `"auto"` to spread the layers over all GPUs.
-            Default: the first GPU if there is one, else the CPU.
+        name_or_folder: `"miniature"`, a folder that `save_pretrained` wrote, or an id as `llava-hf/llava-1.5-7b-hf`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`, or `"auto"`, all GPUs; by default the first GPU, else the CPU.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`. Default, `"auto"`: float32 for the miniature and on the CPU,
             the checkpoint's own on a GPU. Any other becomes part of the model's name.
-        quantize: `"4bit"` or `"8bit"` matrices of the decoder through bitsandbytes (needs a CUDA GPU). The vision
-            tower, the projector and the head, whose numbers are what is studied, stay as they are.
-        preprocessing: how LLaVA-1.5 makes a picture a square. It was trained with `"letterbox"`, the default; the
-            stock processor of the llava-hf checkpoints does `"centre-crop"`; `"stretch"` ignores the aspect ratio.
-            Other families cut pictures in their own way, `"own"`; the three make a picture square before that.
+        quantize: `"4bit"` or `"8bit"` matrices of the decoder through bitsandbytes (needs a CUDA GPU).
+        preprocessing: how LLaVA-1.5 makes a picture a square: `"letterbox"`, the default; `"centre-crop"`, as the stock
+            processor of llava-hf; `"stretch"`. Other families cut in their `"own"` way, of one of these if it is named.
 
     Raises:
-        EmbedLensError: unknown name, folder without checkpoint, unsupported class, missing or incomplete weights,
-            missing processor, unknown device, dtype, quantisation or preprocessing.
+        EmbedLensError: unknown name, class, device, dtype, quantisation or preprocessing, or a part that is missing.
     """
     with warnings.catch_warnings():  # in a notebook without ipywidgets its first import prints a path of this machine
         warnings.simplefilter("ignore")
@@ -107,11 +102,8 @@ def dtype_of(dtype: Any) -> torch.dtype:
 
 
 def check_quantization(quantize: str | None, place: str) -> None:
-    """Refuse what this machine cannot do, before anything is loaded; nothing, for no quantisation.
-
-    Raises:
-        EmbedLensError: another word than "4bit" or "8bit", no CUDA GPU, a package that is missing.
-    """
+    """Refuse what this machine cannot do, before anything is loaded; nothing, for no quantisation. EmbedLensError:
+    another word than "4bit" or "8bit", no CUDA GPU, a package that is missing."""
     if quantize is None:
         return
     if quantize not in ("4bit", "8bit"):
@@ -119,9 +111,7 @@ def check_quantization(quantize: str | None, place: str) -> None:
     if not torch.cuda.is_available():
         raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU, and PyTorch sees none: leave it out")
     if not place.startswith(("cuda", "auto")):
-        raise EmbedLensError(
-            f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or leave it out"
-        )
+        raise EmbedLensError(f"quantize={quantize!r} needs a CUDA GPU, not {place}: pass device='cuda', or no quantize")
     if find_spec("bitsandbytes") is None:
         raise EmbedLensError(f"quantize={quantize!r} needs bitsandbytes: pip install bitsandbytes")
 
@@ -150,9 +140,7 @@ def _locate(name_or_folder: str | Path) -> Path | str:
     if name_or_folder == MINIATURE:
         folder = Path(str(files("embedlens").joinpath(MINIATURE)))
         if not (folder / "config.json").is_file():
-            raise EmbedLensError(
-                f"the miniature is missing from this installation ({folder}): reinstall it, or run make train"
-            )
+            raise EmbedLensError(f"the miniature is missing from {folder}: reinstall it, or run make train")
         return folder
     text, folder = str(name_or_folder), Path(name_or_folder).expanduser()
     if text and folder.is_dir():
@@ -215,9 +203,7 @@ def _load_weights(
     absent = sorted(found["missing_keys"])
     if absent:
         # transformers would go on with random numbers in their place
-        raise EmbedLensError(
-            f"the weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model, not a part"
-        )
+        raise EmbedLensError(f"weights of {name} lack {len(absent)} tensors ({absent[0]}, ...): save the whole model")
     return hf.to(place) if device_map is None else hf
 
 
@@ -235,10 +221,7 @@ def _load_processor(source: Path | str, name: str, family: ModuleType) -> Any:
             f"(processor_config.json, tokenizer.json, ...) ({_first_line(error)})"
         ) from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise EmbedLensError(
-            f"{name} has no image processor, only a {type(processor).__name__}: add processor_config.json, as "
-            "processor.save_pretrained writes it"
-        )
+        raise EmbedLensError(f"{name} has no image processor: add processor_config.json, as save_pretrained writes it")
     return processor
 
 

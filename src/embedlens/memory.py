@@ -1,7 +1,6 @@
 """How much memory a model will take, from its config alone.
 
-Weights are counted exactly, on an architecture without storage; the rest is an estimate, before anything is loaded.
-
+Weights are counted exactly; the rest is an estimate, before anything is loaded.
 >>> from embedlens.model_names import MINIATURE
 >>> found = needed(config_of(MINIATURE), dtype="float32")
 >>> found.parameters > 1e6, found.total(batch_size=8) > found.weights
@@ -89,11 +88,8 @@ def config_of(name_or_folder: str | Path) -> Any:
 def needed(
     config: Any, dtype: str = "bfloat16", quantize: str | None = None, visual_tokens: int | None = None
 ) -> Memory:
-    """What a model of this config takes, computed in `dtype`; "4bit" or "8bit" as bitsandbytes does it.
-
-    `visual_tokens`: of one picture; None: those of an ordinary one. EmbedLensError for what is unknown here, or a
-    config that is no vision-language model's.
-    """
+    """What a model of this config takes, computed in `dtype`; "4bit" or "8bit" as bitsandbytes does it; `visual_tokens`
+    of one picture, None: an ordinary one. EmbedLensError for what is unknown here, or no vision-language model's."""
     from transformers import AutoModelForImageTextToText
 
     size = dtype_of(dtype).itemsize
@@ -103,10 +99,7 @@ def needed(
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
     except ValueError:
-        raise EmbedLensError(
-            f"{type(config).__name__} is no config of a vision-language model: pass a checkpoint that embedlens.load "
-            "takes"
-        ) from None
+        raise EmbedLensError(f"{type(config).__name__} is no vision-language config: pass another model") from None
     family = family_of(type(model).__name__)
     left = tuple(unpacked(family)) if family else ()
     packed = sum(  # the matrices that quantisation packs
@@ -146,11 +139,8 @@ def visual_tokens_of(config: Any) -> int:
 def foretold(
     model: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None, batch_size: int = 1
 ) -> str:
-    """What a run on this model will take, and what is free where it is to run, in one sentence.
-
-    Raises:
-        EmbedLensError: as `config_of` and `needed`.
-    """
+    """What a run on this model will take, and what is free where it is to run, in one sentence. EmbedLensError: as
+    `config_of` and `needed`."""
     if dtype in (None, AUTO):  # as `load` chooses; of the two half precisions both are of a size
         on_gpu = device != "cpu" and (device is not None or torch.cuda.is_available())
         dtype = "bfloat16" if on_gpu and model != MINIATURE else "float32"

@@ -1,7 +1,6 @@
 """An arm against the baseline, question by question: difference, interval over pictures, McNemar, equivalence.
 
-The same questions are asked under every arm: two scores with overlapping intervals can differ clearly, and two equal
-ones can hide that half the answers flipped.
+The verdict:
 
     degradation           the 95 % interval of the difference lies below zero, and McNemar's p, where there is one, is
                           below 5 %
@@ -79,9 +78,8 @@ def compare(
 ) -> Comparison:
     """One arm of a sweep against another, by default the baseline.
 
-    Pictures are drawn in the bootstrap, the same ones for both arms and for all families. A bootstrap cannot draw what
-    no picture shows: where no answer differs, its interval is a point. So neither bound is nearer to the difference
-    than z² / (n + z²), which is Tango's score interval for n questions of which none differs.
+    Pictures are drawn in the bootstrap, the same ones for both arms and for all families. Where no answer differs, its
+    interval is a point; so neither bound is nearer to the difference than z² / (n + z²), Tango's score interval then.
 
     Args:
         table: from `embedlens.sweep.run_arms`.

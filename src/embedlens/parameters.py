@@ -33,8 +33,7 @@ def check(namespace: Mapping[str, Any], history: Sequence[str] = ()) -> None:
 
     Args:
         namespace: the notebook's variables: `globals()`.
-        history: the cells run so far, as IPython keeps them: `In`. From it the names and types that the notebook
-            declares are read, and those that papermill was given.
+        history: the cells run so far, IPython's `In`: the names and types that are declared, and those that are given.
 
     Raises:
         EmbedLensError: a name that is not declared, a value of another type, or one out of bounds; all in one message.

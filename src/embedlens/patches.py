@@ -17,17 +17,15 @@ from embedlens.errors import EmbedLensError
 
 PREPROCESSINGS = ("letterbox", "centre-crop", "stretch")
 Box = tuple[float, float, float, float]
-Span = tuple[Fraction, Fraction]
-"""Start and stop along one axis, px of the original picture, exact."""
+Span = tuple[Fraction, Fraction]  #: Start and stop along one axis, px of the original picture, exact
 
 
 @dataclass(frozen=True)
 class Frame:
     """What part of the picture's plane the model's canvas shows, exactly.
 
-    Coordinates are pixels of the original picture, x to the right, y down; pixel (i, j) covers [i, i+1) x [j, j+1).
-    The window reaches beyond the picture where the canvas has bars, and lies inside it where the canvas cuts.
-    Resampling rounds nothing here: the canvas is the window, stretched.
+    Pixels of the original picture, x to the right, y down; pixel (i, j) covers [i, i+1) x [j, j+1). The window, which
+    reaches beyond the picture where the canvas has bars, is stretched to the canvas.
     """
 
     width: int  # of the original picture, px
@@ -36,10 +34,8 @@ class Frame:
 
     @classmethod
     def letterbox(cls, width: int, height: int) -> Frame:
-        """The whole picture, centred in a square with bars, as LLaVA-1.5 does.
-
-        The bar before the picture is (long - short) // 2 pixels, the one behind it takes the odd pixel
-        (`expand2square` of LLaVA, `LlavaImageProcessorPil.pad_to_square`).
+        """The whole picture, centred in a square with bars, as LLaVA-1.5 does (`expand2square`): the bar before the
+        picture is (long - short) // 2 pixels, the one behind it takes the odd pixel.
 
         >>> Frame.letterbox(640, 427).box
         (0.0, -106.0, 640.0, 534.0)
@@ -50,10 +46,8 @@ class Frame:
 
     @classmethod
     def centre_crop(cls, width: int, height: int, side: int) -> Frame:
-        """The central square, as CLIP does: short side resized to `side` px, then the middle cut out.
-
-        The processor truncates the long side and the left edge to whole pixels of the resized picture, so `side`
-        enters.
+        """The central square, as CLIP does: short side resized to `side` px, then the middle cut out, the long side and
+        the left edge truncated to whole pixels of the resized picture.
 
         >>> Frame.centre_crop(640, 480, side=336).box
         (80.0, 0.0, 560.0, 480.0)
@@ -78,13 +72,11 @@ class Frame:
     @classmethod
     def of(cls, preprocessing: str, width: int, height: int, side: int) -> Frame:
         """The frame of a picture under a named preprocessing with a square canvas of `side` px."""
-        if preprocessing == "letterbox":
-            return cls.letterbox(width, height)
         if preprocessing == "centre-crop":
             return cls.centre_crop(width, height, side)
-        if preprocessing == "stretch":
-            return cls.stretch(width, height)
-        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+        if preprocessing not in PREPROCESSINGS:
+            raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+        return (cls.letterbox if preprocessing == "letterbox" else cls.stretch)(width, height)
 
     @classmethod
     def _of(cls, width: int, height: int, *window: int | Fraction) -> Frame:
@@ -102,10 +94,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Which patch of the picture each visual token is, in raster order: left to right, then top to bottom.
-
-    All coordinates are pixels of the original picture, whatever the model's preprocessing did to it.
-
+    """Which patch of the picture each visual token is, in raster order; coordinates are px of the original picture.
     >>> grid = PatchGrid(rows=8, cols=8, frame=Frame.letterbox(112, 84))
     >>> len(grid), grid.box(8)
     (64, (0.0, 0.0, 14.0, 14.0))
@@ -128,9 +117,8 @@ class PatchGrid:
 
     @classmethod
     def of_canvas(cls, frame: Frame, canvas: tuple[int, int], patch: int) -> PatchGrid:
-        """The grid that patches of `patch` px make on a canvas of (width, height) px.
-
-        Where they do not divide it, the vision tower's convolution drops the remainder at the right and at the bottom.
+        """The grid that patches of `patch` px make on a canvas of (width, height) px; a remainder at the right and at
+        the bottom is dropped.
 
         >>> grid = PatchGrid.of_canvas(Frame.stretch(380, 384), canvas=(380, 384), patch=14)
         >>> grid.rows, grid.cols, grid.box(26)
@@ -197,9 +185,8 @@ class PatchGrid:
         return tuple(self.cells[index].tolist())
 
     def box(self, index: int) -> Box:
-        """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1.
-
-        A cell wholly in the bars shows nothing: its box has no area and lies on the picture's edge.
+        """The part of the picture that a patch shows: its cell clipped to the picture, x0, y0, x1, y1. Of a cell wholly
+        in the bars it has no area and lies on the picture's edge.
 
         >>> PatchGrid(4, 4, Frame.letterbox(100, 50)).box(0)
         (0.0, 0.0, 25.0, 0.0)
@@ -240,10 +227,7 @@ class PatchGrid:
 
     def patch_at(self, x: float, y: float) -> int:
         """Index of the smallest patch that shows the point (x, y); a point in the bars has its patch too.
-
-        Raises:
-            EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it.
-        """
+        EmbedLensError: no patch shows the point, because the canvas cuts it away or ends before it."""
         x0, y0, x1, y1 = self.cells.T
         shown = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).nonzero()[:, 0]
         if not len(shown):
@@ -288,10 +272,8 @@ def within(grid: PatchGrid, frame: Frame, canvas: tuple[int, int]) -> PatchGrid:
 
 @dataclass(frozen=True)
 class ManyViews(PatchGrid):
-    """Several grids over one picture, their tokens one after the other: the whole picture and its tiles.
-
-    `rows` and `cols` make one line of all tokens, since no rectangle holds them; `views` has the real shapes. A point
-    of the picture is shown more than once, and a box counts the patches of every view.
+    """Several grids over one picture, their tokens one after the other: the whole picture and its tiles. `rows` and
+    `cols` make one line of all tokens; `views` has the real shapes. A box counts the patches of every view.
 
     >>> whole = PatchGrid(1, 2, Frame.stretch(8, 4))
     >>> grid = ManyViews.of([whole, PatchGrid(2, 4, Frame.stretch(8, 4))])

@@ -16,10 +16,8 @@ from embedlens.errors import EmbedLensError
 
 Picture = str | os.PathLike | Image | np.ndarray
 
+#: Longer side, px, up to which a picture reaches the model's own preprocessing with all its pixels; larger ones shrink.
 LARGEST = 4096
-"""Longer side, px, up to which a picture reaches the model's own preprocessing with all its pixels. Larger ones are
-shrunk to what that can use before anything as large as they are is drawn."""
-
 STRIP = 2**20  # pixels that are converted at a time
 GAP = 2.0  # large pictures are averaged over whole pixels down to this many times what is wanted, then interpolated
 
@@ -27,12 +25,9 @@ GAP = 2.0  # large pictures are averaged over whole pixels down to this many tim
 def open_picture(picture: Picture) -> Image:
     """The picture as an upright 8-bit RGB image.
 
-    Paths are decoded; EXIF rotation is applied, as viewers do; transparent pixels lie on white; 16-bit, 32-bit and
-    float greys are scaled to 8 bits; CMYK and palettes are converted. The first frame of an animation counts. An
-    upright RGB image beyond `LARGEST` px is handed on as it is, others as a copy.
-
-    Args:
-        picture: path, PIL image of any mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
+    EXIF rotation is applied; transparent pixels lie on white; 16-bit, 32-bit and float greys are scaled to 8 bits. The
+    first frame of an animation counts. An upright RGB image beyond `LARGEST` px is handed on as it is, not as a copy.
+    `picture`: path, PIL image of any mode, or uint8 array of shape [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
 
     >>> from PIL import Image
     >>> open_picture(Image.new("L", (3, 2), 255)).getpixel((0, 0))
@@ -47,10 +42,7 @@ def open_picture(picture: Picture) -> Image:
             return _upright_rgb(picture, "this image")
         if hasattr(picture, "__array_interface__"):
             return _from_array(picture)
-    raise EmbedLensError(
-        f"a picture is a path, a PIL image or a uint8 array, not {type(picture).__name__}: "
-        "open it with PIL.Image.open, or pass its path"
-    )
+    raise EmbedLensError(f"a picture is a path, a PIL image or a uint8 array, not a {type(picture).__name__}: pass one")
 
 
 @contextmanager
@@ -110,10 +102,8 @@ def _upright_rgb(image: Image, name: str) -> Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         if "ghostscript" in str(error).lower() or "not available" in str(error):
             raise EmbedLensError(f"{name} cannot be read on this machine ({error}): save it as png or jpg") from None
-        raise EmbedLensError(
-            f"{name} is damaged or truncated and cannot be read to its end ({error}): "
-            "get a complete copy, or save it again"
-        ) from None
+        what = f"{name} is damaged or truncated and cannot be read to its end ({error})"
+        raise EmbedLensError(f"{what}: get a complete copy, or save it again") from None
 
 
 def _in_strips(image: Image, convert: Callable[[Image], Image]) -> Image:
@@ -168,15 +158,13 @@ def _from_array(array: np.ndarray) -> Image:
 
     array = np.asarray(array)
     if array.dtype != np.uint8:
-        raise EmbedLensError(
-            f"the picture array has dtype {array.dtype}: pass uint8, for example (array * 255).round().astype('uint8')"
-        )
+        what = f"the picture array has dtype {array.dtype}"
+        raise EmbedLensError(f"{what}: pass uint8, for example (array * 255).round().astype('uint8')")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
-        raise EmbedLensError(
-            f"the picture array has shape {tuple(array.shape)}: pass [h, w], [h, w, 3] or [h, w, 4] (channels last)"
-        )
+        what = f"the picture array has shape {tuple(array.shape)}"
+        raise EmbedLensError(f"{what}: pass [h, w], [h, w, 3] or [h, w, 4] (channels last)")
     return _upright_rgb(Image.fromarray(np.ascontiguousarray(array)), "this array")
 
 
@@ -236,10 +224,8 @@ def resized(
     resample: int | None = None,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image:
-    """A picture, or the part of it in `box`, at another size; bicubic by default.
-
-    Those beyond `LARGEST` px are averaged over whole pixels first: interpolating them would take ten times as long.
-    """
+    """A picture, or the part of it in `box`, at another size; bicubic by default, beyond `LARGEST` px averaged over
+    whole pixels first, which is ten times as fast."""
     from PIL import Image as images
 
     resample = images.Resampling.BICUBIC if resample is None else resample

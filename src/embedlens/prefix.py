@@ -1,12 +1,9 @@
 """Many answers about few pictures: what prompts on a picture begin with runs once and is remembered.
 
-A prompt is text, a picture, a question. What a decoder computes for a row depends on the rows before it alone, so that
-the keys and values of all rows up to the end of the picture, under some interventions, serve every question on it.
-
-Questions on a picture stand in one row then and do not see each other, so that its keys and values are there once.
-
-Interventions that go on behind the picture, and models for which this is not so (image rows that see what follows,
-patches with rotary positions of their own), are asked prompt by prompt, as `model.answers` does.
+What a decoder computes for a row depends on the rows before it alone, so that the keys and values of all rows up to the
+end of the picture, under some interventions, serve every question on it. Questions on a picture stand in one row and do
+not see each other. Interventions that go on behind the picture, and models for which this is not so (image rows that
+see what follows, patches with rotary positions of their own), are asked prompt by prompt, as `model.answers` does.
 """
 
 from __future__ import annotations
@@ -39,8 +36,7 @@ class Case:
 
     prompt: Prompt
     plan: tuple[Intervention, ...] = ()  #: Interventions, masks for this prompt alone; empty: none
-    kind: str = ""
-    """Answers of a kind are of like length; those run together."""
+    kind: str = ""  #: Answers of a kind are of like length; those run together
 
 
 @torch.no_grad()
@@ -49,14 +45,8 @@ def answers(
 ) -> list[str]:
     """Greedy answers, the same as those of each prompt alone under its interventions.
 
-    Prompts share what the picture of `prompt.image` and equal interventions have in common; build further questions
-    on a picture with `model.asked`.
-
-    Args:
-        batch_size: pictures that run together, each with up to eight questions; twice as many are remembered.
-
-    Raises:
-        EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
+    Build further questions on a picture with `model.asked`. `batch_size` pictures run together, with eight questions
+    each. EmbedLensError: an intervention that does not fit the model or the prompt, or that never acts.
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise EmbedLensError(f"max_new_tokens is {max_new_tokens}, batch_size {batch_size}: allow at least 1 of each")

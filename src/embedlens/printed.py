@@ -54,10 +54,8 @@ def changes(name: str) -> pd.DataFrame:
 
 
 def contradictions() -> pd.DataFrame:
-    """Printed means that are not the rounded ones of their scores: table, row, column, printed, follows, rounding.
-
-    `rounding`: whether the rounding of the scores, which are printed to 0.1, could explain it.
-    """
+    """Printed means that are not those of their scores: table, row, column, printed, follows, and whether the
+    rounding of the scores, which are printed to 0.1, could explain it."""
     rows = []
     for name in (*SUMS_UP, "a", "b", "c"):
         follow = means(SUMS_UP.get(name, name))

@@ -36,8 +36,7 @@ class PictureProbe:
     grid: PatchGrid
     words: list[list[str]]  #: Best words first, one list per patch
     ids: Int[Tensor, "n k"]
-    scores: Float[Tensor, "n k"]
-    """Cosine (embed) or logit (logit) of each word."""
+    scores: Float[Tensor, "n k"]  #: Cosine (embed) or logit (logit) of each word
     layer: int
     lens: str
     model: str
@@ -55,10 +54,7 @@ class PictureProbe:
         return "\n\n".join(f"view {i} of {len(parts)}\n{part}" for i, part in enumerate(parts, 1))
 
     def annotated(self) -> Image:
-        """The picture as the model sees it, patches outlined, the top word in each; bars hatched.
-
-        Of several views the finest that shows the whole picture.
-        """
+        """`figures.patch_words` of the top words; of several views the finest that shows the whole picture."""
         start, view = self.grid.overview
         return patch_words(self.image, view, [words[0] for words in self.words[start : start + len(view)]])
 
@@ -80,10 +76,7 @@ def probe_picture(
     if lens not in LENSES:
         raise EmbedLensError(f"unknown lens {lens!r}: pass one of {', '.join(map(repr, LENSES))}")
     if not 0 <= layer <= model.n_layers:
-        raise EmbedLensError(
-            f"no layer {layer} in {model.name}: pass 0 (what enters the first block) to {model.n_layers} "
-            "(what leaves the last)"
-        )
+        raise EmbedLensError(f"no layer {layer} in {model.name}: pass 0 to {model.n_layers}")
     prompt = model.prompt(image, question)
     stream = prompt.embeds if layer == 0 else model.hidden_states(prompt)[layer]
     reader = LENSES[lens].from_model(model)
@@ -94,11 +87,7 @@ def probe_picture(
 
 
 def nearest_words(model: VisionLanguageModel, sample: Sample, seen: PictureProbe) -> Figure:
-    """The nearest word on every patch; a thick outline where it names the object that the patch lies in.
-
-    Args:
-        seen: `probe_picture` of the sample.
-    """
+    """The nearest word on every patch; a thick outline where it names the object that the patch lies in."""
     named, objects = named_patches(model, sample, seen.grid, seen.ids[:, :1])
     title = f"{int(named.sum())} of {int(objects.sum())} object patches are nearest to their object's name"
     return patch_figure(seen.image, seen.grid, [row[0] for row in seen.words], title, named, _footer(seen))
@@ -119,12 +108,8 @@ def named_objects(model: VisionLanguageModel, sample: Sample, seen: PictureProbe
 
 
 def in_groups(seen: PictureProbe, groups: TokenGroups, title: str = "") -> Figure:
-    """Every patch outlined by its group, with the nearest word at its foot.
-
-    Args:
-        groups: `token_groups` of the picture of `seen`.
-        title: default: how many tokens are alive and dead.
-    """
+    """Every patch outlined by its group (`token_groups` of the picture), the nearest word at its foot. The title says
+    by default how many tokens are alive and dead."""
     alive, dead = int(groups.alive.sum()), int(groups.dead.sum())
     title = title or f"{alive} of {len(groups.alive)} tokens are alive, {dead} dead"
     return group_figure(seen.image, seen.grid, groups.named, [row[0] for row in seen.words], title, _footer(seen))

@@ -40,10 +40,7 @@ def placed(device: Any) -> Any:
     """The device to load on: of several processes each has its own. EmbedLensError where these are to share "auto"."""
     own = own_device()
     if own is not None and device == "auto":
-        raise EmbedLensError(
-            "device='auto' spreads one model over all GPUs, and several processes were launched: start one process, or "
-            "leave device out so that each takes a GPU of its own"
-        )
+        raise EmbedLensError("device='auto' spreads one model over all GPUs: start one process, or leave it out")
     return own if own is not None and device in (None, "cuda") else device
 
 
@@ -65,11 +62,8 @@ def _launched() -> int:
 
 
 def processes(device: str) -> Processes:
-    """This process alone, unless a launcher started several, for models on this kind of device, "cpu" or "cuda".
-
-    To be called before a model is loaded: loading may make accelerate look at the machine by itself, and without a GPU
-    it then takes each process for a single one.
-    """
+    """This process alone, unless a launcher started several, for models on a "cpu" or "cuda". Call it before a model is
+    loaded: then accelerate may look at the machine by itself, and without a GPU take each process for a single one."""
     launched = _launched()
     if launched == 1 and not _met():
         return Processes()

@@ -32,8 +32,7 @@ class Prompt:
     image: Image  #: The picture as the processor read it: upright RGB, original size
     question: str
     ids: Int[Tensor, " s"]  #: Token ids, the image placeholder expanded to one id per visual token
-    embeds: Float[Tensor, "s d"]
-    """What enters layer 0; the text rows are embeddings, the visual rows are projected features."""
+    embeds: Float[Tensor, "s d"]  #: What enters layer 0; text rows are embeddings, visual rows projected features
     visual: Bool[Tensor, " s"]  #: Which positions are visual tokens; the i-th True is patch i of `grid`
     grid: PatchGrid
     pixel_values: Float[Tensor, ...] = field(repr=False)
@@ -68,10 +67,8 @@ class Prompt:
         return replace(self, embeds=embeds, deep=None if self.deep is None else self.deep * factor)
 
     def without(self, mask: Bool[Tensor, " n"], gaps: bool = False) -> Prompt:
-        """The same prompt, physically shorter by the masked visual tokens.
-
-        The remaining rows keep their `positions`; of a prompt without such they count anew, with `gaps` as before.
-        """
+        """The prompt, physically shorter by the masked visual tokens. The remaining rows keep their `positions`; of
+        a prompt without such they count anew, with `gaps` as before."""
         kept = (~self.spread(mask)).nonzero()[:, 0]
         positions = self.positions
         if gaps and positions is None:
@@ -91,10 +88,8 @@ class Prompt:
         if self.rows is not None:
             raise EmbedLensError("this prompt has lost visual tokens already: spread the mask on the whole prompt")
         if mask.shape != (len(self.grid),):
-            raise EmbedLensError(
-                f"the mask has shape {tuple(mask.shape)}, the picture {len(self.grid)} visual tokens: pass one "
-                "True or False per visual token"
-            )
+            what = f"the mask has shape {tuple(mask.shape)}, the picture {len(self.grid)} visual tokens"
+            raise EmbedLensError(f"{what}: pass one True or False per visual token")
         whole = torch.zeros_like(self.visual)
         whole[self.visual] = mask.to(whole.device)
         return whole
@@ -123,10 +118,7 @@ def written(model: Any, picture: Image, question: str) -> tuple[Int[Tensor, " s"
     if not isinstance(question, str) or not question.strip():
         raise EmbedLensError("the question is empty: ask something, for example 'What is in the picture?'")
     if processor.image_token in question:
-        raise EmbedLensError(
-            f"the question holds the image placeholder {processor.image_token}: leave it out, "
-            "the chat format puts the picture in"
-        )
+        raise EmbedLensError(f"the question holds the image placeholder {processor.image_token}: leave it out")
     content = [{"type": "image", "image": shown(model, picture)}, {"type": "text", "text": question}]
     turn = [{"role": "user", "content": content}]
     if system := instructions_of(model).system:

@@ -36,8 +36,7 @@ from embedlens.sweep import run_arms
 from embedlens.tasks import Item
 from embedlens.vlm import Prompt, VisionLanguageModel
 
-Stages: TypeAlias = tuple[tuple[int, int], ...]
-"""(layer, visual tokens that it and later ones have), in order of depth. Layers before the first have all."""
+Stages: TypeAlias = tuple[tuple[int, int], ...]  #: (layer, visual tokens from there on), by depth; all before the first
 
 
 def average_tokens(stages: Stages, n: int, n_layers: int) -> float:
@@ -122,9 +121,8 @@ def plans_inside(
 ) -> list[tuple[LeaveAt, ...]]:
     """What leaves where: interventions of each prompt, a stage that drops nothing of its picture left out.
 
-    A stage ranks what the stages before it have left, by attention that is read with those gone; `attention` is what
-    `attended` gave of each prompt with all tokens, if it is there already. `stages` are of each prompt, from
-    `Inside.left` or `Inside.averaging`.
+    A stage ranks what the stages before it have left, by attention that is read with those gone; `attention` is that of
+    `attended` with all tokens. `stages` are of each prompt, from `Inside.left` or `Inside.averaging`.
     """
 
     def last(prompt: Prompt) -> Int[Tensor, " 1"]:
@@ -210,9 +208,8 @@ def seen(
     reference: Reference | None = None,
     share: float | None = None,
 ) -> list[Seen]:
-    """What the arms of `pruner_arms` choose by; pass it to `sweep.run_arms` as `groups`, with a share bound. FastV,
-    SparseVLM and the rules of INSIDE choose by the question of these prompts: ask one question a picture. The rules of
-    INSIDE are read for a `share` of its tokens that a picture keeps, or not at all."""
+    """What the arms of `pruner_arms` choose by: `groups` of `sweep.run_arms`, with a share bound. Some choose by the
+    question: ask one a picture. The rules of INSIDE are read for a `share` of the tokens, or not at all."""
     features = list(in_batches(lambda _, some: features_of(model, some), prompts, 64))
     weights, groups = attended(model, prompts), token_groups_of(model, prompts, reference=reference)
     inside: list[dict[str, tuple[LeaveAt, ...] | None]] = [{} for _ in prompts]
@@ -235,10 +232,8 @@ def pruner_arms(
 ) -> list[Arm]:
     """Every pruner that a model can run, at one budget, as arms for `sweep.run_arms` with `seen` as its groups.
 
-    Args:
-        look: from `seen` of one picture of the model, with this share of its tokens, from `shares_of`.
-        codebooks: name → codebook; each is a pruner of that name.
-        names, seeds: of PRUNERS, by default all, and of those that draw.
+    `look` is from `seen` of one picture, with this share of its tokens. `codebooks`: name → codebook, each a pruner of
+    that name; `names` are of PRUNERS, by default all, `seeds` of those that draw.
     """
     book = next(iter(codebooks.values()), None)
     given: list[tuple[Pruner, Codebook | None]] = []
@@ -280,13 +275,8 @@ def at_budgets(
 ) -> pd.DataFrame:
     """`run_arms` of every pruner at every budget, and of the model with all tokens.
 
-    Args:
-        items: one question a picture, as `tasks.family_questions` gives them.
-        shares, codebooks, names, seeds: as `pruner_arms` takes them.
-        inside: of the shares, those at which the rules of INSIDE are asked as well; they take several times as long.
-
-    Returns:
-        The rows of `run_arms` with `share`; arm "baseline" has share 1.
+    `items` are one question a picture (`tasks.family_questions`); `inside` the shares at which the rules of INSIDE are
+    asked as well, several times as slow. Gives the rows of `run_arms` with `share`; arm "baseline" has share 1.
     """
     tables = [run_arms(model, items, [BASELINE]).assign(share=1.0)]
     first = model.prompt(items[0].sample.image, items[0].question.text)

@@ -5,8 +5,7 @@
     chosen.prompt(prompt)             # the prompt with these tokens only, before layer 0
 
 Every rule in `PRUNERS` is written from its authors' description and code (`Pruner.source`), reduced to its choice of
-tokens at a fixed budget, and removes them before layer 0, FastV and SparseVLM too, whose choice alone is compared.
-A pruner says what it needs, and a model that lacks it is refused. `embedlens.pruner_arms` asks questions under them.
+tokens at a fixed budget before layer 0, FastV and SparseVLM too. A pruner says what it needs, and is refused without.
 """
 
 from __future__ import annotations
@@ -126,10 +125,8 @@ def kept(n: int, places: Tensor | np.ndarray) -> Bool[Tensor, " n"]:
 
 
 def cells(grid: PatchGrid, budget: int) -> Int[Tensor, " n"]:
-    """Which of `budget` near-square cells each patch lies in, in raster order: any budget divides any grid.
-
-    Rows of the grid form bands of equal height, and each band is cut into columns, so many that all add up. Several
-    views share the budget by their sizes; -1 where a view is too small to get any.
+    """Which of `budget` near-square cells each patch lies in, in raster order: bands of equal height, cut into columns,
+    so many that all add up. Several views share the budget by their sizes; -1 where a view is too small to get any.
 
     >>> from embedlens.patches import Frame
     >>> cells(PatchGrid(rows=4, cols=4, frame=Frame.stretch(4, 4)), 4).view(4, 4).tolist()

@@ -1,8 +1,7 @@
 """One prompt whose visual rows are exchanged: what its readings share runs once.
 
-A reading is one step of the language model on a prompt with some visual tokens, or with some replaced by one fixed
-vector. Readings of a picture share all rows before the first that differs, whose keys and values are kept; what
-follows runs in batches. `embedlens.redundancy` says what is read.
+Readings of a picture share all rows before the first that differs, whose keys and values are kept; what follows runs in
+batches. `embedlens.redundancy` says what is read.
 """
 
 from __future__ import annotations
@@ -116,12 +115,8 @@ class Reader:
     ) -> tuple[Float[Tensor, "m V"], Float[Tensor, "k V"]]:
         """Logits at the first content word: of prompts with some visual tokens, and of the same with some replaced.
 
-        In batches of half the size from where one does not fit on the device.
-
-        Args:
-            at: which tokens a prompt has, in raster order; text between visual rows stays where it is.
-            source: prompts to read again, which share the rows before the first that is replaced.
-            gone: which of their tokens are replaced.
+        `at` are the tokens that a prompt has, in raster order, `source` the prompts to read again, which share the rows
+        before the first that is replaced, and `gone` which of their tokens are.
         """
         found, self.batch_size = halving(partial(self._read, at, source, gone), self.batch_size)
         return found
@@ -167,11 +162,8 @@ class Reader:
         self, logits: Float[Tensor, "m V"], again: Callable[[Tensor, Tensor], Tensor], wrote: Int[Tensor, " m"] | None
     ) -> tuple[Float[Tensor, "m V"], Int[Tensor, " m"]]:
         """Logits at the first content word of readings, given those at the first word, and the article before it (-1:
-        none).
-
-        `again` gives the logits of some of them after a further word each; `wrote` are the articles to read after,
-        None: those that the readings begin with themselves.
-        """
+        none). `again` gives the logits of some of them after a further word each; `wrote` are the articles to read
+        after, None: those that the readings begin with themselves."""
         if wrote is None:
             best = logits.argmax(-1).cpu()
             wrote = torch.where(torch.isin(best, self.articles), best, -1)

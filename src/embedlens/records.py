@@ -119,10 +119,8 @@ def machine() -> str:
 
 
 def results(folder: Path | str | None = None) -> Path:
-    """Where records lie: `folder`, else the checkout's own `results`, else `results` here.
-
-    The checkout is looked for above the working folder, then above this package (an editable installation).
-    """
+    """Where records lie: `folder`, else the checkout's own `results` (above the working folder, or above this package),
+    else `results` here."""
     if folder:
         return Path(folder).expanduser()
     for start in (Path.cwd(), Path(__file__).parent):
@@ -148,16 +146,9 @@ def write(
     numbers: Mapping[str, float],
     **parameters: str | float,
 ) -> Path:
-    """Write `folder/<model>/<chapter>.json`, replacing a record of the same parameters.
-
-    One of other parameters stays; the new one lies beside it, named by what differs, and a printed line says so.
-
-    Args:
-        folder: the book's `results`; empty: where `results` finds it.
-        model: the name of what `embedlens.load` gave; a quantised model has a folder of its own.
-        numbers: anything else that other pages or tests read, by name.
-        parameters: what else the chapter was asked for and its numbers depend on, such as `dataset`.
-    """
+    """Write `folder/<model>/<chapter>.json` (`folder` as `results` takes it), replacing one of the same parameters:
+    what else the chapter was asked for, such as `dataset`. One of other parameters stays; the new one lies beside it,
+    named by what differs, and a printed line says so. A quantised model has a folder of its own."""
     content = {
         "model": model,
         "chapter": chapter,
@@ -223,9 +214,7 @@ def _checked(content: Any, name: str) -> Record:
     try:
         found = {key: Finding(**entry) for key, entry in content["claims"].items()}
     except TypeError as error:
-        raise EmbedLensError(
-            f"{name}: a claim has other fields than a Finding ({error}): run the chapter again"
-        ) from None
+        raise EmbedLensError(f"{name}: a claim has other fields ({error}): run the chapter again") from None
     return Record(**{**content, "claims": found})
 
 

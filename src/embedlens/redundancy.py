@@ -1,14 +1,10 @@
 """What one visual token says, and what the answer loses without it: the scores behind the redundancy codebook.
 
 Source: "Beyond Intermediate States: Explaining Visual Redundancy through Language" (2503.20540) and its released code.
-A token is read in three ways, each of them one step of the language model (`embedlens.readings`):
-
-    alone       the only visual token of the prompt: how sure is the first word of the answer?
-    region      its 3 x 3 neighbourhood alone, with and without it
-    picture     the whole picture, with and without that whole neighbourhood
-
-"Without" puts one fixed vector in a token's place; the length stays. `D = JSD(region) + 16 JSD(picture)` is what the
-answer loses. Where the release differs from its description, `Protocol` has both.
+A token is read in three ways (`embedlens.readings`): alone, as the only visual token of the prompt; its 3 x 3 region
+alone, with and without it; the whole picture, with and without that region. "Without" puts one fixed vector in a
+token's place; the length stays. `D = JSD(region) + 16 JSD(picture)` is what the answer loses. Where the release differs
+from its description, `Protocol` has both.
 """
 
 from __future__ import annotations
@@ -33,15 +29,10 @@ RANKS = (  # places in the order of similarity to CLS, of 576, that the release 
 
 
 def window(place: int, grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
-    """The tokens around one, in raster order: a square of `side` patches, shifted inward where it would leave the grid.
-
-    A grid that is smaller than the square gives its whole side.
-
-    >>> from embedlens.patches import Frame, PatchGrid
-    >>> grid = PatchGrid(rows=4, cols=5, frame=Frame.stretch(50, 40))
-    >>> window(7, grid).tolist(), window(0, grid).tolist()
-    ([1, 2, 3, 6, 7, 8, 11, 12, 13], [0, 1, 2, 5, 6, 7, 10, 11, 12])
-    """
+    """The tokens around one, in raster order: a square of `side` patches, shifted inward where it would leave the grid,
+    smaller in a grid that is smaller. >>> from embedlens.patches import Frame, PatchGrid >>> grid = PatchGrid(rows=4,
+    cols=5, frame=Frame.stretch(50, 40)) >>> window(7, grid).tolist(), window(0, grid).tolist() ([1, 2, 3, 6, 7, 8, 11,
+    12, 13], [0, 1, 2, 5, 6, 7, 10, 11, 12])"""
     if not 0 <= place < len(grid):
         raise EmbedLensError(f"there is no token {place} in a grid of {len(grid)}: pass 0 to {len(grid) - 1}")
     start = 0
@@ -87,12 +78,9 @@ def divergence(
 ) -> Float[Tensor, "*batch"]:
     """How far the answer's first word moves, on the k likeliest words of the intact run; in nats.
 
-    Both runs' logits at those k words are normalised to p and q, with m = (p + q) / 2.
-
-    Args:
-        variant: "textbook", the Jensen-Shannon divergence [KL(p|m) + KL(q|m)] / 2; or "released", which has the
-            arguments of KL turned around and a mean over the k words in place of the sum: about a tenth of it.
-        k: words compared; all of a smaller vocabulary.
+    Both runs' logits at those k words are normalised to p and q, with m = (p + q) / 2. "textbook" is the Jensen-Shannon
+    divergence [KL(p|m) + KL(q|m)] / 2; "released" has the arguments of KL turned around and a mean over the k words in
+    place of the sum: about a tenth of it.
 
     >>> p, q = torch.tensor([0.75, 0.25]).log(), torch.tensor([0.25, 0.75]).log()
     >>> round(float(divergence(p, q, "textbook")), 6), round(float(divergence(p, q, "released")), 6)
@@ -123,9 +111,8 @@ def dpc_knn(tokens: Float[Tensor, "n d"], clusters: int, k: int = 5, rms: float 
     """Clusters by density peaks with nearest neighbours; 0 is that of the first centre. The same on every run.
 
     Distances are Euclidean over √d. A token's density is exp(-mean square distance to its k nearest, itself among
-    them); its separation is the distance to the nearest denser token; the tokens of largest product are the centres,
-    and every token goes to the nearest. The release breaks ties by noise, this by index, and products are compared as
-    logarithms, as densities of long vectors would all be zero.
+    them); its separation is the distance to the nearest denser token; the tokens of largest product (compared as
+    logarithms) are the centres, and every token goes to the nearest. Ties go by index, in the release by noise.
 
     Args:
         clusters: how many; as many as there are tokens if they are fewer.

@@ -58,10 +58,7 @@ def decide(rule: str, parts: Mapping[str, Any]) -> bool | None:
     `and`, `or` and `not` are Kleene's: what is not known decides only where it matters. `all(xs > 0)` and `any(xs > 0)`
     speak of several estimates.
 
-    Args:
-        rule: a Python expression, such as "rise > 0 and settled > 0.1".
-        parts: name → `Estimate`, number, truth value, list of estimates, or None for what is not known.
-
+    `parts`: name → `Estimate`, number, truth value, list of estimates, or None for what is not known.
     Raises:
         EmbedLensError: a name that is not among the parts, or nothing that could be true or false.
 

@@ -1,7 +1,6 @@
 """What an answer says: yes or no, a number, a letter, a name, what is written, a box; and whether it is right.
 
-Models answer in sentences ("Yes, there is a dog."), in digits, with the option behind its letter, with boxes in JSON.
-All that is read here. An answer that says two things, or denies one, is undecided, and what is undecided is wrong.
+An answer that says two things, or denies one, is undecided, and what is undecided is wrong.
 
 >>> asked = Question("Is there a dog in the picture?", "yes", "hallucination", "existence", ("yes", "no"))
 >>> [said(asked, text) for text in ("Yes, there is a dog.", "There is no dog.", "no dog, yes a cat")]
@@ -232,10 +231,9 @@ def in_original(box: Box, width: int, height: int) -> Box:
 def box_score(item: Item, prediction: str, frame: str = "padded") -> float:
     """Acc@0.5 of one referring expression: 1 where the numbers that the model wrote overlap the box by an IoU of 0.5.
 
-    LLaVA-1.5 writes fractions of the letterboxed square ("padded"), and the miniature does. The harness behind the
-    paper's CV-centric column reads them as fractions of the original picture ("original"), in which a perfect answer
-    can be wrong: an intervention that pulls boxes towards the unpadded frame looks like an improvement there. Families
-    that write thousandths or pixels write them of the original picture: there the two are one.
+    LLaVA-1.5 and the miniature write fractions of the letterboxed square ("padded"). The harness behind the paper's
+    CV-centric column reads them as fractions of the original picture ("original"), where a perfect answer can be wrong.
+    Families that write thousandths or pixels write them of the original picture: there the two are one.
 
     >>> picture = Sample(0, 640, 480, (), (), (), {}, lambda: None)
     >>> item = Item(picture, Question("Give the box of the dog.", "[0.10, 0.20, 0.20, 0.30]", "grounding", "box"))

@@ -1,8 +1,7 @@
 """From a tidy table to an estimate: bootstrap over pictures, one way for every number of the book.
 
-Pictures are drawn, not tokens or questions: what one picture shows belongs together. `drawn` gives a frame of the
-statistic in every resample; row 0 is the data itself. What is made of such frames by arithmetic (a difference, a
-ratio, the largest of several layers) is resampled with it and paired, since the same seed draws the same pictures:
+Pictures are drawn, not tokens or questions. `drawn` gives a frame of the statistic in every resample; row 0 is the data
+itself. What is made of such frames by arithmetic is resampled with it and paired: a seed draws the same pictures.
 
     norm = drawn(rows, "norm", by=["positions", "layer"])
     estimate((norm["visual"] / norm["text"])[0])
@@ -29,8 +28,7 @@ RESAMPLES = 2000
 class Estimate:
     """A value with its interval, of `n` pictures (or questions, as `of` says).
 
-    It formats itself, and comparing it is three-valued: True or False where the whole interval lies on one side of the
-    bar, None where it straddles it. A rule that forgets "undecided" cannot be written.
+    Comparing is three-valued: True or False where the whole interval lies on one side of the bar, None where not.
 
     >>> share = Estimate(0.35, 0.34, 0.36, n=150)
     >>> f"{share:.0%}", f"{share:.2f}", share > 0.3, share > 0.35
@@ -44,8 +42,7 @@ class Estimate:
     high: float
     n: int
     of: str = "pictures"
-    testable: bool = field(default=True, repr=False)
-    """False: of questions that the model cannot answer; no bar is met or missed then, whatever the numbers."""
+    testable: bool = field(default=True, repr=False)  #: False: of questions that the model cannot answer; no bar is met
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.value, self.low, self.high))):
@@ -120,8 +117,7 @@ def drawn(
 ) -> pd.DataFrame:
     """Sum of `value` over sum of `over` in the data (row 0) and in each bootstrap resample of the pictures.
 
-    Without `over` it is the mean over rows. A picture without a row in a cell, or with nan there, is left out of the
-    cell, here and in every resample, but is drawn all the same, so that cells stay paired.
+    Without `over` it is the mean over rows. A picture without a row in a cell, or with nan there, is left out of it.
 
     Args:
         table: tidy: one row per picture and whatever varies.
@@ -169,9 +165,7 @@ def drawn_pairs(
     values: pd.DataFrame, pairs: Int[np.ndarray, "pairs 2"], resamples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """As `drawn`, of what pairs of pictures give; drawn are *pictures*, since pairs that share one are not independent.
-
-    A picture drawn twice counts twice in each of its pairs, on either side. A nan is left out of its column. `values`
-    has one row per pair, one column per cell; `pairs` are as `embedlens.clusters.picture_pairs` gives them.
+    `values` has one row per pair, one column per cell; `pairs` are as `embedlens.clusters.picture_pairs` gives them.
 
     >>> alike = pd.DataFrame({0: [1.0, 2.0, 3.0]})
     >>> float(drawn_pairs(alike, np.array([[0, 1], [1, 2], [2, 0]]), resamples=9)[0][0])
@@ -208,9 +202,7 @@ def draws(n: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[np.ndarray
 
 def estimate(resampled: pd.Series | pd.DataFrame, n: int | None = None, level: float = LEVEL) -> Estimate:
     """The value (row 0) with the percentiles of the resamples, of one column of what `drawn` gave or arithmetic made of
-    it.
-
-    `n` are the pictures; by default what `drawn` noted.
+    it. `n` are the pictures; by default what `drawn` noted.
 
     >>> estimate(pd.Series([0.5, 0.25, 0.75, 0.5]), n=4)
     Estimate(value=0.5, low=0.2625, high=0.7375, n=4, of='pictures')

@@ -1,7 +1,6 @@
 """The studies that `embedlens run` knows by name, and the run itself: estimates first, then the table, then the record.
 
-Every process of `accelerate launch -m embedlens run …` calls `run_named`; they share the pictures, and the first one
-speaks and writes.
+Every launched process calls `run_named`; they share the pictures, and the first one speaks and writes.
 """
 
 from __future__ import annotations
@@ -79,9 +78,8 @@ def run_named(
 ) -> pd.DataFrame:
     """Run a study on `n` pictures in as many processes as a launcher started, and write what it found.
 
-    Says beforehand what it will run on and what memory and, for many pictures, time that may take. The rows and
-    `table.csv` go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped. The record
-    goes to `results`, by default the checkout's own, as `records.results` finds it.
+    The rows and `table.csv` go to `out`, by default `runs/<model>/<study>`; calling again goes on where a run stopped.
+    The record goes to `results`, by default the checkout's own, as `records.results` finds it.
     """
     named = STUDIES.get(name)
     function = None if named else own_study(name)

@@ -1,8 +1,7 @@
 """One study over many pictures: `run(study, model, samples)` → a table, resumable, in one process or several.
 
-A study is a function (model, sample) → one flat record, or several: one per token, layer or question. Samples are
-measured in chunks. Where rows are kept, a finished chunk is a file, named by a digest of the study, the model and the
-samples: a run that was killed loses the chunk in flight and goes on from the others, and no other's rows are taken.
+A study is a function (model, sample) → one flat record, or several: one per token, layer or question. Where rows are
+kept, a finished chunk is a file, named by a digest of the study, the model and the samples: a run goes on from there.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ AUTO = "auto"
 LARGEST = 64  # samples in a batch that "auto" tries first on a GPU
 ON_CPU = 8  # samples in a batch that "auto" takes on a CPU, where running out of memory ends the process
 SINGLE = 8  # samples in a chunk of a study that takes one at a time
-Answer: TypeAlias = "dict[str, Any]"
-"""Of one sample: id, and its rows or the error in their place."""
+Answer: TypeAlias = "dict[str, Any]"  #: Of one sample: id, and its rows or the error in their place
 
 
 def run(
@@ -47,28 +45,23 @@ def run(
 ) -> pd.DataFrame:
     """Run a study on every sample; one row per record it gives.
 
-    Where `accelerate launch` or torchrun started several processes, the batches are dealt out to them and all return
-    the same table. Load the model on `accelerate.PartialState().device` then; without a GPU use torchrun, because
-    `accelerate launch --cpu` starts one process only.
+    Several processes (`accelerate launch`, without a GPU torchrun) share the batches and all return the same table.
+    Load the model on `accelerate.PartialState().device` then.
 
-    Without `out`, rows are kept where the environment variable EMBEDLENS_ROWS names a folder, and found again by what
-    was run on what: every study of a notebook goes on after a kill, and nothing in it has to be changed for that.
-    `embedlens book` sets it, and so does the first cell of a notebook on Colab where a drive is mounted.
+    Without `out`, rows are kept in the folder that the environment variable EMBEDLENS_ROWS names, and found again by
+    what was run on what. `embedlens book` sets it.
 
-    A sample that raises EmbedLensError or OSError (a damaged picture) is left out of the table; one warning at the end
-    says how many, `table.attrs["failed"]` which. Calling again tries them again. Any other exception is a bug of the
-    study and is raised at once; chunks that were finished stay on disk.
+    A sample that raises EmbedLensError or OSError (a damaged picture) is left out of the table; a warning says how
+    many, `table.attrs["failed"]` which. Calling again tries them again. Any other exception is raised at once.
 
     Args:
         study: (model, sample) → a flat record {name: number, text, bool or None}, or several. With `batch_size` it
             gets a list of samples and gives, for each, its record or records. What else it needs is bound with
             `functools.partial` and is part of what identifies the run; of globals, functions and plain values are.
-        model: from `embedlens.load`.
         samples: any iterable; read once, a batch at a time. Pictures that the study opens are let go.
         out: a folder for rows; a call that finds its own chunks there goes on from them.
-        batch_size: samples at a time; batches are the same whatever the number of processes. "auto": as many as fit,
-            found by halving from 64 on a GPU, 8 on a CPU; a resumed run keeps what was found. A batch that does not
-            fit after all is measured in halves.
+        batch_size: samples at a time, by any number of processes. "auto": as many as fit, found by halving from 64 on
+            a GPU, 8 on a CPU. A batch that does not fit after all is measured in halves.
         progress: show a bar on stderr; None: if that is a terminal, or the model is not the miniature.
 
     Returns:
@@ -108,10 +101,7 @@ def run(
         return [answer for batch in parts for answer in _answers(study, model, batch, size)]
 
     def known(chunk: list[Sample]) -> list[Answer]:
-        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ.
-
-        What failed is tried again.
-        """
+        """A chunk is measured whole or not at all, as in another company a sample's last bits may differ."""
         if folder is None:
             return measured(chunk)
         what = key, size, list(map(kept.of_sample, chunk))
@@ -148,11 +138,8 @@ def run(
 
 
 def fitting_batch_size(study: Callable[..., Any], model: VisionLanguageModel, samples: Sequence[Sample]) -> int:
-    """The largest power of two up to 64, or the number of samples, at which a batch fits into memory.
-
-    What the study gives is thrown away. A CPU is not tried but given 8: where its memory runs out, nothing is raised
-    that could be caught. EmbedLensError: not even one sample fits.
-    """
+    """The largest power of two up to 64, or the number of samples, at which a batch fits into memory. A CPU is given 8:
+    where its memory runs out, nothing is raised that could be caught. EmbedLensError: not even one sample fits."""
     if not len(samples):
         raise EmbedLensError("no samples: pass at least one")
     if model.device.type == "cpu":
@@ -237,10 +224,7 @@ def _answers(
 def _checked(given: Any, batch: Sequence[Sample]) -> list[Answer]:
     if not isinstance(given, list) or len(given) != len(batch):
         what = f"{len(given)} results" if isinstance(given, list) else _kind(given)
-        raise EmbedLensError(
-            f"the study gave {what} for a batch of {len(batch)} samples: with batch_size it returns a list with one "
-            "record, or one list of records, per sample"
-        )
+        raise EmbedLensError(f"the study gave {what} for a batch of {len(batch)} samples: return a list, one for each")
     return [{"id": sample.id, "rows": _rows(rows, sample)} for rows, sample in zip(given, batch, strict=True)]
 
 
@@ -254,9 +238,7 @@ def _listed(given: Any) -> Any:
 def _rows(given: Any, sample: Sample) -> list[dict[str, Any]]:
     wrong = [entry for entry in given if not isinstance(entry, Mapping)] if isinstance(given, list) else [given]
     if wrong:
-        raise EmbedLensError(
-            f"the study gave {_kind(wrong[0])} for sample {sample.id}: return one record (a dict) or a list of records"
-        )
+        raise EmbedLensError(f"the study gave {_kind(wrong[0])} for sample {sample.id}: return one record or several")
     rows = [{str(name): _plain(value, str(name)) for name, value in row.items()} for row in given]
     return [row if "id" in row else {"id": sample.id, **row} for row in rows]
 
@@ -299,10 +281,7 @@ def _table(answers: Sequence[Answer]) -> pd.DataFrame:
     if len(failed) == len(answers):
         raise EmbedLensError(f"none of {len(answers)} samples could be measured; the first: {failed[0]['error']}")
     if not rows:
-        raise EmbedLensError(
-            f"the study gave no record for any of {len(answers)} samples: return at least one, or choose samples that "
-            "have what it looks for"
-        )
+        raise EmbedLensError(f"the study gave no record for any of {len(answers)} samples: return at least one")
     table = pd.DataFrame(rows)
     table.attrs["failed"] = failed
     return table

@@ -2,8 +2,7 @@
 
     table = run_arms(model, items, [BASELINE, pruning("-dead", partial(members, names=("dead",)))])
 
-Per picture, vision features and group masks are computed once and serve every question and arm; so do the keys and
-values of what prompts have in common (`embedlens.prefix`). Questions of all arms are answered in batches.
+Vision features, group masks, keys and values of what prompts share (`embedlens.prefix`) are computed once a picture.
 """
 
 from __future__ import annotations
@@ -59,17 +58,15 @@ def run_arms(
     max_new_tokens: int | None = None,
     out: Path | str | None = None,
 ) -> pd.DataFrame:
-    """Ask every question under every arm, in the words of the model's family.
-
-    Before them all, `tasks.able` looks which families are testable here; of the others a few questions are asked.
+    """Ask every question under every arm, in the words of the model's family. `tasks.able` looks first which families
+    are testable here; of the others a few questions are asked.
 
     Args:
         items: from `tasks.family_questions`; several questions on one picture share what is computed for it.
         arms: `sink_arms()`, `dead_arms()`, or your own. With `BASELINE` among them, `embedlens.paired` compares.
-        groups: (model, prompts) → what arms choose by, of each prompt's picture: its groups, bind a reference or
-            membership with `partial`, or `pruner_arms.seen` for the arms of pruners.
+        groups: (model, prompts) → what arms choose by, of each prompt's picture; `pruner_arms.seen` for pruners.
         batch_size: pictures that run together, each with up to eight questions; fewer where they do not fit.
-        max_new_tokens: of an answer; by default as many as the model needs to write the longest expected one.
+        max_new_tokens: of an answer; by default what the longest expected one needs.
         out: a folder for rows, from which a sweep that was stopped goes on; by default that of `EMBEDLENS_ROWS`.
 
     Returns:
@@ -77,8 +74,6 @@ def run_arms(
         question, answer; arm, seed; acted (False: this picture gave the arm nothing to act on, the answer is the
         baseline's), tokens (how many visual tokens it acted on); prediction, correct, and correct_original: a box
         read in the frame of the original picture, all else as `correct`.
-
-    Whatever an arm or the model raises stops the sweep; no answer is ever made up.
     """
     items, arms = list(items), list(arms)
     _check(items, arms, batch_size)
@@ -234,9 +229,7 @@ def plan_of(arm: Arm, picture: int, groups: Any, grid: PatchGrid) -> Plan:
         return plan or ()
     for value in plan:
         if isinstance(value, MASKED) and not isinstance(value.mask, Tensor):
-            raise EmbedLensError(
-                f"arm {arm.name!r} gave {type(value).__name__} a list of masks: pass the picture's one"
-            )
+            raise EmbedLensError(f"arm {arm.name!r} gave a list of masks: pass the picture's one")
     return tuple(plan)
 
 

@@ -167,10 +167,7 @@ def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[
 
 
 def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
-    """`n` held-out questions of one family, spread evenly over its kinds; `question.kind` is the key of KINDS.
-
-    One question a picture, so that no picture weighs more than another in an interval over pictures.
-
+    """`n` held-out questions of one family, one a picture, spread evenly over its kinds (`question.kind`, of KINDS).
     >>> [item.question.kind for item in family_questions("ocr", n=4)]
     ['character', 'character', 'trained_word', 'word']
     """
@@ -184,12 +181,9 @@ def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1)
 def questionnaires(n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     """`n` questions of each family, one of every family about each picture, so that arms share what a picture costs.
 
-    Questions about one picture are not independent, which intervals over pictures allow for. Kinds of a family are
-    asked equally often, and so are the possible answers of a kind. Every picture has something written on it, or the
-    family "ocr" could not ask. `seed` and `scale` are those of `questions`.
-
-    Returns:
-        Picture by picture, the families in the order of `FAMILIES`: `n` pictures, 4 `n` questions.
+    Kinds of a family are asked equally often, and so are the possible answers of a kind. Every picture has something
+    written on it, or the family "ocr" could not ask. `seed` and `scale` are those of `questions`. The order is picture
+    by picture, the families in the order of `FAMILIES`: `n` pictures, 4 `n` questions.
 
     >>> items = questionnaires(n=16, seed=1)
     >>> len(items), len({item.sample.id for item in items})
@@ -252,9 +246,8 @@ def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) ->
     """The guard before a sweep: families that are not testable here, with the few questions that showed it.
 
     Questions of each family are asked about their own pictures and about others', GUARD at a time, until answers are
-    more often right about their own (sign test, 1 % at each of four looks). A family that never gets there cannot show
-    what an intervention costs. Families with no more than GUARD questions are not asked beforehand; where the baseline
-    is never right, `paired.compare` says so of them. Without `ask`: what is known from an earlier sweep over the same.
+    more often right about their own (sign test, 1 % at each of four looks). Families with no more than GUARD questions
+    are not asked beforehand. Without `ask`: what is known from an earlier sweep over the same.
     """
     known, unable = _ABLE.setdefault(model, {}), dict[str, list[Item]]()
     for family in dict.fromkeys(item.question.family for item in items):
@@ -294,11 +287,7 @@ def evaluate(
     model: VisionLanguageModel, items: Sequence[Item], swap: bool = False, batch_size: int = 32
 ) -> pd.DataFrame:
     """Ask every question, in the words of the model's family; one row each: id (of the picture shown), question,
-    answer, prediction, correct (1.0 or 0.0).
-
-    `swap` is the control: ask about the picture of another item (the next but `len(items) // 2`), so that everything
-    but the picture's content is the same.
-    """
+    answer, prediction, correct (1.0 or 0.0). `swap`, the control, asks about the picture of another item."""
     import pandas as pd
 
     if not items:

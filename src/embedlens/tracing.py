@@ -1,7 +1,6 @@
 """The residual stream at every sublayer, and where attention goes, read while the stock model runs.
 
-The forward pass is the stock one, bit for bit: hooks read it, nothing is recomputed but the attention masses. A mass
-is the attention that a query puts on a set of keys, summed over the set and averaged over heads. It is obtained by a
+The forward pass is the stock one. A mass is the attention that a query puts on a set of keys, mean over heads, by a
 second attention whose values are the set's indicator, so that the [queries, keys] weights are never held as a whole.
 """
 
@@ -36,8 +35,8 @@ class Trace:
 
     stream: Float[Tensor, "layers_and_one s d"]  #: What enters block 0, and what leaves each block
     resid_mid: Float[Tensor, "layers s d"]
+    #: Name of a mask → share of each position's attention that falls on the mask's keys, mean over heads
     attention: Mapping[str, Float[Tensor, "layers s"]]
-    """Name of a mask → share of each position's attention that falls on the mask's keys, mean over heads."""
 
     @property
     def resid_pre(self) -> Float[Tensor, "layers s d"]:
@@ -55,14 +54,9 @@ class Trace:
 
 
 def trace(model: VisionLanguageModel, prompt: Prompt, masks: Mapping[str, Bool[Tensor, " s"]] | None = None) -> Trace:
-    """Run one prompt and keep what every sublayer leaves.
-
-    Args:
-        masks: name → positions whose share of everyone's attention is wanted. They may overlap.
-
-    Raises:
-        EmbedLensError: a mask of another length than the prompt, or an attention kernel that cannot be read.
-    """
+    """Run one prompt and keep what every sublayer leaves. `masks`: name → positions whose share of everyone's attention
+    is wanted. They may overlap. EmbedLensError: a mask of another length than the prompt, or an attention kernel that
+    cannot be read."""
     return next(traces(model, [prompt], None if masks is None else [masks]))
 
 
@@ -72,11 +66,8 @@ def traces(
     masks: Sequence[Mapping[str, Bool[Tensor, " _"]]] | None = None,
     batch_size: int = 8,
 ) -> Iterator[Trace]:
-    """`trace` of several prompts, run together and padded on the right; one trace after the other, in order.
-
-    Only `batch_size` traces are held at a time. Masks of all prompts need the same names. Under `embedlens.Prune` a
-    trace has the remaining rows only; masks are still given for the whole prompt.
-    """
+    """`trace` of several prompts, padded on the right, `batch_size` of them held at a time. Masks need the same names.
+    Under `embedlens.Prune` a trace has the remaining rows only; masks are still given for the whole prompt."""
     if masks is not None and len(masks) != len(prompts):
         raise EmbedLensError(f"{len(prompts)} prompts but {len(masks)} sets of masks: pass one set per prompt")
 
@@ -132,20 +123,12 @@ def _indicators(
 def reading(
     model: VisionLanguageModel, of_products: Callable[[Tensor, Tensor, Tensor | None, float], None]
 ) -> Iterator[None]:
-    """For the time of the block, the attention of the decoder is read, layer by layer.
-
-    Args:
-        of_products: is given queries Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention.
-
-    Raises:
-        EmbedLensError: another kernel.
-    """
+    """For the time of the block, the attention of the decoder is read, layer by layer. `of_products`: is given queries
+    Float[b, h, q, c], keys Float[b, h, s, c], mask and scale of SDPA attention. EmbedLensError: another kernel."""
     kernel = model.decoder.config._attn_implementation
     owners = {model.part(layer, "attention") for layer in range(model.n_layers)}
     if kernel != "sdpa":
-        raise EmbedLensError(
-            f"attention cannot be read from {kernel!r} attention: call model.hf.set_attn_implementation('sdpa') first"
-        )
+        raise EmbedLensError(f"{kernel!r} attention cannot be read: call model.hf.set_attn_implementation('sdpa')")
 
     def attend(
         stock: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any

@@ -47,10 +47,8 @@ class Unembed:
     n_rows: int  #: Logits returned: one per real row of the vocabulary, padded rows cut off
 
     def __call__(self, h: Float[Tensor, "*batch d"], norm: bool = True) -> Float[Tensor, "*batch V"]:
-        """Logits of a residual stream taken *before* the final norm, moved to the head's device and dtype.
-
-        norm=False leaves the final norm out (an ablation: some published logit lenses do).
-        """
+        """Logits of a residual stream taken *before* the final norm, moved to the head's device and dtype. norm=False
+        leaves the final norm out (an ablation: some published logit lenses do)."""
         h = h.to(self.head.weight.device, self.head.weight.dtype)
         return self.head(self.final_norm(h) if norm else h)[..., : self.n_rows]
 
@@ -124,11 +122,8 @@ class VisionLanguageModel:
 
     @property
     def input_embeddings(self) -> Float[Tensor, "V d"]:
-        """Embedding rows of ids 0 to V-1: all real ones. A view on the weight, in the model's dtype.
-
-        Left out are rows that pad the matrix to a round size, and placeholders that close the vocabulary (image
-        and padding token of llava-hf checkpoints, never read as input).
-        """
+        """Embedding rows of ids 0 to V-1, a view on the weight. Left out are rows that pad the matrix to a round size,
+        and placeholders that close the vocabulary (image and padding token of llava-hf checkpoints)."""
         return self._embedding.detach()[: self._n_rows]
 
     @cached_property
@@ -166,11 +161,8 @@ class VisionLanguageModel:
     def intervening(
         self, admit: Callable[..., Admitting], hooks: Callable[[Callable[..., None]], None]
     ) -> Iterator[None]:
-        """`admit`, which `running` tells its prompts, acts for the time of the block, in this thread alone.
-
-        `hooks` is called with `hook(register, acting, **options)`, which registers hooks on the model's modules that
-        act in this thread alone and go at the end of the block.
-        """
+        """`admit`, which `running` tells its prompts, acts for the time of the block, in this thread alone; so do hooks
+        on the model's modules that `hooks` registers by the `hook(register, acting, **options)` it is given."""
         if self.intervention is not None:
             raise EmbedLensError("an intervention is active already: pass all of them to one intervene(model, a, b)")
         held = [admit]  # emptied at the end, in whichever thread that is
@@ -195,15 +187,9 @@ class VisionLanguageModel:
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def prompt(self, image: Picture, question: str) -> Prompt:
-        """A picture and a question as the model reads them, in its own chat format.
-
-        Args:
-            image: path, PIL image or uint8 array; see `embedlens.pictures.open_picture`.
-            question: one question, without the image placeholder.
-
-        Raises:
-            EmbedLensError: the picture or the question cannot be read, or both are longer than the model has positions.
-        """
+        """A picture (as `embedlens.pictures.open_picture` takes it) and one question, without the image placeholder, as
+        the model reads them, in its own chat format. EmbedLensError: the picture or the question cannot be read, or
+        both are longer than the model has positions."""
         return self.prompts([image], [question])[0]
 
     def asked(self, prompt: Prompt, question: str) -> Prompt:
@@ -268,10 +254,8 @@ class VisionLanguageModel:
 
     @torch.no_grad()
     def tower_states_of(self, prompts: Sequence[Prompt]) -> list[Float[Tensor, "layers n v"]]:
-        """Every layer of the vision tower, one row per visual token: index 0 is its embedding, l leaves block l.
-
-        The projector reads layer `feature_layer`; in LLaVA that is the last but one. Where a merger makes one token of
-        2x2 patches, a row is the four patches' states side by side, as the merger reads them.
+        """Each layer of the vision tower, a row per visual token: index 0 is its embedding, l leaves block l. Where a
+        merger makes one token of 2x2 patches, a row is the four patches' states side by side, as the merger reads them.
         """
         with self.lock:
             inputs = [{"pixel_values": prompt.pixel_values, **prompt.beside} for prompt in prompts]
@@ -302,18 +286,12 @@ class VisionLanguageModel:
         return output.logits[0, :, : self._n_rows]
 
     def hidden_states(self, prompt: Prompt) -> Float[Tensor, "layers s d"]:
-        """The residual stream: index 0 enters the first block, index l leaves block l-1, `n_layers` + 1 in all.
-
-        The last one is taken *before* the final norm. Hugging Face's own `hidden_states[-1]` is after it, so the two
-        agree everywhere but there.
-        """
+        """Residual stream: index 0 enters the first block, index l leaves block l-1, `n_layers` + 1 in all; the last
+        one is taken *before* the final norm, Hugging Face's own `hidden_states[-1]` after it."""
         return next(self.streams_of([prompt]))
 
     def streams_of(self, prompts: Sequence[Prompt], batch_size: int = 8) -> Iterator[Float[Tensor, "layers s d"]]:
-        """`hidden_states` of several prompts, run together and padded on the right.
-
-        A batch is run when its first is asked for, and held until its last is.
-        """
+        """`hidden_states` of several prompts, padded on the right; a batch is held until its last is asked for."""
 
         def run(start: int, batch: Sequence[Prompt]) -> list[Tensor]:
             with self.running(batch, start, len(prompts)) as entered, self.recording() as layers, torch.no_grad():
@@ -329,14 +307,10 @@ class VisionLanguageModel:
     def running(
         self, prompts: Sequence[Prompt], start: int = 0, total: int | None = None, side: Side = "right"
     ) -> Iterator[Sequence[Prompt]]:
-        """The prompts that the forward in the block runs, as they enter layer 0.
+        """The prompts that the forward in the block runs, as they enter layer 0, padded on a `side`.
 
-        An active intervention learns here which positions are visual, and may hand back other prompts: rescaled, or
-        shorter. Until the block ends, other threads wait to run the model.
-
-        Args:
-            start: index of the batch's first prompt among all that the caller was given; `total`: how many those are.
-            side: on which side the batch is padded.
+        An active intervention learns here which positions are visual, and may hand back rescaled or shorter prompts.
+        Other threads wait meanwhile. `start` is the batch's first prompt among the `total` that the caller was given.
         """
         with ExitStack() as stack:
             stack.enter_context(self.lock)
@@ -354,10 +328,8 @@ class VisionLanguageModel:
 
     @contextmanager
     def recording(self, middle: list[Tensor] | None = None) -> Iterator[list[Float[Tensor, "batch s d"]]]:
-        """Collects what enters the first block and what leaves each; `middle`: what lies between attention and MLP.
-
-        Where a family adds visual features between blocks, they are part of what leaves the block before.
-        """
+        """Collects what enters the first block and what leaves each, with visual features that a family adds between
+        blocks; `middle`: what lies between attention and MLP."""
         layers: list[Tensor] = []
 
         def entering(kept: list[Tensor]) -> Callable[..., None]:

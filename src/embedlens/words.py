@@ -12,13 +12,10 @@ RAW_BYTES = re.compile(r"(<0x[0-9A-F]{2}>)+")
 def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
     """One readable word per id from 0 to n_tokens - 1.
 
-    A token that starts a word (leading space) is the bare word: `dog`. A letter or digit piece that continues one
-    has a dot before it: `·og`. Special tokens stay as they are: `<s>`. White space is drawn: `⏎`, `␣`. Bytes that
-    are no text by themselves are written `<0xE3>`.
-
-    Args:
-        tokenizer: byte-level BPE (GPT-2, Qwen, the miniature) or SentencePiece (Llama), fast.
-    """
+    A token that starts a word (leading space) is the bare word: `dog`. A letter or digit piece that continues one has a
+    dot before it: `·og`. Special tokens stay as they are: `<s>`. White space is drawn: `⏎`, `␣`. Bytes that are no text
+    by themselves are written `<0xE3>`. `tokenizer`: byte-level BPE (GPT-2, Qwen, the miniature) or SentencePiece
+    (Llama), fast."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     pieces = tokenizer.convert_ids_to_tokens(list(range(n_tokens)))
@@ -30,10 +27,7 @@ def readable_tokens(tokenizer, n_tokens: int) -> list[str]:
 
 
 def textless_ids(tokenizer, n_tokens: int) -> list[int]:
-    """Ids below n_tokens that are no text: special tokens, and bytes that are no character by themselves.
-
-    An ablation leaves them out of a lens: they can be nearest to a token but name nothing.
-    """
+    """Ids below n_tokens that are no text: special tokens, and bytes that are no character by themselves."""
     special = {*tokenizer.all_special_tokens, "<none>"}
     words = readable_tokens(tokenizer, n_tokens)
     return [index for index, word in enumerate(words) if word in special or RAW_BYTES.fullmatch(word)]

@@ -1,8 +1,7 @@
 """How a model is asked for short answers: the words that the authors of its family evaluate with.
 
-LLaVA-1.5 was trained to answer in a word where the prompt asks for one, and answers in sentences otherwise; each family
-has its own words for a box, its own unit and frame of the numbers. A model that this repository trained knows the
-questions of the drawn world as they stand, and is asked nothing else.
+Each family has its own words for a short answer and a box, its own unit and frame of the numbers. A model that this
+repository trained is asked the questions of the drawn world as they stand.
 
 Sources: LLaVA's docs/Evaluation.md, its `conv_vicuna_v1` and, for the frame of its boxes, its issue 606 (for LLaVA-NeXT
 and -OneVision nobody says; their boxes are those of 1.5's data); `qwen2_vl/prompt.py` of VLMEvalKit and Qwen's cookbook

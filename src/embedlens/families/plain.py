@@ -15,14 +15,10 @@ from torch import Tensor
 from embedlens.errors import EmbedLensError
 from embedlens.patches import PREPROCESSINGS, Frame, ManyViews, PatchGrid
 
-Inputs = Mapping[str, Tensor]
-"""What the processor made of one picture: `pixel_values` and, in some families, sizes or counts beside it."""
+Inputs = Mapping[str, Tensor]  #: What the processor made of one picture: `pixel_values` and sizes or counts beside it
 
-OWN = "own"
-"""The preprocessing of families that cut pictures in a way that belongs to them."""
-
-CUTTING = (OWN, *PREPROCESSINGS)
-"""Theirs is the default; the others make a picture square before it is cut that way."""
+OWN = "own"  # the preprocessing of families that cut pictures in a way that belongs to them
+CUTTING = (OWN, *PREPROCESSINGS)  # theirs is the default; the others make a picture square before it is cut that way
 
 #: Canonical role → module path below the Hugging Face model.
 MODULES = {

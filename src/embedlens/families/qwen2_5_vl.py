@@ -48,11 +48,8 @@ def patch_grid(hf: Any, processor: Any, preprocessing: str, picture_size: tuple[
 
 
 def enough(hf: Any, processor: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Size to which the processor itself brings a picture of (width, height) px.
-
-    Raises:
-        EmbedLensError: its sides are too far apart for this family.
-    """
+    """Size to which the processor itself brings a picture of (width, height) px. EmbedLensError: its sides are too far
+    apart for this family."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     width, height = size

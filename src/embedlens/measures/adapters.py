@@ -4,7 +4,7 @@
         with adapter.on(model), el.intervene(model, el.EnterAt(adapter.layer)):
             model.answer(model.prompt(image, question))
 
-A run with entry at 0 is the *twin* of those of its seed: trained alike, on the same batches. The paper has no twin.
+A run with entry at 0 is the *twin* of those of its seed: trained alike, on the same batches.
 """
 
 from __future__ import annotations
@@ -75,10 +75,7 @@ def fingerprint(projector: nn.Module) -> str:
 
 def adapters(model: VisionLanguageModel) -> tuple[Adapter, ...]:
     """Those that lie beside the model's weights, by seed and layer; none where the folder has no `late_entry/`.
-
-    Raises:
-        EmbedLensError: a file that is no adapter, or adapters that began at other weights.
-    """
+    EmbedLensError: a file that is no adapter, or adapters that began at other weights."""
     found, remake = [], "with `python -m training.entry`"
     for path in sorted((Path(model.hf.name_or_path) / FOLDER).glob("*.safetensors")):
         try:

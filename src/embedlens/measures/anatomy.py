@@ -1,9 +1,7 @@
 """Clusters and token groups of one model, a row a picture, to be laid beside those of others (Figure c, Appendix C.1).
 
-A row needs no other picture but a few fixed ones, so that pictures can be shared out over processes and resumed:
-
-    measured, calibration, compared = anatomy.pictures(dataset, n, seed)
-    table = el.run(anatomy.study_of(model, calibration, compared, seed), model, measured, batch_size="auto")
+measured, calibration, compared = anatomy.pictures(dataset, n, seed)
+table = el.run(anatomy.study_of(model, calibration, compared, seed), model, measured, batch_size="auto")
 """
 
 from __future__ import annotations
@@ -53,9 +51,8 @@ def name_of(model: str) -> str:
     return next((name for part, name in PAPER.items() if part.lower() == last.lower()), last)
 
 
+#: Of a picture: its largest clusters' shares of the tokens (0: none), their centroids, and those of random token sets.
 Clustered: TypeAlias = tuple[Float[np.ndarray, " ranks"], Float[Tensor, "_ d"], Float[Tensor, "repeats _ d"]]
-"""Of a picture: its largest clusters' shares of the tokens (0: no such cluster), their centroids, and those of random
-token sets of the same sizes."""
 
 
 def pictures(dataset: str, n: int, seed: int) -> tuple[list[Sample], list[Sample], list[Sample]]:

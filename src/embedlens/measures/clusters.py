@@ -34,10 +34,8 @@ CENTROIDS = ("means", "null_means")
 
 @dataclass(frozen=True, eq=False)
 class ClusterStudy:
-    """The clusters of many pictures at one threshold. Per picture some centroids of each rank are kept, no tokens.
-
-    Centroids lie in a temporary file (at width 4096 and three repeats 0.4 MB a picture), so that memory does not grow.
-    """
+    """Clusters of many pictures at one threshold: centroids, no tokens, in a temporary file (at width 4096 and three
+    repeats 0.4 MB a picture), so that memory does not grow."""
 
     ids: tuple[int, ...]  #: Of the pictures
     sizes: Int[np.ndarray, "pictures k"]  #: Tokens in the cluster of each rank; 0 where a picture has no such cluster
@@ -157,11 +155,8 @@ def cluster_study(
 
 def by_group(model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference) -> list[list[dict[str, Any]]]:
     """What each group of visual tokens holds: alive, dead, sinks of each kind and of both, C0, and what is not in C0.
-
-    Returns:
-        per sample, one row per group: share of the tokens and, where the group has any, to_text (mean cosine to the
-        centroid of the vocabulary) and inside (share whose patch centre lies in the box of an object; crowds are none).
-    """
+    Returns per sample, one row per group: share of the tokens and, where the group has any, to_text (mean cosine to the
+    centroid of the vocabulary) and inside (share whose patch centre lies in the box of an object; crowds are none)."""
     prompts, text, rows = prompts_of(model, samples), text_centroid(model), []
     found = token_groups_of(model, prompts, reference, batch_size=len(prompts))
     for sample, prompt, groups in zip(samples, prompts, found, strict=True):

@@ -1,8 +1,7 @@
 """How alike the tokens of a group are, how they move, what reads them, and what they would say (Section 5.2).
 
-"Similarity within a cluster" is read in two ways: the mean cosine of pairs of tokens of one picture at a layer, and the
-cosine of a token to itself one layer later. A high cosine can be a direction that *all* tokens share, so every cosine
-is also taken with the mean of all visual tokens removed; means and directions come from other pictures.
+"Similarity within a cluster" is the mean cosine of pairs of tokens of one picture at a layer, or the cosine of a token
+to itself one layer later; each also with the mean of all visual tokens, of other pictures, removed.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ Common = Mapping[str, Mapping[str, Float[Tensor, "_ _"]]]
 
 
 def is_word(entry: str) -> bool:
-    """Whether a readable vocabulary entry starts a word and has letters only, at least two.
-
-    The rule for "fragmented or non-semantic pieces", for which the paper has no metric. A piece that starts a longer
-    word passes, so the share of pieces that it finds is a lower bound.
+    """Whether a readable vocabulary entry starts a word and has letters only, at least two: the rule for "fragmented or
+    non-semantic pieces", a lower bound, as a piece that starts a longer word passes.
 
     >>> [is_word(entry) for entry in ("dog", "·og", ",", "a", "<s>", "bott")]
     [True, False, False, False, False, True]
@@ -105,8 +102,7 @@ def by_group(
 
     Returns:
         per sample, rows of part, group and layer, means over the group's tokens, if it has any. Of part "picture" at
-        layer 0: tokens, share (of the visual tokens), in_bars, no_words (nearest entry is no word by `is_word`),
-            entropy
+        layer 0: tokens, share (of the visual tokens), in_bars, no_words (nearest entry is none by `is_word`), entropy
         (nats, of the LogitLens distribution at the last layer); and no_words of the group "random directions".
         Of part "stream": inside (cosine of pairs, of at least two tokens), aligned (cosine to the group's direction in
         other pictures), both also `_removed`, with the mean of other pictures' visual tokens taken out; and, of the
@@ -215,11 +211,9 @@ def chosen_by_half(
     """Is a dead token's likeness to the others a result of how it was chosen? Choose on half, measure on the rest.
 
     Dead tokens are chosen at layer 0 by their direction, so that they are alike there by construction. Here they are
-    chosen by a random half of the coordinates, each half once, and their cosine is taken on the *other* half.
-
-    Returns:
-        per sample, a row of means over splits, or none where no split chooses two tokens: selected_on, other_half and,
-        of any two tokens of the picture, any_tokens, the last two also `_mean_removed`.
+    chosen by a random half of the coordinates, each half once, and their cosine is taken on the *other* half. Returns
+    per sample, a row of means over splits, or none where no split chooses two tokens: selected_on, other_half and, of
+    any two tokens of the picture, any_tokens, the last two also `_mean_removed`.
     """
     embedding = model.input_embeddings
     orders = [np.random.default_rng((seed, split)).permutation(model.width) for split in range(splits)]

@@ -1,8 +1,7 @@
 """Silenced updates and late entry (Section 7.2): arms, floor, trained runs, and how well tokens are grounded at entry.
 
-A *trained run* is what a projector and a language model learned with visual tokens entering later: anything with a
-`layer` of entry, a `seed`, and `on(model)`, a block in which the model has its weights. `measures.adapters` reads those
-of the miniature. Prompts are made inside the block: they hold what the projector makes of the picture.
+A *trained run* is anything with a `layer` of entry, a `seed`, and `on(model)`, a block in which the model has its
+weights, as `measures.adapters` reads them. Prompts are made inside the block.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ def entering(layer: int, trained: bool = False) -> str:
 
 def frozen_until(layer: int) -> Arm:
     """The control of late entry: no updates of visual tokens below a layer, but text reads them there, which late entry
-    takes away too.
-    """
+    takes away too."""
     return everywhere(f"frozen until {layer}", *(Silence(part, range(layer)) for part in ("attention", "mlp")))
 
 
@@ -83,11 +81,8 @@ def at_entry(
     model: VisionLanguageModel, samples: Sequence[Sample], runs: Sequence[Any] = ()
 ) -> list[list[dict[str, Any]]]:
     """Grounded tokens as they leave the projector, which is as they enter: no language model, one pass of the tower.
-
-    Returns:
-        per sample with an object whose label has a token, one row for the model as shipped and one per run: entry,
-        run (its seed), object_tokens, grounded (how many of them name their object).
-    """
+    Returns per sample with an object whose label has a token, one row for the model as shipped and one per run: entry,
+    run (its seed), object_tokens, grounded (how many of them name their object)."""
     lens, prompts = EmbedLens.from_model(model), prompts_of(model, samples)
     known = [
         [

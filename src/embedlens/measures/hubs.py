@@ -1,9 +1,8 @@
 """Hubs of a lens: vocabulary entries that are nearest to everything, whatever is asked.
 
 In many dimensions a few points become the nearest neighbours of very many others (Radovanović, Nanopoulos and
-Ivanović 2010). An entry that is nearest to random directions too says little about the token on which it stands. So
-the words on visual tokens are counted beside those on directions that hold no picture: drawn from a sphere, and with
-nothing of the tokens but their mean and covariance.
+Ivanović 2010). So the words on visual tokens are counted beside those on directions that hold no picture: drawn from a
+sphere, and with nothing of the tokens but their mean and covariance.
 """
 
 from __future__ import annotations
@@ -73,11 +72,8 @@ def hubness(
     lens: Lens, tokens: Sequence[Float[Tensor, "_ d"]], k: int = 1, repeats: int = 10, seed: int = 0
 ) -> dict[str, Int[np.ndarray, "_ V"]]:
     """Count the answers of a lens on visual tokens (of each picture, as `model.visual_features_of` gives them) and on
-    as many directions that hold no picture, drawn `repeats` times.
-
-    Returns:
-        one of KINDS → `occurrences` among the k best, a row for each picture or repeat.
-    """
+    as many directions that hold no picture, drawn `repeats` times. Returns one of KINDS → `occurrences` among the k
+    best, a row for each picture or repeat."""
     if repeats < 1 or not sum(map(len, tokens)):
         raise EmbedLensError("hubness needs visual tokens of at least one picture and at least one repeat")
     flat, seeds = torch.cat(list(tokens)), [seed * repeats + i for i in range(repeats)]

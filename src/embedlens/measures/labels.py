@@ -1,9 +1,7 @@
 """Which object labels a lens finds in the visual tokens of a picture: matching, counts, chance.
 
-Equation 2 of the paper averages over tokens, while its sentence counts a label as found if *any* visual token of the
-picture retrieves it. Here the sentence is `LabelHits.label_rows` and the equation is `LabelHits.token_rows`. With many
-tokens of k words each a picture touches many labels by accident, so what is found stands beside what is found of the
-labels of other pictures.
+Equation 2 of the paper averages over tokens (`LabelHits.token_rows`), while its sentence counts a label as found if
+*any* visual token of the picture retrieves it (`LabelHits.label_rows`), beside what is found by accident.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Norms of visual and text positions, how far each block turns them, and what rescaling changes (Section 6.2).
 
-A block of a pre-norm decoder reads the residual stream through a norm that divides its length out, and adds an update
-to it. A factor on the visual tokens leaves what the first attention reads as it is, and changes how much the update
-weighs beside what it is added to: `first_block` separates this arithmetic from what the model does.
+A pre-norm block divides the length out as it reads. So a factor on the visual tokens leaves what the first attention
+reads, and changes how much its update weighs: `first_block` separates this arithmetic from what the model does.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def by_layer(
 ) -> list[list[dict[str, Any]]]:
     """Norms and layer-to-layer cosines of each picture, means over its positions, visual tokens scaled by each factor.
 
-    Positions: "visual"; "text" without the first one, whose norm is of its own kind in many models; "all text"; and
-    the groups of the unscaled picture, if a reference is given. Where a picture has none of them, there is no row.
+    Positions: "visual"; "text" without the first one; "all text"; and the groups of the unscaled picture, if there is a
+    reference. Where a picture has none of them, there is no row.
 
     Returns:
         per sample, one row per scale, positions and layer: norm (L2; layer 0 enters the first block) and, where a block

@@ -49,11 +49,9 @@ def ask(
     """Ask the questions of every picture on some of `patchbench.AXES`; one row each, picture by picture.
 
     `swap` is the control: each question is asked about another picture of the same group, half the group further on,
-    and its answer is judged by the picture it belongs to.
-
-    Returns:
-        columns id (the picture that the question belongs to), group, axis, question, answer, said, correct, and for
-        questions about colour follows (one of `patchbench.FOLLOWS`), else "".
+    and its answer is judged by the picture it belongs to. Returns columns id (the picture that the question belongs
+    to), group, axis, question, answer, said, correct, and for questions about colour follows (one of
+    `patchbench.FOLLOWS`), else "".
     """
     asked = []
     for other, picture in zip(_shifted(pictures) if swap else pictures, pictures, strict=True):
@@ -93,12 +91,9 @@ def _shifted(pictures: Sequence[OnePatch]) -> list[OnePatch]:
 
 
 def recolour_rows(model: VisionLanguageModel, cases: Sequence[OnePatch]) -> pd.DataFrame:
-    """What becomes of the answer about a text's colour when the text, its patch or the surround is recoloured.
-
-    Returns:
-        one row per case and part that is recoloured: id, part, follows (what the answer follows before), said before
-        and after, stays (the answer is as before) and turns (it is the new colour).
-    """
+    """What becomes of the answer about a text's colour when the text, its patch or the surround is recoloured. Returns
+    one row per case and part that is recoloured: id, part, follows (what the answer follows before), said before and
+    after, stays (the answer is as before) and turns (it is the new colour)."""
     before, found, changes = ask(model, cases, ["colour"]), [], [patchbench.probes(case) for case in cases]
     new = [str(change[INK].ink) for change in changes]
     for part in (INK, GROUND, SURROUND):
@@ -112,12 +107,9 @@ def recolour_rows(model: VisionLanguageModel, cases: Sequence[OnePatch]) -> pd.D
 def colour_rows(
     model: VisionLanguageModel, pictures: Sequence[OnePatch], lenses: Mapping[str, Lens], k: int = 5
 ) -> pd.DataFrame:
-    """Whether the patch with content is near the colours of the picture, layer by layer.
-
-    Returns:
-        one row per picture, lens, part (INK, GROUND, SURROUND) and layer: held (the k best words have the part's
-        colour) and nearest (of all names of colours that are one token it is the best).
-    """
+    """Whether the patch with content is near the colours of the picture, layer by layer. Returns one row per picture,
+    lens, part (INK, GROUND, SURROUND) and layer: held (the k best words have the part's colour) and nearest (of all
+    names of colours that are one token it is the best)."""
     ids = {colour: torch.tensor(label_ids(model.tokenizer, colour, "strict"), dtype=torch.long) for colour in COLOURS}
     known = torch.cat(list(ids.values()))
     if not len(known):
@@ -162,11 +154,8 @@ def twin_rows(pictures: Sequence[OnePatch], answers: pd.DataFrame, control: pd.D
 
 def piece_rows(model: VisionLanguageModel, pictures: Sequence[OnePatch], seed: int = 0) -> pd.DataFrame:
     """Whether two capitals are read that are one vocabulary entry, and whether two that are several, in the same texts.
-
-    Returns:
-        one row per picture and half ("one piece", "several pieces"; one that has no string is left out): own and other
-        (1 where the string is read, about its own picture and about another of its half).
-    """
+    Returns one row per picture and half ("one piece", "several pieces"; one that has no string is left out): own and
+    other (1 where the string is read, about its own picture and about another of its half)."""
     draw, found = np.random.default_rng(seed), []
     halves = {half: some for half, some in patchbench.strings(model.tokenizer, length=2).items() if some}
     drawn = {half: [replace(p, text=str(draw.choice(some))) for p in pictures] for half, some in halves.items()}

@@ -1,12 +1,10 @@
 """A positive control for `embedlens.measures.sinks`: a copy of a LLaVA in which a few weights are edited by hand, so
 that which tokens are sinks, of which kind and from which layer on is known.
 
-1. Two channels of the vision tower say nothing of a picture but mark some positions, by much or by little.
-2. Two units of the projector read them; a marked patch becomes one vector, the same in every picture.
-3. Two units of the second block's MLP, the paper's MLP-2, read the mark of the LLM sinks, and a mark on BOS's
-   embedding, and write one massive dimension.
-4. In later blocks one component of every query is a constant, and of every key what the massive dimension holds, so
-   that all queries attend to BOS and the LLM sinks, whose values are nearly zero. ViT sinks, marked by much, repel.
+Two channels of the vision tower mark some positions, by much or by little; two units of the projector read them, and a
+marked patch becomes one vector, the same in every picture. Two units of the second block's MLP, the paper's MLP-2, read
+the mark of the LLM sinks, and one on BOS's embedding, and write one massive dimension, to which all queries of later
+blocks attend: BOS and the LLM sinks, whose values are nearly zero. ViT sinks, marked by much, repel.
 """
 
 from __future__ import annotations

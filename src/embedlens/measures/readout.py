@@ -1,8 +1,7 @@
 """What a linear probe reads from visual tokens: content that cosines near one can hide.
 
-Tokens whose pairwise cosine is .99 can still differ in directions that a later layer, or a probe, reads without
-effort. So a multinomial logistic regression is trained on the tokens of some pictures and asked about those of others,
-beside the same on projectors with random weights (what the vision tower alone gives) and the most frequent answer.
+A multinomial logistic regression is trained on the tokens of some pictures and asked about those of others, beside the
+same on projectors with random weights (what the vision tower alone gives) and the most frequent answer.
 """
 
 from __future__ import annotations
@@ -98,11 +97,8 @@ def token_table(
     batch_size: int = 16,
 ) -> tuple[Float[Tensor, "tokens v"], pd.DataFrame]:
     """Tokens to probe: of each picture at most `per_picture` dead and as many alive ones, drawn by its id and the seed.
-
-    Returns:
-        the vision-tower states that the projector reads, and for each a row: id of its picture, dead, alive and the
-        class by each of QUESTIONS, NONE if there is none.
-    """
+    Returns the vision-tower states that the projector reads, and for each a row: id of its picture, dead, alive and the
+    class by each of QUESTIONS, NONE if there is none."""
     states, parts = [], []
     for batch, prompts in looked_at(model, samples, batch_size):
         found = token_groups_of(model, prompts, reference, batch_size=batch_size)
@@ -133,8 +129,7 @@ def linear_readout(
 ) -> pd.DataFrame | None:
     """Train a probe on the tokens of two thirds of the pictures, ask it about those of the rest.
 
-    Every dimension is standardised by the training tokens, so a direction that all tokens share plays no part. Only
-    the most frequent classes of the training tokens are asked for, and the majority is counted among the same.
+    Every dimension is standardised by the training tokens. Only their most frequent classes are asked for.
 
     Args:
         vectors: the same tokens in one or several forms (several random projectors); their hits are averaged.
@@ -172,12 +167,8 @@ def readouts(
     model: VisionLanguageModel, samples: Sequence[Sample], reference: Reference, projectors: int = 3, seed: int = 0
 ) -> pd.DataFrame:
     """Every question to dead and to alive tokens, after the model's own projector, after several with new weights, and
-    unseen.
-
-    Returns:
-        per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS): id, hits
-        and asked; none where too few tokens qualify.
-    """
+    unseen. Returns per test picture, question (one of QUESTIONS), group ("dead", "alive") and reader (one of READERS):
+    id, hits and asked; none where too few tokens qualify."""
     before, table = token_table(model, samples, reference, seed=seed)
     anew = [random_projector(model.projector, seed + number) for number in range(projectors)]
     own, *random = (projected(projector, before) for projector in (model.projector, *anew))

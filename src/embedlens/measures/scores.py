@@ -1,8 +1,7 @@
 """Do attention and likeness to CLS order visual tokens by what they say, and by what is lost without them?
 
-Figures 1, 3 and 4 of 2503.20540: every token of some pictures is read alone and left out (`embedlens.redundancy`), and
-two "intermediate states" order the same tokens: the cosine of CLS and patch in the vision tower, and the attention
-from the last text position, summed over the language model's layers.
+Figures 1, 3 and 4 of 2503.20540: two "intermediate states" order tokens, the cosine of CLS and patch in the vision
+tower, and the attention from the last text position, summed over the language model's layers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Sinks: do any stand out, how alike they are, how like BOS, how much attended (Sections 4.1 to 4.3, Appendix D).
 
-Which tokens are sinks a `Reference` tells; where a model has none of a kind, there are no rows of it. The first token
-of the sequence (BOS) sees nothing but itself, so its state at every layer is the same for all pictures; what lies along
-it cannot hold anything of a picture. `embedlens.measures.planted` makes the positive control.
+Which tokens are sinks a `Reference` tells; where a model has none of a kind, there are no rows of it. The state of the
+first token (BOS) is the same for all pictures. `embedlens.measures.planted` makes the positive control.
 """
 
 from __future__ import annotations
@@ -251,10 +250,7 @@ def cosine_to(states: Float[Tensor, "sublayers s d"], position: int) -> Float[Te
 
 
 def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int[Tensor, "k sublayers"]:
-    """The places, at every sublayer, of the k tokens that come first at one sublayer (Figure 4, right).
-
-    The largest value has place 1; ties by lowest index.
-
+    """The places, at every sublayer, of the k tokens that come first at one sublayer (Figure 4, right), from 1.
     >>> followed(torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 4.0]]), at=0, k=2).tolist()
     [[1, 2], [2, 3]]
     """
@@ -265,23 +261,17 @@ def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int
 def attention_per_token(
     mass: Float[Tensor, "layers s"], size: int, queries: Bool[Tensor, " s"]
 ) -> Float[Tensor, " layers"]:
-    """Attention that a token of a set of `size` gets, mean over the queries, which see all of it: in units of what it
-    would get if they attended evenly, 1 / (q + 1) on each of the keys that position q sees.
-
-    `mass` is the share of each position's attention that falls on the set, from `Trace.attention`.
-    """
+    """Attention that a token of a set of `size` gets, mean over the queries, which see all of it, of `mass`, the share
+    that falls on the set: in units of 1 / (q + 1), what each key that position q sees would get of even attention."""
     at = queries.nonzero()[:, 0].to(mass.device)
     return (mass[:, at] * (at + 1) / max(size, 1)).mean(-1)
 
 
 def moved(arms: pd.DataFrame, mlp: int, seed: int = 0) -> dict[str, Estimate]:
     """What pruning LLM sinks does to attention, and letting them skip MLP-2 (the sublayer `mlp`, see `aligner_of`) to
-    attention and to their likeness to BOS; from rows of `by_arm`.
-
-    Returns:
-        to_prompt (of the attention that pruning frees, the part that goes to the text before the picture), beyond_due
-        (more than its share), change (in cosine to BOS), beyond_control (of other tokens that skip), attention_lost.
-    """
+    attention and to their likeness to BOS; from rows of `by_arm`. Returns to_prompt (of the attention that pruning
+    frees, the part that goes to the text before the picture), beyond_due (more than its share), change (in cosine to
+    BOS), beyond_control (of other tokens that skip), attention_lost."""
     arms = arms.assign(prompt=arms.BOS + arms["text before"])
     arms["due"] = arms.prompt / (1 - arms.own) * arms.own  # the prompt's gain if every key kept its share
     mass = {of: drawn(arms.dropna(subset=of), of, by="arm", seed=seed) for of in ("prompt", "own", "due")}

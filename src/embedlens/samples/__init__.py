@@ -49,8 +49,7 @@ def readable(samples: Iterable[Sample], opened: bool = False) -> Iterator[Sample
     """The samples whose pictures can be read, one after the other; a warning says how many cannot and why the first.
 
     A list of them holds no pictures: each is opened again where it is used. `opened`: copies that hold theirs. For what
-    reads many pictures outside `embedlens.run`, which keeps such a list itself; where pictures stand beside what was
-    found of them, choose them first: `pictures = list(readable(load("coco:/data/coco/val2017", 100)))`.
+    reads many pictures outside `embedlens.run`, which keeps such a list itself.
 
     >>> [sample.id for sample in readable(load("miniworld", n=2))]
     [0, 1]

@@ -1,7 +1,7 @@
 """COCO folders as samples: `load("coco:/data/coco/val2017", n=100)`.
 
-Nothing is downloaded; COCO's own pictures and annotations are at https://cocodataset.org/#download. Sets of one's own
-are read where exporters differ (ids as text, say), and refused with a sentence where nobody could say what is meant.
+Nothing is downloaded. Sets of one's own are read where exporters differ (ids as text, say), and refused with a sentence
+where nobody could say what is meant.
 """
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ UNCOMMON = frozenset(
 def load(folder: str | Path, n: int, seed: int = 0, last: bool = False) -> list[Sample]:
     """`n` pictures of a COCO folder, drawn and ordered by `seed`; the first of many are the few.
 
-    Annotations are COCO's own. Crowds are among them, marked `iscrowd`, but are no labels. Boxes without area and
-    captions without text are left out, with a warning that counts them. Captions come along where `captions_*.json`
-    lies beside the instances. Pictures are opened on first use.
+    Crowds are among the annotations, marked `iscrowd`, but are no labels. Boxes without area and captions without text
+    are left out, with a warning. Captions come from `captions_*.json` beside the instances.
 
     Args:
-        folder: the pictures (`/data/coco/val2017`, with `/data/coco/annotations/instances_val2017.json`), or the
-            folder above, if it holds `annotations/` and one set of pictures; `images/` with
-            `annotations/instances.json` is understood too.
+        folder: the pictures (`/data/coco/val2017`, with `/data/coco/annotations/instances_val2017.json`, or `images/`
+            with `annotations/instances.json`), or the folder above, if it holds one set of pictures.
         seed: different seeds draw different pictures, possibly some in common.
         last: the last `n` in this order, or all there are: other pictures than the first, as far as the folder goes.
 
@@ -111,10 +109,8 @@ def comparable(samples: Iterable[Sample]) -> list[Sample]:
 def picture(path: Path, width: int, height: int) -> Image.Image:
     """The picture of a sample, RGB, as stored, whatever turn its EXIF asks for: annotations are about those pixels.
 
-    Only where its annotations are for the size that it has upright is it turned.
-
-    Raises:
-        EmbedLensError: it is missing or damaged, or has another size than its annotations were made on.
+    Only where its annotations are for the size that it has upright is it turned. EmbedLensError: it is missing or
+    damaged, or has another size than its annotations were made on.
     """
     if not os.path.exists(path):
         what = f"no picture {path.name} in {path.parent}, though the annotations list it"

@@ -1,8 +1,7 @@
 """Pictures whose whole content lies in one patch, for any model's grid (Sec. 7.1 and E of the paper).
 
-The paper asks whether a single visual token carries what it shows, in which colour and how many times. Its 70 pictures
-are not published; these are drawn from a seed. Of every seven three show an object, two a short string on a white
-patch, and the last two the same strings, in the same ink and surround, on a patch of another colour.
+The paper's 70 pictures are not published; these are drawn from a seed. Of every seven three show an object, two a short
+string on a white patch, and the last two the same strings, in the same ink and surround, on a patch of another colour.
 
 >>> [picture.group for picture in pictures(7)]
 ['object', 'object', 'object', 'OCR', 'OCR', 'OCR with background', 'OCR with background']
@@ -148,10 +147,9 @@ def pictures(n: int = PAPER, seed: int = 0, side: int = 112, patch: int = 14) ->
     """The first `n` pictures of a seed, of `side` px, which the model reads without resampling, in cells of `patch` px;
     70 have the paper's 30, 20 and 20.
 
-    Objects, colours, numbers and lengths are dealt from shuffled decks, so that each comes equally often and none goes
-    with another. A picture does not depend on how many are asked for; on another grid it has the same content in
-    another cell. Every second string has a white surround, as the paper's text says, the others a coloured one, as its
-    example has (A59).
+    Objects, colours, numbers and lengths come from shuffled decks, so that each comes equally often. A picture does
+    not depend on how many are asked for; on another grid it has the same content in another cell. Every second string
+    has a white surround, as the paper's text says, the others a coloured one, as its example has (A59).
     """
     if n < 1 or seed < 0:
         raise EmbedLensError(f"n is {n} and the seed {seed}: n is 1 or more, the seed 0 or more")

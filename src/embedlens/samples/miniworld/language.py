@@ -93,8 +93,7 @@ def caption(
     reading_order: float = 0.5,
 ) -> str:
     """Everything in the picture with its colour and place; shares of captions that name the background, as in COCO,
-    that say where before what ("at the top a dog"), and that go from top left to bottom right, not shuffled.
-    """
+    that say where before what ("at the top a dog"), and that go from top left to bottom right, not shuffled."""
     phrases = _phrases(scene, rng.random() < place_first)
     if rng.random() >= reading_order:
         rng.shuffle(phrases)
