@@ -90,11 +90,8 @@ def run_arms(
             continue
         own = {place: items[place] for place in places}
         run = partial(batches.halving, partial(_rows_of, model, own, *common), batch_size)
-        if what:
-            key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()}
-            found, batch_size = kept.remembered({**what, "items": key}, run, out)
-        else:
-            found, batch_size = run()
+        key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()} if what else {}
+        found, batch_size = kept.remembered({**what, "items": key}, run, out) if what else run()
         rows += found
     rows = [row for part in together.gathered(rows) for row in part]
     order = {(arm.name, arm.seed): number for number, arm in enumerate(arms)}
