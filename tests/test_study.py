@@ -379,14 +379,15 @@ def test_a_digest_is_of_values_and_of_the_code_that_is_called(monkeypatch):
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_a_bad_picture_is_recorded_and_the_others_are_measured(tmp_path, batch_size):
     damaged = EmbedLensError("picture 102 is damaged: get a complete copy")
-    bad = {102: damaged, 105: FileNotFoundError(2, "No such file", "105.jpg")}
+    bad = {102: damaged, 105: FileNotFoundError(2, "No such file", "105.jpg"), 106: MemoryError()}
     study = partial(one_row, scale=2.0) if batch_size is None else in_turn
-    with pytest.warns(UserWarning, match="2 of 8 samples could not .* the first is sample 102: picture 102 is damaged"):
+    with pytest.warns(UserWarning, match="3 of 8 samples could not .* the first is sample 102: picture 102 is damaged"):
         table = run(study, stand_in(), pictures(8, bad), tmp_path, batch_size)
     good = [sample for sample in pictures(8) if sample.id not in bad]
     same(table, expected(good, partial(one_row, scale=2.0)))
-    assert [(entry["index"], entry["id"]) for entry in table.attrs["failed"]] == [(2, 102), (5, 105)]
-    assert "FileNotFoundError" in table.attrs["failed"][1]["error"] and "105.jpg" in table.attrs["failed"][1]["error"]
+    assert [(entry["index"], entry["id"]) for entry in table.attrs["failed"]] == [(2, 102), (5, 105), (6, 106)]
+    said = [entry["error"] for entry in table.attrs["failed"]]
+    assert "FileNotFoundError" in said[1] and "105.jpg" in said[1] and "too little memory" in said[2]
     mended = run(study, stand_in(), pictures(8), tmp_path, batch_size)  # no warning now
     same(mended, expected(pictures(8), partial(one_row, scale=2.0)))
     assert mended.attrs["failed"] == []
