@@ -12,17 +12,8 @@ from transformers import DynamicCache
 from twins import BY_FAMILY
 
 import embedlens as el
-from embedlens import (
-    EmbedLensError,
-    EnterAt,
-    LeaveAt,
-    Prune,
-    ReleasedLayer0,
-    Rescale,
-    Silence,
-    SkipSublayers,
-    prefix,
-)
+from embedlens import EmbedLensError, EnterAt, LeaveAt, Prune, ReleasedLayer0, Rescale, Silence, prefix
+from embedlens.interventions import SkipSublayers
 from embedlens.prefix import Case
 
 QUESTIONS = (

@@ -18,8 +18,7 @@ from embedlens.__main__ import app
 from embedlens.measures import anatomy
 from embedlens.studies import STUDIES, run_named
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TABLE = pd.DataFrame({"correct": [True]})
@@ -61,22 +60,8 @@ def test_two_processes_write_the_record_that_one_writes(chapter, tmp_path):
         assert tables[0].read_bytes() == tables[1].read_bytes() and len([*tables[0].parent.glob("*.json")]) == 2
 
 
-def test_a_sweep_is_dealt_out_to_processes_chunk_by_chunk(tmp_path):
-    """The longest part of chapters 03, 04, 07 and 08."""
-    child = "import sys; from accelerate import debug_launcher; import test_studies as t; "
-    child += "debug_launcher(t.swept, (sys.argv[1],), num_processes=2)"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second, alone = (pd.read_pickle(tmp_path / f"{name}.pkl") for name in ("0", "1", swept(tmp_path)))
-    pd.testing.assert_frame_equal(first, alone)
-    pd.testing.assert_frame_equal(second, alone)
-    chunks = [set((tmp_path / f"answered-{rank}").read_text().split()) for rank in (0, 1)]
-    assert all(chunks) and not chunks[0] & chunks[1]
-
-
 def swept(folder: Path | str) -> str:
-    """A sweep of six questions in chunks of two; what this process answered lies beside the table."""
+    """A sweep of six questions in chunks of two, for `test_study`; what this process answered lies beside the table."""
     rank = str(torch.distributed.get_rank()) if torch.distributed.is_initialized() else "alone"
     model, items = load("miniature", device="cpu"), tasks.questions("existence", 6, 0)
     answered: list[str] = []

@@ -448,9 +448,15 @@ def in_two_processes(folder: str) -> None:
         rank = torch.distributed.get_rank()
         table.to_pickle(Path(folder, f"{name}-{rank}.pkl"))
         Path(folder, f"measured-{rank}").write_text(" ".join(map(str, CALLS)))
+    from test_studies import swept
+
+    swept(folder)
 
 
 def test_two_processes_give_the_table_of_one(tmp_path):
+    """Of a study that runs picture by picture; and of a sweep, the longest part of chapters 03, 04, 07 and 08."""
+    from test_studies import swept
+
     launch = "from accelerate import debug_launcher; import test_study as t; "
     child(f"{launch}debug_launcher(t.in_two_processes, (sys.argv[1],), num_processes=2)", tmp_path)
     bad = {104: EmbedLensError("104 is damaged: get a complete copy")}
@@ -466,6 +472,11 @@ def test_two_processes_give_the_table_of_one(tmp_path):
     with pytest.warns(UserWarning, match="1 of 23"):
         same(run(of_batch, stand_in(), pictures(23, bad), tmp_path / "rows", batch_size=4), alone)
     assert set(CALLS) <= {104, 105, 106, 107}  # one goes on from what two left, trying again what failed
+    first, second, whole = (pd.read_pickle(tmp_path / f"{name}.pkl") for name in ("0", "1", swept(tmp_path)))
+    same(first, whole)
+    same(second, whole)
+    answered = [set((tmp_path / f"answered-{rank}").read_text().split()) for rank in (0, 1)]
+    assert all(answered) and not answered[0] & answered[1]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

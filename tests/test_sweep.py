@@ -12,25 +12,12 @@ import torch
 from scipy.ndimage import label
 
 import embedlens as el
-from embedlens import (
-    EmbedLensError,
-    EnterAt,
-    Frame,
-    PatchGrid,
-    Prune,
-    Rescale,
-    Silence,
-    SkipSublayers,
-    TokenGroups,
-    kept,
-    prefix,
-    sweep,
-    tasks,
-)
+from embedlens import EmbedLensError, kept, prefix, sweep, tasks
 from embedlens.arms import block_alive, random_alive, random_block
+from embedlens.groups import TokenGroups
+from embedlens.interventions import EnterAt, Prune, Rescale, Silence, SkipSublayers
+from embedlens.patches import Frame, PatchGrid
 from embedlens.sweep import BASELINE, Arm, dead_arms, everywhere, members, pruning, run_arms, sink_arms, skipping
-
-ALL_KINDS = ("alive", "dead", "ViT sink", "LLM sink")
 
 
 def partition(dead, vit, llm) -> TokenGroups:
@@ -43,11 +30,8 @@ def ranked(model, prompts, n_dead: int = 4, none_in: tuple[int, ...] = ()) -> li
     for prompt in prompts:
         ranks = prompt.embeds[prompt.visual].norm(dim=-1).argsort(descending=True).argsort().cpu()
         count = 0 if prompt.grid.frame.width in none_in else 1
-        found.append(
-            partition(
-                (ranks >= 2) & (ranks < 2 + count * n_dead), (ranks == 0) & (count > 0), (ranks == 1) & (count > 0)
-            )
-        )
+        dead = (ranks >= 2) & (ranks < 2 + count * n_dead)
+        found.append(partition(dead, (ranks == 0) & (count > 0), (ranks == 1) & (count > 0)))
     return found
 
 
@@ -140,11 +124,8 @@ def test_pictures_that_do_not_fit_together_run_in_halves_and_are_answered_the_sa
 
 
 def test_arms_that_do_not_act_cost_one_baseline_answer(tiny, monkeypatch):
-    asked = []
-    answers = sweep.answers
-    monkeypatch.setattr(
-        sweep, "answers", lambda model, cases, *rest: asked.extend(cases) or answers(model, cases, *rest)
-    )
+    asked, answers = [], sweep.answers
+    monkeypatch.setattr(sweep, "answers", lambda of, cases, *rest: asked.extend(cases) or answers(of, cases, *rest))
     items = few()
     table = run_arms(tiny, items, sink_arms(), lambda model, prompts: ranked(model, prompts, none_in=(112, 84, 75, 63)))
     idle = table[table.arm != "others skip MLP-2"]
