@@ -58,7 +58,8 @@ def test_looking_is_measured(tiny_folder):
     assert len(looking.lines(maps, bank, page)) == 2 * 3 + 2 + 1
 
 
-def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder):
+def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder, monkeypatch):
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
     questions, pictures = 10, 2
     found = sweep.sweep(1, 5, questions, repeats=1, batch_size=8, model=str(tiny_folder))
     complete(found["ways"])

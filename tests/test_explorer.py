@@ -537,6 +537,7 @@ def test_long_names_fold_and_a_move_repaints_two_cells_of_a_large_picture(tab, t
 
 def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)  # this is about what is written
     picture().save("some.png")
     before = Path("some.png").read_bytes()
     done = CliRunner().invoke(app, ["explore", "some.png", "--out", "some.html"])

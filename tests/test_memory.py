@@ -20,6 +20,21 @@ PAGE = (ROOT / "book/gpu.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"<!-- memory: .*? -->\n(.*?)\n<!-- end -->", re.S)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built_once():
+    """A model on the meta device is built once a config: it takes a third of a second, and the table asks for forty."""
+    build, made = AutoModelForImageTextToText.from_config, {}
+
+    def from_config(config):
+        key = config.to_json_string()
+        made[key] = made.get(key) or build(config)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoModelForImageTextToText, "from_config", from_config)
+        yield
+
+
 def test_batches_become_smaller_from_where_one_does_not_fit_and_none_is_measured_twice():
     tried = []
 
@@ -64,7 +79,7 @@ def test_fewer_bits_longer_prompts_and_larger_batches_count():
     assert half.total(8) - half.total(1) == 7 * half.sample
 
 
-@pytest.mark.parametrize("model", configs())
+@pytest.mark.parametrize("model", [family.EXAMPLES[0] for family in families.FAMILIES])
 def test_quantisation_leaves_what_makes_visual_tokens_and_the_head_alone(model):
     """By transformers' own rule, on the modules of the published class: bitsandbytes needs a GPU."""
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -110,10 +125,8 @@ def test_another_dtype_than_the_usual_is_part_of_the_name(tiny_folder):
 def test_what_fits_a_card_grows_with_the_card_and_falls_with_the_bits():
     """LLaVA-1.5-7B: what people report of it, too. Half precision does not fit 16 GB, and does 24; four bits fit 16."""
     llava = configs()["llava-hf/llava-1.5-7b-hf"]
-    fits = {
-        bits: [memory.needed(llava, quantize=bits).pictures(gib) for gib in memory.CARDS.values()]
-        for bits in (None, "8bit", "4bit")
-    }
+    needs = {bits: memory.needed(llava, quantize=bits) for bits in (None, "8bit", "4bit")}
+    fits = {bits: [need.pictures(gib) for gib in memory.CARDS.values()] for bits, need in needs.items()}
     assert fits[None][0] == 0 < fits[None][1] and fits["4bit"][0] > 0
     for counts in fits.values():
         assert counts == sorted(counts) and counts[-1] == memory.MOST
@@ -183,11 +196,11 @@ def test_the_flags_on_the_page_exist():
     assert not [flag for flag in flags if flag not in said]
 
 
-def test_every_way_is_measured_and_no_memory_is_claimed_without_a_gpu(miniature):
-    found = full_size.measured(memory.config_of("miniature"), "float32", "cpu", repeats=1)
+def test_every_way_is_measured_and_no_memory_is_claimed_without_a_gpu(tiny, tiny_folder):
+    found = full_size.measured(memory.config_of(tiny_folder), "float32", "cpu", repeats=1)
     assert [name.split(":")[0] for name in found["ways"]] == ["retrieval", "trace", "prefill", "prefill", "sweep"]
     assert all(way["seconds"]["median"] > 0 and way["peak GiB"] is None for way in found["ways"].values())
-    assert found["parameters"] == sum(parameter.numel() for parameter in miniature.hf.parameters())
+    assert found["parameters"] == sum(parameter.numel() for parameter in tiny.hf.parameters())
 
 
 def test_without_a_gpu_nothing_is_measured_or_written(tmp_path, monkeypatch):

@@ -294,33 +294,3 @@ def test_the_dead_arms_have_both_sizes_a_block_things_background_and_five_seeds(
     sizes = {arm.name: int(arm.act(groups, grid, rng)[0].mask.sum()) for arm in dead_arms()[1:]}
     assert sizes["-random, as many as dead"] == sizes["-block, as many as dead"] == sizes["-dead"]
     assert sizes["-random, as many as dead and sinks"] == sizes["-dead and sinks"] > sizes["-dead"]
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_swept_is_refused(tiny):
-    items = few()
-    with pytest.raises(EmbedLensError, match="0 questions and 1 arms"):
-        run_arms(tiny, [], [BASELINE])
-    with pytest.raises(EmbedLensError, match="questions and 0 arms"):
-        run_arms(tiny, items, [])
-    with pytest.raises(EmbedLensError, match="two arms are named 'baseline' with seed 0"):
-        run_arms(tiny, items, [BASELINE, BASELINE])
-    with pytest.raises(EmbedLensError, match="batch_size is 0"):
-        run_arms(tiny, items, [BASELINE], batch_size=0)
-    same_id = tasks.Item(replace(items[1].sample, id=items[0].sample.id), items[1].question)
-    with pytest.raises(EmbedLensError, match="two pictures have the id"):
-        run_arms(tiny, [items[0], same_id], [BASELINE], ranked)
-    with pytest.raises(EmbedLensError, match="gave Prune a list of masks"):
-        run_arms(tiny, items, [Arm("x", lambda groups, grid, rng: [Prune([groups.dead])])], ranked)
-    with pytest.raises(EmbedLensError, match="groups gave 0 results"):
-        run_arms(tiny, items, [BASELINE], lambda model, prompts: [])
-    with pytest.raises(EmbedLensError, match="no group sink: use alive"):
-        run_arms(tiny, items, [pruning("x", partial(members, names=["sink"]))], ranked)
-    with pytest.raises(EmbedLensError, match="arm 'x' does nothing"):
-        everywhere("x")
-    with pytest.raises(EmbedLensError, match="seeds is 0"):
-        sweep.repeated("x", members, seeds=0)
-    with pytest.raises(EmbedLensError, match="the pool has 3 tokens, the grid 42"):
-        random_block(torch.ones(3, dtype=torch.bool), 1, square_grid(), np.random.default_rng(0))

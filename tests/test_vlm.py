@@ -60,8 +60,6 @@ def test_the_miniature_answers_a_picture_in_under_a_third_of_a_second(miniature)
 def test_answer_stops_at_the_length_asked_for(tiny, stock):
     prompt = tiny.prompt(picture(), QUESTION)
     assert tiny.answer(prompt, max_new_tokens=3) == stock.answer(picture(), max_new_tokens=3)
-    with pytest.raises(EmbedLensError, match="max_new_tokens is 0: allow at least 1"):
-        tiny.answer(prompt, max_new_tokens=0)
 
 
 def moved_most(model, image: Image.Image, step: int = 1) -> tuple[list[int], list[int]]:
@@ -264,20 +262,6 @@ def test_what_this_machine_cannot_do_gets_its_sentence(tiny_folder, monkeypatch,
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(EmbedLensError, match=sentence):
         load(tiny_folder, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("questions", "sentence"),
-    [
-        ([""], "the question is empty: ask something"),
-        ([" \n"], "the question is empty: ask something"),
-        (["what is <image> ?"], "holds the image placeholder <image>: leave it out"),
-        ([QUESTION] * 2, "1 pictures, 2 questions: pass one question per picture"),
-    ],
-)
-def test_bad_questions_get_their_sentence(tiny, questions, sentence):
-    with pytest.raises(EmbedLensError, match=sentence):
-        tiny.prompts([picture()], questions)
 
 
 def test_weights_that_ignore_the_picture_are_refused(broken):
