@@ -20,14 +20,8 @@ FOUND = claims.Finding(0.123456, 0.1, 0.2, n=50, verdict="holds", note="It was m
 
 
 def record(folder, **changes):
-    settings = {
-        "model": "miniature",
-        "chapter": "02_test",
-        "n_images": 50,
-        "seed": 0,
-        "claims": {"E13": FOUND},
-        "numbers": {"share": np.float64(0.98765432), "n": np.int64(3)},
-    }
+    settings = {"model": "miniature", "chapter": "02_test", "n_images": 50, "seed": 0, "claims": {"E13": FOUND}}
+    settings |= {"numbers": {"share": np.float64(0.98765432), "n": np.int64(3)}}
     return records.write(folder, **(settings | changes))
 
 

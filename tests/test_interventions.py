@@ -78,13 +78,9 @@ def extended(model, prompt, new: list[int]):
     if positions is not None:
         following = positions.max() + 1 + torch.arange(len(new))
         positions = torch.cat([positions, following.expand(len(positions), -1)], dim=1)
-    return replace(
-        prompt,
-        ids=torch.cat([prompt.ids, ids]),
-        embeds=torch.cat([prompt.embeds, model.input_embeddings[ids]]),
-        visual=torch.cat([prompt.visual, torch.zeros(len(new), dtype=torch.bool)]),
-        positions=positions,
-    )
+    parts = {"ids": torch.cat([prompt.ids, ids]), "embeds": torch.cat([prompt.embeds, model.input_embeddings[ids]])}
+    visual = torch.cat([prompt.visual, torch.zeros(len(new), dtype=torch.bool)])
+    return replace(prompt, **parts, visual=visual, positions=positions)
 
 
 @torch.no_grad()

@@ -148,10 +148,7 @@ def test_every_mode_becomes_rgb_of_the_same_size(mode):
     assert np.asarray(opened).std() > 10  # the content is still there
 
 
-def test_transparent_pixels_lie_on_white():
-    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
-    image.putpixel((1, 0), (255, 0, 0, 255))
-    assert [open_picture(image).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (255, 0, 0)]
+def test_a_transparent_colour_of_a_palette_lies_on_white():
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([255, 0, 0])
     palette.info["transparency"] = 0

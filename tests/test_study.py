@@ -24,7 +24,7 @@ from torch import nn
 from embedlens import EmbedLensError, Rescale, intervene, kept, run
 from embedlens.processes import own_device
 from embedlens.samples import Sample
-from embedlens.study import ON_CPU, fitting_batch_size, rehearse
+from embedlens.study import ON_CPU, fitting_batch_size
 from embedlens.vlm import VisionLanguageModel
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # by torchrun
@@ -63,15 +63,9 @@ def one_row(model, sample, scale=1.0):
     if sample.id in BUGS:
         raise KeyError("bbox")
     grey = np.asarray(sample.image, dtype=np.float32).mean() / np.float32(3)
-    return {
-        "grey": grey,
-        "root": math.sqrt(sample.id) * scale,
-        "odd": np.bool_(sample.id % 2),
-        "word": f'wört\n"{sample.id}"',
-        "often": math.nan if sample.id % 3 == 0 else math.inf,
-        "left": torch.tensor(sample.id) % 7,
-        "none": None,
-    }
+    often = math.nan if sample.id % 3 == 0 else math.inf
+    hard = {"grey": grey, "root": math.sqrt(sample.id) * scale, "odd": np.bool_(sample.id % 2), "often": often}
+    return hard | {"word": f'wört\n"{sample.id}"', "left": torch.tensor(sample.id) % 7, "none": None}
 
 
 def several(model, sample):
@@ -213,14 +207,9 @@ def killed_until_done(folder: str, seed: int) -> None:
 
 def child(code: str, *arguments: object) -> str:
     """What code prints that runs beside these tests, single-threaded."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
+    how = {"cwd": Path(__file__).parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -566,13 +555,3 @@ def test_each_process_is_sent_to_a_device_of_its_own(monkeypatch):
     assert own_device() == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert own_device() == "cuda:1"
-
-
-def test_a_rehearsal_times_the_first_batch_and_leaves_nothing_behind(tmp_path):
-    def slow(model, samples):
-        time.sleep(0.02 * len(samples))
-        return [{"a": 1} for _ in samples]
-
-    assert 0.02 <= rehearse(slow, stand_in(), pictures(9), 4) < 0.2
-    with pytest.raises(EmbedLensError, match="no samples"):
-        rehearse(slow, stand_in(), [], 4)
