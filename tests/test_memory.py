@@ -171,21 +171,16 @@ def test_the_table_of_memory_is_what_the_function_gives():
     assert BLOCK.search(PAGE)[1].strip() == "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def test_the_notebook_commands_name_parameters_that_exist():
-    text = PAGE.replace("\\\n", " ")
-    runs = [line for line in text.splitlines() if line.startswith("papermill notebooks/")]
+def test_the_commands_of_the_page_name_parameters_and_flags_that_exist():
+    lines = PAGE.replace("\\\n", " ").splitlines()
+    runs = [line for line in lines if line.startswith("papermill notebooks/")]
     assert any("-p quantize 4bit" in line for line in runs)
     for line in runs:
-        declared = book.declared_parameters(ROOT / line.split()[1])
-        assert set(re.findall(r"-p (\w+)", line)) <= set(declared)
-
-
-def test_the_flags_on_the_page_exist():
+        assert set(re.findall(r"-p (\w+)", line)) <= set(book.declared_parameters(ROOT / line.split()[1]))
     said = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "200"}).output
-    lines = [line for line in PAGE.replace("\\\n", " ").splitlines() if "embedlens run " in line]
-    flags = {flag for line in lines for flag in re.findall(r"(?<= )--?[a-z][a-z-]*", line.split("embedlens run ")[1])}
-    assert {"--model", "--dataset", "-n"} <= flags
-    assert not [flag for flag in flags if flag not in said]
+    asked = [line.split("embedlens run ")[1] for line in lines if "embedlens run " in line]
+    flags = {flag for line in asked for flag in re.findall(r"(?<= )--?[a-z][a-z-]*", line)}
+    assert {"--model", "--dataset", "-n"} <= flags and not [flag for flag in flags if flag not in said]
 
 
 def test_every_way_is_measured_and_no_memory_is_claimed_without_a_gpu(miniature):

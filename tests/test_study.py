@@ -128,11 +128,8 @@ def test_records_of_one_sample_stay_together_and_absent_values_are_nan():
     rows = [{"id": sample.id, **row} for sample in pictures(9) for row in several(None, sample)]
     same(table, pd.DataFrame(rows))
     assert len(table) == 12 and table["last"].isna().sum() == 10
-
-
-def test_a_study_that_writes_ids_keeps_its_own():
     table = run(lambda model, sample: {"value": 1, "id": f"<{sample.id}>"}, stand_in(), pictures(2))
-    assert table.columns.tolist() == ["value", "id"] and table["id"].tolist() == ["<100>", "<101>"]
+    assert table.columns.tolist() == ["value", "id"] and table["id"].tolist() == ["<100>", "<101>"]  # ids of its own
 
 
 def test_batches_give_what_single_samples_give_and_their_bounds_are_fixed():
@@ -250,17 +247,11 @@ def shifted(model, sample, by):
     return {"value": sample.id + by.sum()}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"study": several},
-        {"study": partial(shifted, by=np.arange(4))},
-        {"model": stand_in(1)},
-        {"model": stand_in(name="other")},
-        {"model": stand_in(preprocessing="stretch")},
-        {"batch_size": 2, "study": of_batch},
-    ],
-)
+OTHERS = [{"study": several}, {"study": partial(shifted, by=np.arange(4))}, {"batch_size": 2, "study": of_batch}]
+OTHERS += [{"model": stand_in(1)}, {"model": stand_in(name="other")}, {"model": stand_in(preprocessing="stretch")}]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_rows_of_something_else_are_not_mixed_in(tmp_path, other):
     usual = {"study": partial(shifted, by=np.arange(3)), "model": stand_in(), "samples": pictures(4), "out": tmp_path}
     first, kept = run(**usual), chunks(tmp_path)

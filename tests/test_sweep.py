@@ -71,10 +71,8 @@ def alone(model, item, arm, groups) -> str:
 # --- the sweep equals one question after the other -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("miniature", marks=pytest.mark.slow)])
-def test_a_sweep_answers_what_each_question_alone_is_answered(name, request):
-    model = request.getfixturevalue(name)
-    items = several_on_a_picture()[:: 2 if name == "tiny" else 3]
+def test_a_sweep_answers_what_each_question_alone_is_answered(tiny):
+    model, items = tiny, several_on_a_picture()[::2]
     groups = partial(ranked, none_in=(min(item.sample.width for item in items),))
     table = run_arms(model, items, ARMS, groups, batch_size=3)
     assert list(table.item) == [place for place in range(len(items)) for _ in ARMS]
