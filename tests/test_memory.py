@@ -22,11 +22,11 @@ BLOCK = re.compile(r"<!-- memory: .*? -->\n(.*?)\n<!-- end -->", re.S)
 
 @pytest.fixture(scope="module", autouse=True)
 def built_once():
-    """A model on the meta device is built once a config: it takes a third of a second, and the table asks for forty."""
+    """A model is built once a config and device: it takes a third of a second, and the table asks for forty."""
     build, made = AutoModelForImageTextToText.from_config, {}
 
     def from_config(config):
-        key = config.to_json_string()
+        key = str(torch.get_default_device()) + config.to_json_string()
         made[key] = made.get(key) or build(config)
         return made[key]
 
