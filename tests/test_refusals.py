@@ -11,23 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from embedlens import (
-    Frame,
-    PatchGrid,
-    codebook,
-    groups,
-    lmms,
-    open_picture,
-    prefix,
-    pruner_arms,
-    redundancy,
-    rules,
-    samples,
-    scoring,
-    stats,
-    sweep,
-    tasks,
-)
+from embedlens import codebook, groups, lmms, prefix, pruner_arms, redundancy, samples, scoring, stats, sweep, tasks
 from embedlens.arms import random_block
 from embedlens.claims import Finding
 from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, picture_pairs
@@ -36,8 +20,11 @@ from embedlens.interventions import EnterAt, LeaveAt, Prune, Rescale, Silence, S
 from embedlens.lenses import EmbedLens
 from embedlens.measures import hubs, patch_reading, scores
 from embedlens.measures.labels import label_hits, label_ids
+from embedlens.patches import Frame, PatchGrid
+from embedlens.pictures import open_picture
 from embedlens.probe import probe_picture
 from embedlens.readings import Protocol
+from embedlens.rules import decide
 from embedlens.samples import patchbench
 
 EYE, PAIRS = torch.eye(3), np.array([[0, 1], [1, 2], [2, 0]])
@@ -209,4 +196,4 @@ def test_a_model_is_not_asked_what_has_no_answer(tiny, asked, sentence):
 @pytest.mark.parametrize("rule", ["b > 0", "a >", "a", "a and a > 0", "a > a", "__import__('os')", "len(a) > 0"])
 def test_a_rule_that_cannot_be_judged_is_refused(rule):
     with pytest.raises(EmbedLensError):
-        rules.decide(rule, {"a": stats.Estimate(2.0, 1.0, 3.0, 9)})
+        decide(rule, {"a": stats.Estimate(2.0, 1.0, 3.0, 9)})
