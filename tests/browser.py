@@ -124,9 +124,7 @@ def tab() -> Iterator[Tab]:
         flags += ["--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe"]
         (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
 
-        def hand_over() -> (
-            None
-        ):  # the protocol wants the numbers 3 and 4; the copies are never both in each other's way
+        def hand_over() -> None:  # the protocol wants the numbers 3 and 4; the copies are never both in the other's way
             copies = os.dup(theirs_in), os.dup(theirs_out)
             os.dup2(copies[0], 3)
             os.dup2(copies[1], 4)

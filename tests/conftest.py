@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,20 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny_llava by name, whatever runs them
 
 from tiny_llava import save_tiny_llava  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Tests that share what a module has loaded run in one process, so that it is loaded once (--dist loadgroup)."""
+    for item in items:
+        fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+        if any(found[-1].scope == "module" for found in fixtures.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """Half a million imported objects stay to the end: collecting garbage need not look through them every time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +65,14 @@ def miniature():
     from embedlens import load
 
     return load("miniature", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Six pictures of the miniature world. Read only."""
+    from embedlens import samples
+
+    return list(samples.load("miniworld", n=6))
 
 
 @pytest.fixture(autouse=True)

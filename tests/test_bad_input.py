@@ -1,59 +1,17 @@
-"""Pictures and templates that are hardly any: the right result, or its sentence. What ends a command: one sentence."""
+"""A chat template that cannot be used gets its sentence; whatever ends a command is one sentence."""
 
 from __future__ import annotations
 
 import errno
 import re
 import sys
-from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
 
-import numpy as np
 import pytest
 from notebook_files import BookError
-from PIL import Image
 
-from embedlens import EmbedLensError, __main__, run
-from embedlens.samples import Sample
+from embedlens import EmbedLensError, __main__
 from embedlens.vlm import VisionLanguageModel
-
-QUESTION = "What is in the picture?"
-
-
-@pytest.mark.parametrize(("size", "shown"), [((1, 100), "column"), ((100, 1), "row"), ((1, 1), "all")])
-def test_patches_of_a_thin_picture_are_where_its_pixels_are(tiny, size, shown):
-    grid = tiny.prompt(Image.new("RGB", size, "red"), QUESTION).grid
-    seen = ~grid.padded.reshape(grid.rows, grid.cols)
-    if shown == "all":
-        assert seen.all()
-    else:
-        lines = seen if shown == "row" else seen.T
-        assert lines.any(1).sum() == 1 and lines.sum() == grid.cols
-    middle = grid.patch_at(size[0] / 2, size[1] / 2)
-    assert seen.flatten()[middle] and all(map(np.isfinite, grid.box(middle)))
-    assert grid.boxes[~grid.padded].prod(-1).isfinite().all()
-
-
-def drawn(draw: Callable[[], Image.Image], id: int, size: tuple[int, int]) -> Sample:
-    return Sample(id, *size, (), (), (), {}, draw)
-
-
-@pytest.mark.parametrize("batch_size", [None, 3])
-def test_memory_that_ends_over_one_picture_ends_no_study(tiny, batch_size):
-    def width(model, given):
-        if batch_size is None:
-            return {"width": given.image.width}
-        return [{"width": sample.image.width} for sample in given]
-
-    def too_large():
-        raise MemoryError
-
-    samples = [drawn(partial(Image.new, "RGB", (30, 18)), id, (30, 18)) for id in range(5)]
-    samples[2] = drawn(too_large, 2, (30, 18))
-    with pytest.warns(UserWarning, match="1 of 5 samples could not be measured.* sample 2: .*too little memory"):
-        table = run(width, tiny, samples, batch_size=batch_size)
-    assert table["id"].tolist() == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ def in_this_process(monkeypatch):
     here = lambda function, threads, **arguments: function(**arguments)  # noqa: E731
     for module in (retrieval, trace, clustering, sweep, prefill, looking):
         monkeypatch.setattr(module, "in_fresh_process", here)
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
 
 
 def complete(ways):
@@ -59,7 +60,7 @@ def test_looking_is_measured(tiny_folder):
 
 
 def test_a_sweep_is_measured_and_both_ways_answer_the_same(tiny_folder):
-    questions, pictures = 10, 2
+    questions, pictures = 5, 1
     found = sweep.sweep(1, 5, questions, repeats=1, batch_size=8, model=str(tiny_folder))
     complete(found["ways"])
     assert (found["questions"], found["pictures"], found["arms"]) == (questions, pictures, 8)

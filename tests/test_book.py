@@ -51,21 +51,14 @@ def checkout(tmp_path):
     (root / "_toc.yml").write_text(
         "format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/01_first\n- file: notebooks/02_second\n"
     )
-    (root / "book/intro.md").write_text(
-        "# Front\n\nThe first chapter counts {glue:text}`../notebooks/01_first.ipynb::n:d`.\n"
-    )
+    (root / "book/intro.md").write_text("# Front\n\nIt counts {glue:text}`../notebooks/01_first.ipynb::n:d`.\n")
     (root / "notebooks").mkdir()
-    first = new_notebook(
-        cells=[
-            new_markdown_cell("# First\n\nIt measures {glue:text}`n` pictures: {glue:text}`share:.0%`, $x^2$."),
-            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-            new_code_cell("from embedlens.book import glue\nglue('n', n_images)\nglue('share', n_images / 8)"),
-        ],
-        metadata={"kernelspec": book.KERNEL},
-    )
-    second = new_notebook(
-        cells=[new_markdown_cell("# Second"), new_code_cell("print('ran')")], metadata={"kernelspec": book.KERNEL}
-    )
+    words = new_markdown_cell("# First\n\nIt measures {glue:text}`n` pictures: {glue:text}`share:.0%`, $x^2$.")
+    parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    measure = new_code_cell("from embedlens.book import glue\nglue('n', n_images)\nglue('share', n_images / 8)")
+    kernel = {"metadata": {"kernelspec": book.KERNEL}}
+    first = new_notebook(cells=[words, parameters, measure], **kernel)
+    second = new_notebook(cells=[new_markdown_cell("# Second"), new_code_cell("print('ran')")], **kernel)
     nbformat.write(first, root / "notebooks/01_first.ipynb")
     nbformat.write(second, root / "notebooks/02_second.ipynb")
     return root
@@ -115,17 +108,15 @@ def not_in_order(notebook):
         cell["execution_count"] = count
 
 
+RAISED = new_output("error", ename="ZeroDivisionError", evalue="by zero")
+BANNER = new_markdown_cell("", metadata={"tags": ["papermill-error-cell-tag"]})
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (
-            lambda n: n["cells"][1].update(outputs=[new_output("error", ename="ZeroDivisionError", evalue="by zero")]),
-            "Zero",
-        ),
-        (
-            lambda n: n["cells"].insert(0, new_markdown_cell("", metadata={"tags": ["papermill-error-cell-tag"]})),
-            "banner",
-        ),
+        (lambda n: n["cells"][1].update(outputs=[RAISED]), "Zero"),
+        (lambda n: n["cells"].insert(0, BANNER), "banner"),
         (not_in_order, "top to bottom"),
         (lambda n: n["cells"][1].update(execution_count=None), "top to bottom"),
     ],
@@ -247,10 +238,8 @@ def test_links_for_readers_and_local_files_are_no_requests_and_all_of_a_folder_i
         '<script src="../_static/x.js"></script><script>const LATER = "https://cdn.example/on-click.js"</script>'
     )
     assert book_rules.request_faults(html, "a.html") == []
-    for name, text in (
-        ("_static/a.css", "@font-face {src: url('https://cdn.example/x.woff2')}"),
-        ("deep/a.html", "<img src='a'>"),
-    ):
+    font = "@font-face {src: url('https://cdn.example/x.woff2')}"
+    for name, text in (("_static/a.css", font), ("deep/a.html", "<img src='a'>")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     assert [fault.split(":")[0] for fault in book_rules.html_faults(tmp_path)] == ["deep/a.html", "_static/a.css"]
@@ -290,9 +279,8 @@ def test_building_runs_renders_and_leaves_the_sources_alone(checkout):
     assert {path: path.read_bytes() for path in before} == before
 
     page = (checkout / "_build/html/notebooks/01_first.html").read_text()
-    assert (
-        '<span class="pasted-text">75\u00a0%</span>' in page
-    )  # 6 of 8: the parameter arrived, the number is in its sentence
+    # 6 of 8: the parameter arrived, the number is in its sentence
+    assert '<span class="pasted-text">75\u00a0%</span>' in page
     assert '<span class="pasted-text">6</span>' in (checkout / "_build/html/book/intro.html").read_text()
     assert "_static/mathjax/tex-mml-chtml.js" in page  # mathematics without the network
     assert "colab.research.google.com/github/owner/name/blob/main/notebooks/01_first.ipynb" in page
@@ -303,11 +291,9 @@ def test_building_runs_renders_and_leaves_the_sources_alone(checkout):
     assert not [line for line in lines if line.startswith(("running", "rendering"))]  # nothing has changed
 
     # A page that Sphinx warns about, or that breaks a rule of the book, does not replace the book that is there.
-    broken = (
-        "[nowhere](missing.md) {glue:text}`../notebooks/01_first.ipynb::gone:s` <img src='https://cdn.example/x.png'>"
-    )
-    (checkout / "book/intro.md").write_text(f"# Front\n\n{broken}\n")
-    rewrite(checkout / "_build/src/notebooks/01_first.ipynb", lambda notebook: None)
+    gone = "{glue:text}`../notebooks/01_first.ipynb::gone:s`"
+    broken = f"# Front\n\n[nowhere](missing.md) {gone} <img src='https://cdn.example/x.png'>\n"
+    (checkout / "book/intro.md").write_text(broken)
     for name in ("01_first", "02_second"):
         shutil.copy(checkout / f"_build/src/notebooks/{name}.ipynb", checkout / "notebooks")
     with pytest.raises(book.BookError, match="missing.md") as refusal:
@@ -386,15 +372,12 @@ def test_a_disk_that_refuses_is_one_sentence(checkout, monkeypatch):
 
 
 def test_only_a_chapter_whose_code_parameters_or_records_changed_runs_again(checkout):
-    rewrite(
-        checkout / "notebooks/02_second.ipynb",
-        lambda n: n["cells"].insert(1, new_code_cell("results: str = '../results'", metadata={"tags": ["parameters"]})),
-    )
+    second, first = checkout / "notebooks/02_second.ipynb", checkout / "notebooks/01_first.ipynb"
+    reads = new_code_cell("results: str = '../results'", metadata={"tags": ["parameters"]})
+    rewrite(second, lambda n: n["cells"].insert(1, reads))
     record = checkout / "results/miniature/01_first.json"
-    write_it = "\nfrom pathlib import Path\nPath('../results/miniature/01_first.json').write_text(str(n_images))"
-    rewrite(
-        checkout / "notebooks/01_first.ipynb", lambda n: n["cells"][2].update(source=n["cells"][2]["source"] + write_it)
-    )
+    writes = "\nfrom pathlib import Path\nPath('../results/miniature/01_first.json').write_text(str(n_images))"
+    rewrite(first, lambda n: n["cells"][2].update(source=n["cells"][2]["source"] + writes))
     record.parent.mkdir(parents=True)
     record.write_text("stale")
 
@@ -403,17 +386,15 @@ def test_only_a_chapter_whose_code_parameters_or_records_changed_runs_again(chec
         runs = book.executed(checkout, say=lines.append, **kwargs)
         return [line.split("/")[1][:2] for line in lines if line.startswith("running")], runs
 
-    first, runs = ran()
-    assert first == ["01", "02"]  # the one that reads all records waits for the others
+    names, runs = ran()
+    assert names == ["01", "02"]  # the one that reads all records waits for the others
     assert ran() == ([], runs)
     assert (checkout / "_build/src/results/miniature/01_first.json").read_text() == "4"  # a kept run brings its record
 
-    rewrite(checkout / "notebooks/01_first.ipynb", lambda n: n["cells"][0].update(source="# Other words"))
+    rewrite(first, lambda n: n["cells"][0].update(source="# Other words"))
     assert ran()[0] == []
     assert record.read_text() == "stale"
-    rewrite(
-        checkout / "notebooks/01_first.ipynb", lambda n: n["cells"][1].update(source=PARAMETERS.replace("4", "5", 1))
-    )
+    rewrite(first, lambda n: n["cells"][1].update(source=PARAMETERS.replace("4", "5", 1)))
     assert ran()[0] == ["01", "02"]  # 02 reads what 01 wrote
     (record.parent / "03_third.json").write_text("new")
     assert ran()[0] == ["02"]
@@ -432,10 +413,7 @@ def test_chapters_share_cores_and_memory_and_take_turns_on_a_gpu(monkeypatch, de
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (
-            "x = 1\nraise RuntimeError('no picture')",
-            r"cell 1, line 2, `raise RuntimeError.*raises RuntimeError: no picture",
-        ),
+        ("x = 1\nraise RuntimeError('no')", r"cell 1, line 2, `raise RuntimeError.*raises RuntimeError: no"),
         ("import os\nos.kill(os.getpid(), 9)", "its kernel was killed in cell 1; .*--jobs 1"),
         ("import time\ntime.sleep(60)", "cell 1 runs for more than 2 s"),
     ],
@@ -457,14 +435,9 @@ def test_ctrl_c_ends_the_kernels_and_is_one_sentence(checkout):
         note = f"import os, time\nopen('../../{name}.pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
         rewrite(checkout / f"notebooks/{name}.ipynb", lambda n, note=note: n["cells"][-1].update(source=note))
     command = [sys.executable, "-m", "embedlens", "book", "--jobs", "2"]
-    process = subprocess.Popen(
-        command,
-        cwd=checkout,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
-    )
+    how = {"cwd": checkout, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (background jobs ignore Ctrl-C)
+    process = subprocess.Popen(command, preexec_fn=heard, **how)
     notes = [checkout / f"_build/{name}.pid" for name in ("01_first", "02_second")]
     try:
         wait_for(lambda: all(note.is_file() and note.read_text() for note in notes))
@@ -511,9 +484,8 @@ def test_a_chapter_runs_in_this_python_from_any_path_and_without_a_home(checkout
     moved.mkdir()
     for name in ("_config.yml", "_toc.yml", "book", "notebooks"):
         (checkout / name).rename(moved / name)
-    rewrite(
-        moved / "notebooks/02_second.ipynb", lambda n: n["cells"][1].update(source="import sys\nprint(sys.executable)")
-    )
+    where = "import sys\nprint(sys.executable)"
+    rewrite(moved / "notebooks/02_second.ipynb", lambda n: n["cells"][1].update(source=where))
     before = files(home)
     home.chmod(0o500)
     monkeypatch.setenv("HOME", str(home))
@@ -527,20 +499,16 @@ def test_a_chapter_runs_in_this_python_from_any_path_and_without_a_home(checkout
 def test_a_chapter_that_was_killed_goes_on_from_what_its_studies_had_measured_and_writes_the_same(checkout):
     """The chapter is as any other: nothing in it knows of folders, chunks or a kill."""
     calls = checkout.parent / "calls"
-    measure = "\n".join(
-        [
-            "import embedlens as el, os, pathlib, signal",
-            "def study(model, batch):",
-            f"    calls = pathlib.Path({str(calls)!r})",
-            "    with calls.open('a') as file:",
-            "        file.write(f'{batch[0].id} ')",
-            "    if len(calls.read_text().split()) == 3:",
-            "        os.kill(os.getpid(), signal.SIGKILL)",
-            "    return [{'mean': float(model.prompt(one.image, 'What?').embeds.mean())} for one in batch]",
-            "table = el.run(study, el.load('miniature', device='cpu'), el.samples.load(n=6), batch_size=2)",
-            "print(table.to_json(double_precision=15))",
-        ]
-    )
+    measure = f"""import embedlens as el, os, pathlib, signal
+def study(model, batch):
+    calls = pathlib.Path({str(calls)!r})
+    with calls.open('a') as file:
+        file.write(f'{{batch[0].id}} ')
+    if len(calls.read_text().split()) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [{{'mean': float(model.prompt(one.image, 'What?').embeds.mean())}} for one in batch]
+table = el.run(study, el.load('miniature', device='cpu'), el.samples.load(n=6), batch_size=2)
+print(table.to_json(double_precision=15))"""
     page = checkout / "notebooks/02_second.ipynb"
     rewrite(page, lambda notebook: notebook["cells"][1].update(source=measure))
     with pytest.raises(book_runs.ChapterFailed, match="its kernel was killed in cell"):

@@ -91,22 +91,20 @@ def test_what_is_written_is_read_with_its_origin(tmp_path):
         assert_close(getattr(found, name), getattr(small(), name))
 
 
-def test_a_foreign_codebook_is_refused(tmp_path):
+def test_a_foreign_codebook_and_a_file_that_is_none_are_refused(tmp_path):
     small(model="other").write(tmp_path / "book.safetensors")
-    with pytest.raises(EmbedLensError, match=r"is of other \(width 16\), not of made up \(width 16\): build one"):
-        Codebook.read(tmp_path / "book.safetensors", MODEL)
+    (tmp_path / "text").write_text("not tensors at all")
+    for file, sentence in (
+        ("book.safetensors", r"is of other \(width 16\), not of made up \(width 16\): build one"),
+        ("text", "no safetensors file"),
+        ("none", "no codebook at"),
+    ):
+        with pytest.raises(EmbedLensError, match=sentence):
+            Codebook.read(tmp_path / file, MODEL)
     with pytest.raises(EmbedLensError, match=r"of made up \(width 16\), not of made up \(width 8\): build"):
         small().check(SimpleNamespace(name="made up", width=8))
     with pytest.raises(EmbedLensError, match="extend one with another of the same model"):
         small().extend(small(model="other"))
-
-
-def test_files_that_are_no_codebook_are_refused_with_a_sentence(tmp_path):
-    with pytest.raises(EmbedLensError, match="no codebook at"):
-        Codebook.read(tmp_path / "none")
-    (tmp_path / "text").write_text("not tensors at all")
-    with pytest.raises(EmbedLensError, match="no safetensors file"):
-        Codebook.read(tmp_path / "text")
     with pytest.raises(EmbedLensError, match="codebook is empty"):
         small(0)
 

@@ -76,10 +76,6 @@ def test_attention_and_rollout_are_the_stock_models_own(twin):
     assert_close(flow.sum(-1), torch.ones(len(prompt)), atol=1e-4, rtol=0)
     assert not torch.allclose(rolled[-1, 0], found.mean(1)[:, 0].sum(0) / 2, atol=1e-3)
     assert not torch.allclose(found[:, :, 0], found[:, :, 3], atol=1e-4)  # and the queries do look elsewhere
-    mask = torch.arange(len(prompt.grid)) % 2 == 0
-    with intervene(model, Prune(mask)):
-        pruned = el.attention(model, prompt, ids)
-    assert bool((pruned[..., mask] == 0).all()) and bool((pruned[..., ~mask] > 0).all())
 
 
 @pytest.mark.parametrize("read", [el.attention, attention_maps.rollout])
@@ -96,8 +92,6 @@ def test_under_prune_it_is_that_of_the_shorter_sequence_and_0_where_removed(mini
     [
         ("", "the answer is empty"),
         ([10**6], "pass text, or ids from 0 to"),
-        ([1.5], "pass text, or ids from 0 to"),
-        (5, "pass text, or ids from 0 to"),
         ([[5, 6]], "pass text, or ids from 0 to"),
         ([5] * 2000, "allow fewer"),
     ],
@@ -107,12 +101,15 @@ def test_an_answer_that_cannot_be_one_is_one_sentence(miniature, answer, said):
         el.attention(miniature, miniature.prompt(picture(), QUESTION), answer)
 
 
-def test_an_answer_as_text_is_read_as_the_tokens_that_were_generated(miniature):
+def test_an_answer_as_text_is_read_as_the_tokens_that_were_generated_also_where_text_is_silenced(miniature):
     for sample in el.samples.load("miniworld", n=3, seed=0):
         prompt = miniature.prompt(sample.image, "Describe the image.")
         ids, answer = miniature.answer_ids(prompt), miniature.answer(prompt)
         assert miniature.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer
         assert attention_maps.answer_ids(miniature, prompt, answer).tolist() == ids.tolist()
+    with intervene(miniature, el.Silence("attention", rows="text")):  # which silences the prompt, not the answer
+        said = miniature.tokenizer.decode(miniature.answer_ids(prompt), skip_special_tokens=True)
+        assert said.strip() == miniature.answer(prompt)
 
 
 def test_a_word_that_follows_the_prompt_has_its_space_in_its_token_and_one_on_a_new_line_has_none(twin):
@@ -128,13 +125,6 @@ def test_attention_of_a_bfloat16_model_is_softmaxed_from_exact_products():
     query, key = (10 * query).bfloat16(), key.bfloat16()
     exact = (query[:, :, -1:].double() @ key.double().mT / 8).softmax(-1)
     assert_close(attention_maps._weights(query[:, :, -1:], key, None, 1 / 8).double(), exact, atol=1e-5, rtol=1e-4)
-
-
-def test_silenced_text_does_not_silence_the_answer(miniature):
-    prompt = miniature.prompt(el.samples.load("miniworld", n=1, seed=0)[0].image, "Describe the image.")
-    with intervene(miniature, el.Silence("attention", rows="text")):
-        said = miniature.tokenizer.decode(miniature.answer_ids(prompt), skip_special_tokens=True)
-        assert said.strip() == miniature.answer(prompt)
 
 
 # --- words in context ------------------------------------------------------------------------------------------------
@@ -235,17 +225,12 @@ def test_alone_is_the_prompt_without_the_others(miniature):
         ({"names": "photo.png"}, "pass a list"),
         ({"patch": 64}, "no patch 64"),
         ({"layer": 9}, "no layer 9 in miniature: pass 0 to 8"),
-        ({"lenses": ["x"]}, "lenses are"),
         ({"lenses": {"x": "y"}}, "lenses are"),
         ({"lenses": {"Alone": el.EmbedLens(torch.eye(256), ["a"] * 256)}}, "lenses are"),
-        ({"patch": 1.5}, "no patch 1.5"),
         ({"layer": 1.5}, "no layer 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"k": 0}, "k is 0"),
-        (
-            {"lenses": {"few": el.EmbedLens(torch.eye(256)[:9], "abcdefghi", exclude=range(6))}},
-            "pass a smaller k",
-        ),
+        ({"lenses": {"few": el.EmbedLens(torch.eye(256)[:9], "abcdefghi", exclude=range(6))}}, "pass a smaller k"),
     ],
 )
 def test_options_that_the_page_cannot_show_are_one_sentence(miniature, options, said):
@@ -280,30 +265,17 @@ def made_up(n: int, layers: int, heads: int, k: int, words: int, answer: int, as
         scores = noise(depth, n, k, kind=np.uint16)
         return {"name": name, "about": "", "unit": "score", "ids": ids, "scores": scores}
 
-    scene = {
-        "name": "<script>alert(1)</script>.png",
-        "question": "<b>what</b>?",
-        "answer": "<i>x</i>",
-        "said": ["<i>"] * answer,
-        "asking": ["<u>"] * asking,
-        "note": "",
-        "layers": layers,
-        "views": [{"start": 0, "rows": side, "cols": side, "picture": "data:image/png;base64,"}],
-        "bars": np.zeros(n, dtype=np.uint8),
-        "lenses": [lens("EmbedLens", layers + 1), lens("LogitLens", layers + 1), lens("Alone", 1)],
-        "group": ["alive"] * n,
-        "why": {"alive": "</script><img src=x onerror=alert(1)>"},
-        "norm": noise(layers + 1, n, kind=np.uint16),
-        "similar": noise(n, n),
-        "looks": noise(layers, answer, n, kind=np.uint16),
-        "heads": noise(layers, heads, 1, n),
-        "relative": noise(layers, n, kind=np.uint16),
-        "rollout": noise(layers, n, kind=np.uint16),
-        "asks": noise(layers, asking, n) | {"power": 2},
-    }
-    return Explorer(
-        [scene], ["<b>bold</b>", "שלום", *(f"word{i}" for i in range(words - 2))], "</title>", Image.new("RGB", (8, 4))
-    )
+    scene = {"name": "<script>alert(1)</script>.png", "question": "<b>what</b>?", "answer": "<i>x</i>", "note": ""}
+    scene |= {"said": ["<i>"] * answer, "asking": ["<u>"] * asking, "layers": layers, "group": ["alive"] * n}
+    scene |= {"why": {"alive": "</script><img src=x onerror=alert(1)>"}, "bars": np.zeros(n, dtype=np.uint8)}
+    scene |= {"views": [{"start": 0, "rows": side, "cols": side, "picture": "data:image/png;base64,"}]}
+    scene |= {"lenses": [lens("EmbedLens", layers + 1), lens("LogitLens", layers + 1), lens("Alone", 1)]}
+    scene |= {"similar": noise(n, n), "heads": noise(layers, heads, 1, n)}
+    scene |= {"norm": noise(layers + 1, n, kind=np.uint16), "looks": noise(layers, answer, n, kind=np.uint16)}
+    scene |= {name: noise(layers, n, kind=np.uint16) for name in ("relative", "rollout")}
+    scene |= {"asks": noise(layers, asking, n) | {"power": 2}}
+    vocabulary = ["<b>bold</b>", "שלום", *(f"word{i}" for i in range(words - 2))]
+    return Explorer([scene], vocabulary, "</title>", Image.new("RGB", (8, 4)))
 
 
 def test_a_page_of_576_tokens_and_32_layers_stays_below_3_megabytes():
@@ -561,6 +533,7 @@ def test_long_names_fold_and_a_move_repaints_two_cells_of_a_large_picture(tab, t
 
 def test_the_command_writes_page_and_twin_and_says_what_the_miniature_knows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)  # this is about what is written
     picture().save("some.png")
     before = Path("some.png").read_bytes()
     done = CliRunner().invoke(app, ["explore", "some.png", "--out", "some.html"])

@@ -54,8 +54,6 @@ def test_curves_and_points_have_their_intervals_and_differ_without_colour(axes):
 
 
 def test_a_figure_says_which_kind_of_result_it_shows(axes):
-    figures.sign(axes.figure, "miniature", "n = 5 pictures")
-    assert axes.figure.get_supxlabel() == "miniature result, n = 5 pictures"
     figures.sign(axes.figure, "llava-hf/llava-1.5-7b-hf", "n = 5 pictures")
     assert axes.figure.get_supxlabel() == "full scale result on llava-hf/llava-1.5-7b-hf, n = 5 pictures"
 

@@ -49,16 +49,10 @@ def test_the_lock_pins_all_that_the_package_and_its_extras_ask_for_and_none_from
         assert requirement.specifier.contains(pin.version), f"{requirement} is not met by the lock"
 
 
-@pytest.mark.parametrize(
-    ("folder", "extras"),
-    [
-        ("src", ("book", "benchmarks")),
-        ("benchmarks", ()),
-        ("training", ("book",)),
-        ("book", ("book",)),
-        ("tests", ("test", "book")),
-    ],
-)
+ASKED = {"src": ("book", "benchmarks"), "benchmarks": (), "training": ("book",), "book": ("book",)}
+
+
+@pytest.mark.parametrize(("folder", "extras"), [*ASKED.items(), ("tests", ("test", "book"))])
 def test_every_import_is_a_declared_dependency(folder, extras):
     known = {IMPORTED_AS.get(r.name, r.name.replace("-", "_")) for r in requirements(*extras)}
     known |= set(sys.stdlib_module_names) | {"embedlens", "training", "benchmarks", "packaging", "IPython"}

@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from embedlens import groups as found_by
 from embedlens import samples
 from embedlens.errors import EmbedLensError
-from embedlens.groups import (
-    MEMBERSHIPS,
-    Reference,
-    TokenGroups,
-    discover,
-    fence,
-    near_word,
-    phi,
-    sink_dims,
-    text_distant_cluster,
-    token_groups,
-    token_groups_of,
-)
+from embedlens.groups import Reference, TokenGroups, discover, phi, token_groups, token_groups_of
 from embedlens.lenses import EmbedLens
 
 
@@ -63,8 +52,8 @@ def test_phi_is_the_definition_computed_element_by_element():
 
 def test_the_fence_lets_ordinary_values_pass_and_planted_outliers_not():
     ordinary = np.exp(np.random.default_rng(0).normal(0, 0.3, 20_000))
-    assert (ordinary > fence(ordinary)).mean() < 1e-3
-    assert fence(np.concatenate([ordinary, np.full(200, 50.0)])) < 50
+    assert (ordinary > found_by.fence(ordinary)).mean() < 1e-3
+    assert found_by.fence(np.concatenate([ordinary, np.full(200, 50.0)])) < 50
 
 
 def test_a_sink_dimension_is_found_in_a_narrow_model_too():
@@ -72,19 +61,19 @@ def test_a_sink_dimension_is_found_in_a_narrow_model_too():
     largest = np.exp(np.random.default_rng(0).normal(np.log(13), 0.2, (10, 9, 64))).clip(max=23)
     first = np.ones((9, 576))
     first[2:, 507] = 23.8
-    assert fence(largest.ravel()) > 576**0.5 and sink_dims(first, largest)[0] == (507,)
+    assert found_by.fence(largest.ravel()) > 576**0.5 and found_by.sink_dims(first, largest)[0] == (507,)
 
 
 def test_the_text_distant_cluster_is_the_largest_that_lies_away_from_words():
     words = torch.nn.functional.normalize(torch.ones(8), dim=0)
     near = words + 0.01 * torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     far = -words + 0.01 * torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    found = text_distant_cluster(torch.cat([near, far]), words)
+    found = found_by.text_distant_cluster(torch.cat([near, far]), words)
     assert found.tolist() == [False] * 6 + [True] * 4
-    assert not text_distant_cluster(torch.eye(8), words).any()  # no cluster of two
+    assert not found_by.text_distant_cluster(torch.eye(8), words).any()  # no cluster of two
 
 
-@pytest.mark.parametrize("membership", MEMBERSHIPS)
+@pytest.mark.parametrize("membership", found_by.MEMBERSHIPS)
 def test_the_groups_are_a_partition(tiny, prompts, reference, membership):
     several = with_every_group(tiny, prompts, reference)
     found = token_groups_of(tiny, prompts, several, membership, batch_size=2)
@@ -112,7 +101,7 @@ def test_membership_equals_its_definition(tiny, prompts, reference):
     assert groups.met["dead"].tolist() == expected and any(expected)
     norms = torch.stack(tiny.tower_states_of(prompts[:1]))[0, -1].norm(dim=-1)
     assert groups.met["ViT sink"].tolist() == (norms > several.vit_norm).tolist()
-    assert not near_word(tokens, EmbedLens.from_model(tiny), None).any()
+    assert not found_by.near_word(tokens, EmbedLens.from_model(tiny), None).any()
 
 
 def test_what_does_not_fit_is_refused(tiny, prompts, reference):

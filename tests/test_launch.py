@@ -32,13 +32,8 @@ def test_the_cells_are_written_once_and_the_notebook_stays_sound():
     assert launch.stated(notebook) is None
     assert launch.begin(notebook, ADDRESS)
     sources = [cell["source"] for cell in notebook["cells"]]
-    assert [source.splitlines()[0] for source in sources] == [
-        "# Chapter",
-        "import os",
-        "n_images: int = 4  # pictures",
-        "from embedlens import parameters",
-        "n_images",
-    ]
+    first = ["# Chapter", "import os", "n_images: int = 4  # pictures", "from embedlens import parameters", "n_images"]
+    assert [source.splitlines()[0] for source in sources] == first
     assert "remove-cell" in notebook["cells"][1]["metadata"]["tags"]
     nbformat.validate(notebook)
     assert launch.stated(notebook) == ADDRESS
@@ -46,14 +41,6 @@ def test_the_cells_are_written_once_and_the_notebook_stays_sound():
     again = nbformat.from_dict(notebook)
     assert not launch.begin(again, ADDRESS) and again == notebook
     assert launch.begin(again, "https://github.com/other/name")  # a fork puts its own address there
-
-
-def test_a_notebook_without_parameters_is_given_no_check():
-    notebook = book.cleaned(new_notebook(cells=[new_markdown_cell("# Page"), new_code_cell("print(1)")]))
-    launch.begin(notebook)
-    assert launch.stated(notebook) == ""
-    assert [cell["id"] for cell in notebook["cells"]].count(launch.CHECK) == 0
-    assert not launch.begin(new_notebook(cells=[new_markdown_cell("# No code")]))
 
 
 @pytest.mark.parametrize("address", ["", ADDRESS])

@@ -211,25 +211,6 @@ def test_logitlens_never_answers_with_an_excluded_id_and_ranks_the_rest_as_befor
     assert torch.equal(ids[second_is_free], first[second_is_free, 1])
 
 
-@pytest.mark.parametrize(
-    ("call", "sentence"),
-    [
-        (
-            lambda lens: lens.topk(torch.zeros(3, 15)),
-            r"shape \(3, 15\), this lens reads width 16: pass hidden states of",
-        ),
-        (lambda lens: lens.topk(torch.zeros(3, 16), 0), "k is 0: pass 1 to 300"),
-        (lambda lens: lens.topk(torch.zeros(3, 16), 301), "k is 301: pass 1 to 300"),
-        (lambda lens: lens.rank(torch.zeros(3, 16), []), r"the ids are \[\]: pass at least one, from 0 to 299"),
-        (lambda lens: lens.rank(torch.zeros(3, 16), [300]), r"the ids are \[300\]"),
-        (lambda lens: EmbedLens(torch.zeros(3, 2), ["a"]), "3 embedding rows but 1 tokens"),
-    ],
-)
-def test_bad_vectors_get_their_sentence(many, call, sentence):
-    with pytest.raises(EmbedLensError, match=sentence):
-        call(EmbedLens(many[0], named(300)))
-
-
 def test_numbers_beyond_float32_and_logits_that_are_nan_get_their_sentence(tiny, many, monkeypatch):
     far = torch.full((2, 16), 1e60, dtype=torch.float64)
     with pytest.raises(EmbedLensError, match="2 of 2 vectors hold .* numbers too large for a norm"):

@@ -28,11 +28,6 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return list(samples.load("miniworld", n=6))
-
-
-@pytest.fixture(scope="module")
 def reference(tiny, pictures):
     """A reference under which some tokens are dead by their word, so that both memberships have something to do."""
     found = discover(tiny, pictures[:2])

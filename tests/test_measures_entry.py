@@ -17,12 +17,9 @@ from training.data import Batch
 from training.recipe import LATE_ENTRY, LateEntry, Stage
 from training.shipped import shipped
 
-SHORT = LateEntry(
-    replace(LATE_ENTRY.start, threads=1, workers=0),
-    layers=(0, 3),
-    rank=2,
-    stage=Stage(steps=2, batch=2, lr=1e-2, weight_decay=0.0, warmup=1),
-)
+START = replace(LATE_ENTRY.start, threads=1, workers=0)
+STAGE = Stage(steps=2, batch=2, lr=1e-2, weight_decay=0.0, warmup=1)
+SHORT = LateEntry(START, layers=(0, 3), rank=2, stage=STAGE)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +55,9 @@ def untrained():
 def row(prompt):
     """A prompt as a training batch of one row."""
     n = len(prompt)
-    return Batch(
-        ids=prompt.ids[None],
-        weight=torch.zeros(1, n),
-        block=torch.zeros(1, n, dtype=torch.long),
-        position=torch.arange(n)[None],
-        kind=torch.full((1, n), -1),
-        image=prompt.visual[None],
-    )
+    own = {"ids": prompt.ids[None], "image": prompt.visual[None], "position": torch.arange(n)[None]}
+    none = {"weight": torch.zeros(1, n), "block": torch.zeros(1, n).long(), "kind": torch.full((1, n), -1)}
+    return Batch(**own, **none)
 
 
 def adapter_of(home, layer):

@@ -19,11 +19,6 @@ from embedlens.vlm import QUESTION
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return list(samples.load("miniworld", n=5))
-
-
-@pytest.fixture(scope="module")
 def calibration():
     return list(samples.load("miniworld", n=16, split="train"))
 

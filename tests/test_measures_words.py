@@ -20,12 +20,6 @@ from embedlens.redundancy import token_scores
 from embedlens.samples import patchbench
 from embedlens.vlm import QUESTION
 
-
-@pytest.fixture(scope="module")
-def pictures():
-    return list(samples.load("miniworld", n=6))
-
-
 # --- which entries are a label ---------------------------------------------------------------------------------------
 
 

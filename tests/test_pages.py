@@ -190,11 +190,8 @@ def test_every_page_keeps_what_a_reader_may_expect(tmp_path):
         with browser.tab() as tab:
             for page in pages:
                 name, (found, heard) = page.relative_to(html.resolve()).as_posix(), looked_at(tab, page)
-                faults += [
-                    *layout_faults(name, found),
-                    *width_and_theme_faults(name, found),
-                    *noise_faults(name, heard),
-                ]
+                faults += [*layout_faults(name, found), *width_and_theme_faults(name, found)]
+                faults += noise_faults(name, heard)
     assert not faults, "\n".join(dict.fromkeys(faults))
     if not browser.chromium():
         pytest.skip(f"links are sound; no browser to measure pages with: install one of {', '.join(browser.NAMES)}")
@@ -305,9 +302,8 @@ def test_the_controls_run_as_printed_and_print_what_they_name(capsys):
     for block in blocks:
         exec(compile(block, "controls.md", "exec"), space)
     said = capsys.readouterr().out
-    assert all(
-        words in said for words in ("random sets", "of the dead", "without background", "enters at", "arithmetic")
-    )
+    named = ("random sets", "of the dead", "without background", "enters at", "arithmetic")
+    assert all(words in said for words in named)
 
 
 @pytest.mark.slow
@@ -369,12 +365,8 @@ def test_the_package_page_names_every_public_name():
 
 
 def test_parameters_rules_and_the_table_of_verdicts_are_folded_once_and_other_code_is_shown():
-    sources = {
-        "n: int = 4": ["parameters"],
-        'chapter.judge("E05", "a > 0")': [],
-        "chapter.sign_off()": [],
-        "print(1)": [],
-    }
+    sources = {"n: int = 4": ["parameters"]}
+    sources |= {'chapter.judge("E05", "a > 0")': [], "chapter.sign_off()": [], "print(1)": []}
     cells = [{"cell_type": "code", "source": s, "metadata": {"tags": t} if t else {}} for s, t in sources.items()]
     folded = book_pages.folded(book_pages.folded({"cells": cells}))
     tags = [cell["metadata"].get("tags") for cell in folded["cells"]]

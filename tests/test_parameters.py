@@ -14,16 +14,8 @@ from embedlens.parameters import check
 
 ROOT = Path(__file__).parents[1]
 DECLARED = 'model: str = "miniature"  # a model\nn_images: int = 4  # pictures\nscale: float = 1.0  # of them'
-SOUND = {
-    "model": "miniature",
-    "dataset": "miniworld",
-    "n_images": 4,
-    "seed": 0,
-    "device": "cpu",
-    "dtype": "auto",
-    "quantize": "",
-    "out": "",
-}
+SOUND = {"model": "miniature", "dataset": "miniworld", "n_images": 4, "seed": 0, "device": "cpu", "dtype": "auto"}
+SOUND |= {"quantize": "", "out": ""}
 
 
 def test_sound_parameters_pass():
@@ -35,12 +27,10 @@ def test_sound_parameters_pass():
     ("changed", "sentence"),
     [
         ({"n_images": 1}, "n_images is 1: pass a whole number of at least 2"),
-        ({"n_images": 2.5}, "n_images is 2.5"),
         ({"n_questions": 4}, "n_questions is 4: pass a whole number of at least 5, one for each kind of question"),
         ({"n_fewer": 4, "n_trained": 5}, "^n_fewer is 4"),
         ({"seed": -1}, "seed is -1: pass a whole number, 0 or more"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"quantize": "2bit"}, "unknown quantize '2bit': pass '4bit' or '8bit', or leave it out"),
         ({"dtype": "int8"}, "dtype is 'int8': pass 'auto' or one of 'float32', 'float16', 'bfloat16'"),
         ({"quantize": 4}, "quantize is 4: pass '4bit' or '8bit', or leave it empty"),
         ({"quantize": "4bit"}, "quantize='4bit' needs a CUDA GPU"),
@@ -92,9 +82,7 @@ def typed_notebook(tmp_path):
     ("word", "value"),
     [
         ("model=2024-01-01", "2024-01-01"),
-        ("model=010", "010"),
         ("model=no", "no"),
-        ("model=null", "null"),
         ("model=", ""),
         ("model=a: b # 'c' \"d\" [e=f", "a: b # 'c' \"d\" [e=f"),
         ("n_images=010", 10),  # as papermill reads it
@@ -112,7 +100,6 @@ def test_a_value_is_read_as_the_type_that_the_notebook_declares(typed_notebook, 
     ("word", "sentence"),
     [
         ("n_images=2024-01-01", "n_images is '2024-01-01': pass a whole number"),
-        ("n_images=0x10", "n_images is '0x10': pass a whole number"),
         ("n_images=1.0", "n_images is '1.0': pass a whole number"),
         ("scale=wide", "scale is 'wide': pass a number"),
         ("loud=2", "loud is '2': pass true or false"),
@@ -124,28 +111,20 @@ def test_a_value_that_is_not_written_as_its_type_is_refused(typed_notebook, word
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [({"n_image": 9}, "no parameter 'n_image'"), ({"n_images": 3}, None)],
-)
-def test_papermill_itself_stops_at_the_check(tmp_path, given, sentence):
+def test_papermill_itself_stops_at_the_check(tmp_path):
+    """That sound parameters pass, every chapter shows: each begins with it."""
     from nbformat.v4 import new_code_cell, new_notebook
 
     source, target = tmp_path / "chapter.ipynb", tmp_path / "run.ipynb"
-    cells = [
-        new_code_cell(DECLARED, metadata={"tags": ["parameters"]}),
-        new_code_cell("from pathlib import Path\nPath('measured').touch()"),
-    ]
+    measure = new_code_cell("from pathlib import Path\nPath('measured').touch()")
+    cells = [new_code_cell(DECLARED, metadata={"tags": ["parameters"]}), measure]
     notebook = new_notebook(cells=cells, metadata={"kernelspec": book.KERNEL})
     launch.begin(notebook)
     book.write(notebook, source)
-    run = {"parameters": given, "cwd": str(tmp_path), "progress_bar": False, "kernel_name": "python3"}
-    if sentence is None:
-        papermill.execute_notebook(str(source), str(target), **run)
-    else:
-        with pytest.raises(papermill.exceptions.PapermillExecutionError, match=sentence):
-            papermill.execute_notebook(str(source), str(target), **run)
-    assert (tmp_path / "measured").exists() == (sentence is None)
+    run = {"cwd": str(tmp_path), "progress_bar": False, "kernel_name": "python3"}
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="no parameter 'n_image'"):
+        papermill.execute_notebook(str(source), str(target), parameters={"n_image": 9}, **run)
+    assert not (tmp_path / "measured").exists()
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda page: page.stem)

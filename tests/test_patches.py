@@ -36,15 +36,11 @@ def test_the_canvas_shows_the_picture_at_the_coordinates_of_its_frame(preprocess
     side = 112
     y, x = np.mgrid[:height, :width].astype(np.uint8)
     picture = Image.fromarray(np.stack([x, y, np.full_like(x, 255)], -1))
-    processor = LlavaImageProcessorPil(
-        do_pad=preprocessing == "letterbox",
-        do_center_crop=preprocessing == "centre-crop",
-        size={"shortest_edge": side} if preprocessing == "centre-crop" else {"height": side, "width": side},
-        crop_size={"height": side, "width": side},
-        resample=Image.Resampling.BILINEAR,
-        do_rescale=False,
-        do_normalize=False,
-    )
+    square = {"height": side, "width": side}
+    size = {"shortest_edge": side} if preprocessing == "centre-crop" else square
+    how = {"do_pad": preprocessing == "letterbox", "do_center_crop": preprocessing == "centre-crop", "size": size}
+    plain = {"resample": Image.Resampling.BILINEAR, "do_rescale": False, "do_normalize": False}
+    processor = LlavaImageProcessorPil(**how, **plain, crop_size=square)
     red, green, blue = np.asarray(processor(picture)["pixel_values"][0]).astype(float)
     x0, y0, x1, y1 = Frame.of(preprocessing, width, height, side).box
     source_x = x0 + (np.arange(side) + 0.5) / side * (x1 - x0) - 0.5
@@ -89,13 +85,6 @@ def test_centre_crop_cuts_and_has_no_bars():
     assert grid.cell(0)[:2] == (80, 0)
     with pytest.raises(EmbedLensError, match=r"no patch shows the point \(10, 10\): the grid covers x from 80 to 560"):
         grid.patch_at(10, 10)
-
-
-def test_a_canvas_that_patches_do_not_divide_loses_its_right_and_bottom_edge():
-    grid = PatchGrid.of_canvas(Frame.stretch(384, 384), canvas=(384, 384), patch=14)
-    assert (grid.rows, grid.cols) == (27, 27)
-    assert grid.cell(len(grid) - 1) == (364, 364, 378, 378)
-    assert grid.spans[0][-1][1] == grid.spans[1][-1][1] == 378
 
 
 def many_views() -> ManyViews:

@@ -13,25 +13,14 @@ from torch.testing import assert_close
 from twins import BY_FAMILY, TWINS
 
 from benchmarks.sweep import eager
-from embedlens import samples, sweep
+from embedlens import pruner_arms, samples, sweep
 from embedlens.codebook import Codebook
 from embedlens.cues import Features, attended, cls_similarity, features_of, raters
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, discover
 from embedlens.patches import Frame, ManyViews, PatchGrid
-from embedlens.pruner_arms import (
-    INSIDE,
-    SHARES,
-    at_budgets,
-    average_tokens,
-    budget_name,
-    budget_of,
-    plans_inside,
-    pruner_arms,
-    seen,
-    shares_of,
-)
+from embedlens.pruner_arms import INSIDE, at_budgets, average_tokens, budget_of, plans_inside, seen
 from embedlens.pruners import PRUNERS, Context, cells, divprune, hiprune, middles, prune, usable, vispruner
 from embedlens.tasks import answer_tokens, family_questions
 
@@ -369,7 +358,7 @@ def asking(tiny, items, reference):
 @pytest.fixture(scope="module")
 def table(tiny, items, reference, asking):
     books, look = asking
-    arms = [sweep.BASELINE, *pruner_arms(look, SHARE, books, seeds=2)]
+    arms = [sweep.BASELINE, *pruner_arms.pruner_arms(look, SHARE, books, seeds=2)]
     return sweep.run_arms(tiny, items, arms, partial(seen, reference=reference, share=SHARE))
 
 
@@ -404,9 +393,9 @@ def test_an_average_that_the_first_layers_exceed_is_no_arm_and_what_draws_is_see
     books, look = asking
     low = seen(tiny, [look.prompt], reference, 1 / 16)[0]
     assert INSIDE["FastV"].averaging(16, tiny.n_layers, 1) is None
-    names = [arm.name for arm in pruner_arms(low, 1 / 16, books, ["strided"])]
+    names = [arm.name for arm in pruner_arms.pruner_arms(low, 1 / 16, books, ["strided"])]
     assert "FastV inside, R left" in names and "FastV inside, mean R" not in names
-    arms = [arm for arm in pruner_arms(look, SHARE, books, ["random"], 2) if arm.name == "random"]
+    arms = [arm for arm in pruner_arms.pruner_arms(look, SHARE, books, ["random"], 2) if arm.name == "random"]
     kept = [
         arm.act(look, look.prompt.grid, sweep.generator(7, arm.name, seed))[0].mask.tolist()
         for arm, seed in ((arms[0], 0), (arms[1], 0), (arms[0], 1))
@@ -415,9 +404,9 @@ def test_an_average_that_the_first_layers_exceed_is_no_arm_and_what_draws_is_see
 
 
 def test_budgets_are_shares_of_each_pictures_own_tokens():
-    assert [budget_of(576, share) for share in SHARES] == [192, 96, 64, 29]
-    assert len(shares_of([3])) == 1 and len(shares_of([3, 576])) == 4
-    assert budget_name([64, 64], 1 / 9) == "7" and budget_name([64, 96], 1 / 9) == "11%"
+    assert [budget_of(576, share) for share in pruner_arms.SHARES] == [192, 96, 64, 29]
+    assert len(pruner_arms.shares_of([3])) == 1 and len(pruner_arms.shares_of([3, 576])) == 4
+    assert pruner_arms.budget_name([64, 64], 1 / 9) == "7" and pruner_arms.budget_name([64, 96], 1 / 9) == "11%"
 
 
 def test_every_budget_is_asked_and_all_tokens_once(tiny, items, reference, asking):

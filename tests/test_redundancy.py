@@ -14,18 +14,10 @@ from twins import BY_FAMILY
 
 from benchmarks.measure import operations
 from benchmarks.redundancy import BARE, FULL, OURS, lines, one_by_one
+from embedlens import redundancy
 from embedlens.patches import Frame, ManyViews, PatchGrid
 from embedlens.readings import ARTICLES, PromptReader, Protocol
-from embedlens.redundancy import (
-    divergence,
-    dpc_knn,
-    readings_of,
-    sampled_ranks,
-    scored,
-    token_scores,
-    window,
-    words_alone,
-)
+from embedlens.redundancy import divergence, dpc_knn, readings_of, sampled_ranks, scored, token_scores, window
 
 
 def grid_of(rows: int, cols: int) -> PatchGrid:
@@ -115,7 +107,8 @@ def test_sharing_the_prefix_gives_what_whole_prompts_give_in_batches_of_any_size
     most = tiny.tokens[int(tiny.logits(prompt)[-1].argmax())]  # the word that it begins with counts as an article
     protocol = Protocol(question=prompt.question, articles=(most, *ARTICLES))
     shared = readings_of(tiny, prompt, None, protocol, batch_size=1)
-    assert words_alone(tiny, prompt, k=3)[0].tolist() == readings_of(tiny, prompt).alone.topk(3).indices.tolist()
+    words = redundancy.words_alone(tiny, prompt, k=3)[0]
+    assert torch.equal(words, readings_of(tiny, prompt).alone.topk(3).indices)
     other = replace(protocol, replacement="mean token")
     assert not torch.allclose(shared.region_without, readings_of(tiny, prompt, None, other).region_without, atol=1e-3)
     monkeypatch.setattr("embedlens.readings.Reader", PromptReader)

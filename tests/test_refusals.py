@@ -2,24 +2,36 @@
 
 import inspect
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
-from embedlens import Frame, PatchGrid, codebook, groups, pruner_arms, redundancy, rules, samples, scoring, stats, tasks
+from embedlens import codebook, groups, lmms, prefix, pruner_arms, redundancy, samples, scoring, stats, sweep, tasks
+from embedlens.arms import random_block
 from embedlens.claims import Finding
 from embedlens.clusters import anchor_clusters, centroids, cross_image_similarity, picture_pairs
 from embedlens.errors import EmbedLensError
+from embedlens.interventions import EnterAt, LeaveAt, Prune, Rescale, Silence, SkipSublayers
+from embedlens.lenses import EmbedLens
 from embedlens.measures import hubs, patch_reading, scores
 from embedlens.measures.labels import label_hits, label_ids
+from embedlens.patches import Frame, PatchGrid
+from embedlens.pictures import open_picture
+from embedlens.probe import probe_picture
 from embedlens.readings import Protocol
+from embedlens.rules import decide
 from embedlens.samples import patchbench
 
 EYE, PAIRS = torch.eye(3), np.array([[0, 1], [1, 2], [2, 0]])
 ONCE = pd.DataFrame({"id": [0, 1], "layer": [0, 1], "value": [1.0, math.nan]})
 GRID = PatchGrid(2, 2, Frame.letterbox(4, 4))
+ONES, SOME = torch.ones(16, dtype=torch.bool), torch.arange(16) > 3
+LENS, WHAT = EmbedLens(torch.eye(16), list("abcdefghijklmnop")), "what is in the picture?"
 unchecked = inspect.unwrap(anchor_clusters)  # without the shape check that only tests have
 
 
@@ -79,11 +91,70 @@ unchecked = inspect.unwrap(anchor_clusters)  # without the shape check that only
         (lambda: Finding(0.1, math.nan, 0.2, 5, "holds", "x"), "finite"),
         (lambda: Finding(0.1, 0.0, 0.2, 0, "holds", "x"), "at least one sample"),
         (lambda: Finding(0.1, 0.0, 0.2, 5, "holds", " "), "note is empty"),
+        (lambda: Prune(torch.ones(16)), "the mask of Prune is torch.float32: pass a torch.bool tensor"),
+        (lambda: Prune(torch.eye(2).bool()), r"shape \(2, 2\): pass one True or False per visual token, and a list"),
+        (lambda: Prune(~ONES), "the mask of Prune is empty: mark at least one visual token, or run without"),
+        (lambda: Prune([]), "the mask of Prune is empty"),
+        (lambda: Prune(ONES), "removes all 16 visual tokens of a picture; keep at least one"),
+        (lambda: Prune(SOME, positions="shift"), "pass 'keep' or 'renumber'"),
+        (lambda: SkipSublayers(ONES, at=[]), "skips nothing: name sublayers, for example at="),
+        (lambda: SkipSublayers(ONES, at=[1.25]), r"no sublayer 1.25: pass n for the attention of layer n, n \+ 0.5"),
+        (lambda: LeaveAt(ONES, 1, positions="shift"), "pass 'keep' or 'renumber'"),
+        (lambda: Silence("ffn"), "no sublayer 'ffn': pass 'attention' or 'mlp'"),
+        (lambda: Silence("mlp", layers=[]), "silences nothing: name layers, or leave layers out"),
+        (lambda: Rescale(float("nan")), "the factor is nan: pass a finite number"),
+        (lambda: LENS.topk(torch.zeros(3, 15)), r"\(3, 15\), this lens reads width 16: pass hidden states of"),
+        (lambda: LENS.topk(torch.zeros(3, 16), 0), "k is 0: pass 1 to 16"),
+        (lambda: LENS.topk(torch.zeros(3, 16), 17), "k is 17: pass 1 to 16"),
+        (lambda: LENS.rank(torch.zeros(3, 16), []), r"the ids are \[\]: pass at least one, from 0 to 15"),
+        (lambda: LENS.rank(torch.zeros(3, 16), [16]), r"the ids are \[16\]"),
+        (lambda: EmbedLens(torch.zeros(3, 2), ["a"]), "3 embedding rows but 1 tokens"),
+        (lambda: open_picture(np.zeros((4, 4, 3))), "dtype float64: pass uint8, for example"),
+        (lambda: open_picture(np.zeros((3, 4, 5), dtype=np.uint8)), r"\(3, 4, 5\): pass \[h, w\], .* \(channels last"),
+        (lambda: open_picture(np.zeros((2, 4, 4, 3), dtype=np.uint8)), r"shape \(2, 4, 4, 3\)"),
+        (lambda: open_picture(np.zeros((0, 4, 3), dtype=np.uint8)), "has no pixels"),
+        (lambda: lmms.arm_of("prune_all"), "unknown intervention 'prune_all': use one of none, prune_dead"),
+        (lambda: lmms.arm_of("enter_at"), "enter_at needs layer: add layer=… to --model_args"),
+        (lambda: lmms.arm_of("rescale"), "rescale needs factor"),
+        (lambda: lmms.arm_of("none", seed=0.5), "seed is 0.5"),
+        (lambda: lmms.arm_of("enter_at", layer=-1.0), "layer is -1.0: pass a whole number"),
+        (lambda: lmms.arm_of("none", seed="x"), "seed is 'x'"),
+        (lambda: lmms.batch_size_of("0"), "pass a number of at least 1, or auto"),
+        (lambda: lmms.batch_size_of("auto:4"), "pass a number of at least 1, or auto"),
+        (lambda: lmms.batch_size_of(None), "pass a number of at least 1, or auto"),
+        (lambda: lmms.generation({"do_sample": True}), "answers here are greedy"),
+        (lambda: lmms.generation({"temperature": 0.7}), "answers here are greedy"),
+        (lambda: lmms.generation({"num_beams": 3}), "answers here are greedy"),
+        (lambda: sweep.everywhere("x"), "arm 'x' does nothing"),
+        (lambda: sweep.repeated("x", sweep.members, seeds=0), "seeds is 0"),
+        (lambda: random_block(ONES[:3], 1, GRID, np.random.default_rng(0)), "the pool has 3 tokens, the grid 4"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_what_to_pass(asked, sentence):
     with pytest.raises(EmbedLensError, match=sentence):
         asked()
+
+
+def items(n: int = 2) -> list[tasks.Item]:
+    return tasks.family_questions("general", 5)[:n]
+
+
+def twice() -> list[tasks.Item]:
+    one, other = items()
+    return [one, tasks.Item(replace(other.sample, id=one.sample.id), other.question)]
+
+
+def nothing(model, prompts):
+    """Groups of pictures in which everything is alive."""
+    none = torch.zeros(16, dtype=torch.bool)
+    return [groups.TokenGroups(none, none, none, ~none, {})] * len(prompts)
+
+
+EMPTY, SINK = Image.new("RGB", (9, 9)), sweep.pruning("x", partial(sweep.members, names=["sink"]))
+
+
+def listed(groups, grid, rng):
+    return [Prune([SOME])]
 
 
 @pytest.mark.parametrize(
@@ -98,14 +169,31 @@ def test_what_cannot_be_done_is_refused_with_what_to_pass(asked, sentence):
         (lambda m, p: redundancy.readings_of(m, p, [1], batch_size=0), "pass at least 1"),
         (lambda m, p: redundancy.readings_of(m, p.without(torch.arange(16) < 3), [1]), "pass the whole prompt"),
         (lambda m, p: redundancy.token_scores(m, [p], [torch.tensor([0])] * 2), "one set per picture"),
+        (lambda m, p: m.prompt(EMPTY, " \n"), "the question is empty: ask something"),
+        (lambda m, p: m.prompt(EMPTY, "what is <image> ?"), "holds the image placeholder <image>: leave it out"),
+        (lambda m, p: m.prompts([EMPTY], [WHAT] * 2), "1 pictures, 2 questions: pass one question per picture"),
+        (lambda m, p: m.answer(p, max_new_tokens=0), "max_new_tokens is 0: allow at least 1"),
+        (lambda m, p: probe_picture(m, EMPTY, layer=4), r"no layer 4 in .*: pass 0 \(what enters the first .*\) to 3"),
+        (lambda m, p: probe_picture(m, EMPTY, lens="tuned"), "unknown lens 'tuned': pass one of 'embed', 'logit'"),
+        (lambda m, p: prefix.answers(m, [prefix.Case(p)], batch_size=0), "batch_size 0"),
+        (lambda m, p: prefix.answers(m, [prefix.Case(p, (Prune(SOME[:9]),))]), "the mask has shape"),
+        (lambda m, p: prefix.answers(m, [prefix.Case(p, (EnterAt(9),))]), "there is no layer 9"),
+        (lambda m, p: sweep.run_arms(m, [], [sweep.BASELINE]), "0 questions and 1 arms"),
+        (lambda m, p: sweep.run_arms(m, items(), []), "questions and 0 arms"),
+        (lambda m, p: sweep.run_arms(m, items(), [sweep.BASELINE] * 2), "two arms are named 'baseline' with seed 0"),
+        (lambda m, p: sweep.run_arms(m, items(), [sweep.BASELINE], batch_size=0), "batch_size is 0"),
+        (lambda m, p: sweep.run_arms(m, twice(), [sweep.BASELINE], nothing), "two pictures have the id"),
+        (lambda m, p: sweep.run_arms(m, items(), [sweep.Arm("x", listed)], nothing), "gave Prune a list of masks"),
+        (lambda m, p: sweep.run_arms(m, items(), [sweep.BASELINE], lambda *_: []), "groups gave 0 results"),
+        (lambda m, p: sweep.run_arms(m, items(), [SINK], nothing), "no group sink: use alive"),
     ],
 )
 def test_a_model_is_not_asked_what_has_no_answer(tiny, asked, sentence):
     with pytest.raises(EmbedLensError, match=sentence):
-        asked(tiny, tiny.prompt(samples.load(n=1)[0].image, "what is in the picture?"))
+        asked(tiny, tiny.prompt(samples.load(n=1)[0].image, WHAT))
 
 
 @pytest.mark.parametrize("rule", ["b > 0", "a >", "a", "a and a > 0", "a > a", "__import__('os')", "len(a) > 0"])
 def test_a_rule_that_cannot_be_judged_is_refused(rule):
     with pytest.raises(EmbedLensError):
-        rules.decide(rule, {"a": stats.Estimate(2.0, 1.0, 3.0, 9)})
+        decide(rule, {"a": stats.Estimate(2.0, 1.0, 3.0, 9)})

@@ -18,12 +18,17 @@ from embedlens.__main__ import app
 from embedlens.measures import anatomy
 from embedlens.studies import STUDIES, run_named
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TABLE = pd.DataFrame({"correct": [True]})
 RECORD = "results/miniature/09_other_models.json"
+
+
+@pytest.fixture(autouse=True)
+def few_to_calibrate(monkeypatch):
+    """This is about running, not about which groups are found."""
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
 
 
 def long_sides(model, sample):
@@ -32,51 +37,37 @@ def long_sides(model, sample):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chapter", ["09_other_models", "01_motivation_clustering"])
-def test_two_processes_write_the_record_that_one_writes(chapter, tmp_path):
-    """A study by its command; a notebook with its parameters, as a script, behind a launcher: as the page says."""
-    command = ["-m", "embedlens", "run", "other_models", "-n", "4", "--batch-size", "2", "--device", "cpu"]
-    command = [*command, "--results", "results"] if chapter.startswith("09") else ["chapter.py"]
+def test_two_processes_write_the_records_that_one_writes(tmp_path):
+    """A notebook with its parameters, as a script, behind a launcher, as the page says; then a study by its command."""
+    command = ["run", "other_models", "-n", "4", "--batch-size", "2", "--device", "cpu", "--results", "results"]
     parameters = {"n_images": 4, "out": "results"}
-    lines = [
+    lines = ["import sys, embedlens.groups", "embedlens.groups.CALIBRATION = 4"] + [
         cell["source"] + f"\nglobals().update({parameters})" * ("parameters" in cell["metadata"].get("tags", []))
-        for cell in nbformat.read(ROOT / f"notebooks/{chapter}.ipynb", as_version=4)["cells"]
+        for cell in nbformat.read(ROOT / "notebooks/01_motivation_clustering.ipynb", as_version=4)["cells"]
         if cell["cell_type"] == "code"
     ]
+    lines += [f"sys.argv[1:] = {command}", "from embedlens.__main__ import main", "main()"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
-    found = {}
+    records_of = []
     for name, launch in {"one": [sys.executable], "two": LAUNCH}.items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / "chapter.py").write_text("\n".join(lines), encoding="utf-8")
-        rows = {} if command[0] == "-m" else {"EMBEDLENS_ROWS": str(folder / "rows")}
+        rows = {"EMBEDLENS_ROWS": str(folder / "rows")}
         run = {"cwd": folder, "env": environment | rows, "capture_output": True, "text": True, "timeout": 600}
-        done = subprocess.run([*launch, *command], **run)
+        done = subprocess.run([*launch, "chapter.py"], **run)
         assert done.returncode == 0, done.stderr
-        found[name] = (folder / f"results/miniature/{chapter}.json").read_text(encoding="utf-8")
-    assert found["one"] == found["two"] and json.loads(found["one"])["n_images"] == 4
-    if command[0] == "-m":
-        assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
-        tables = [tmp_path / name / "runs/miniature/other_models/table.csv" for name in found]
-        assert tables[0].read_bytes() == tables[1].read_bytes() and len([*tables[0].parent.glob("*.json")]) == 2
-
-
-def test_a_sweep_is_dealt_out_to_processes_chunk_by_chunk(tmp_path):
-    """The longest part of chapters 03, 04, 07 and 08."""
-    child = "import sys; from accelerate import debug_launcher; import test_studies as t; "
-    child += "debug_launcher(t.swept, (sys.argv[1],), num_processes=2)"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", child, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second, alone = (pd.read_pickle(tmp_path / f"{name}.pkl") for name in ("0", "1", swept(tmp_path)))
-    pd.testing.assert_frame_equal(first, alone)
-    pd.testing.assert_frame_equal(second, alone)
-    chunks = [set((tmp_path / f"answered-{rank}").read_text().split()) for rank in (0, 1)]
-    assert all(chunks) and not chunks[0] & chunks[1]
+        files = sorted((folder / "results/miniature").iterdir())
+        assert [file.stem for file in files] == ["01_motivation_clustering", "09_other_models"]
+        records_of.append([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    assert records_of[0] == records_of[1] and [record["n_images"] for record in records_of[0]] == [4, 4]
+    assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
+    tables = [tmp_path / name / "runs/miniature/other_models/table.csv" for name in ("one", "two")]
+    assert tables[0].read_bytes() == tables[1].read_bytes() and len([*tables[0].parent.glob("*.json")]) == 2
 
 
 def swept(folder: Path | str) -> str:
-    """A sweep of six questions in chunks of two; what this process answered lies beside the table."""
+    """A sweep of six questions in chunks of two, for `test_study`; what this process answered lies beside the table."""
     rank = str(torch.distributed.get_rank()) if torch.distributed.is_initialized() else "alone"
     model, items = load("miniature", device="cpu"), tasks.questions("existence", 6, 0)
     answered: list[str] = []

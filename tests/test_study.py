@@ -24,7 +24,7 @@ from torch import nn
 from embedlens import EmbedLensError, Rescale, intervene, kept, run
 from embedlens.processes import own_device
 from embedlens.samples import Sample
-from embedlens.study import ON_CPU, fitting_batch_size, rehearse
+from embedlens.study import ON_CPU, fitting_batch_size
 from embedlens.vlm import VisionLanguageModel
 
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # by torchrun
@@ -63,15 +63,9 @@ def one_row(model, sample, scale=1.0):
     if sample.id in BUGS:
         raise KeyError("bbox")
     grey = np.asarray(sample.image, dtype=np.float32).mean() / np.float32(3)
-    return {
-        "grey": grey,
-        "root": math.sqrt(sample.id) * scale,
-        "odd": np.bool_(sample.id % 2),
-        "word": f'wört\n"{sample.id}"',
-        "often": math.nan if sample.id % 3 == 0 else math.inf,
-        "left": torch.tensor(sample.id) % 7,
-        "none": None,
-    }
+    often = math.nan if sample.id % 3 == 0 else math.inf
+    hard = {"grey": grey, "root": math.sqrt(sample.id) * scale, "odd": np.bool_(sample.id % 2), "often": often}
+    return hard | {"word": f'wört\n"{sample.id}"', "left": torch.tensor(sample.id) % 7, "none": None}
 
 
 def several(model, sample):
@@ -134,11 +128,8 @@ def test_records_of_one_sample_stay_together_and_absent_values_are_nan():
     rows = [{"id": sample.id, **row} for sample in pictures(9) for row in several(None, sample)]
     same(table, pd.DataFrame(rows))
     assert len(table) == 12 and table["last"].isna().sum() == 10
-
-
-def test_a_study_that_writes_ids_keeps_its_own():
     table = run(lambda model, sample: {"value": 1, "id": f"<{sample.id}>"}, stand_in(), pictures(2))
-    assert table.columns.tolist() == ["value", "id"] and table["id"].tolist() == ["<100>", "<101>"]
+    assert table.columns.tolist() == ["value", "id"] and table["id"].tolist() == ["<100>", "<101>"]  # ids of its own
 
 
 def test_batches_give_what_single_samples_give_and_their_bounds_are_fixed():
@@ -213,14 +204,9 @@ def killed_until_done(folder: str, seed: int) -> None:
 
 def child(code: str, *arguments: object) -> str:
     """What code prints that runs beside these tests, single-threaded."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
+    how = {"cwd": Path(__file__).parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -261,17 +247,11 @@ def shifted(model, sample, by):
     return {"value": sample.id + by.sum()}
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"study": several},
-        {"study": partial(shifted, by=np.arange(4))},
-        {"model": stand_in(1)},
-        {"model": stand_in(name="other")},
-        {"model": stand_in(preprocessing="stretch")},
-        {"batch_size": 2, "study": of_batch},
-    ],
-)
+OTHERS = [{"study": several}, {"study": partial(shifted, by=np.arange(4))}, {"batch_size": 2, "study": of_batch}]
+OTHERS += [{"model": stand_in(1)}, {"model": stand_in(name="other")}, {"model": stand_in(preprocessing="stretch")}]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_rows_of_something_else_are_not_mixed_in(tmp_path, other):
     usual = {"study": partial(shifted, by=np.arange(3)), "model": stand_in(), "samples": pictures(4), "out": tmp_path}
     first, kept = run(**usual), chunks(tmp_path)
@@ -379,14 +359,15 @@ def test_a_digest_is_of_values_and_of_the_code_that_is_called(monkeypatch):
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_a_bad_picture_is_recorded_and_the_others_are_measured(tmp_path, batch_size):
     damaged = EmbedLensError("picture 102 is damaged: get a complete copy")
-    bad = {102: damaged, 105: FileNotFoundError(2, "No such file", "105.jpg")}
+    bad = {102: damaged, 105: FileNotFoundError(2, "No such file", "105.jpg"), 106: MemoryError()}
     study = partial(one_row, scale=2.0) if batch_size is None else in_turn
-    with pytest.warns(UserWarning, match="2 of 8 samples could not .* the first is sample 102: picture 102 is damaged"):
+    with pytest.warns(UserWarning, match="3 of 8 samples could not .* the first is sample 102: picture 102 is damaged"):
         table = run(study, stand_in(), pictures(8, bad), tmp_path, batch_size)
     good = [sample for sample in pictures(8) if sample.id not in bad]
     same(table, expected(good, partial(one_row, scale=2.0)))
-    assert [(entry["index"], entry["id"]) for entry in table.attrs["failed"]] == [(2, 102), (5, 105)]
-    assert "FileNotFoundError" in table.attrs["failed"][1]["error"] and "105.jpg" in table.attrs["failed"][1]["error"]
+    assert [(entry["index"], entry["id"]) for entry in table.attrs["failed"]] == [(2, 102), (5, 105), (6, 106)]
+    said = [entry["error"] for entry in table.attrs["failed"]]
+    assert "FileNotFoundError" in said[1] and "105.jpg" in said[1] and "too little memory" in said[2]
     mended = run(study, stand_in(), pictures(8), tmp_path, batch_size)  # no warning now
     same(mended, expected(pictures(8), partial(one_row, scale=2.0)))
     assert mended.attrs["failed"] == []
@@ -447,9 +428,15 @@ def in_two_processes(folder: str) -> None:
         rank = torch.distributed.get_rank()
         table.to_pickle(Path(folder, f"{name}-{rank}.pkl"))
         Path(folder, f"measured-{rank}").write_text(" ".join(map(str, CALLS)))
+    from test_studies import swept
+
+    swept(folder)
 
 
 def test_two_processes_give_the_table_of_one(tmp_path):
+    """Of a study that runs picture by picture; and of a sweep, the longest part of chapters 03, 04, 07 and 08."""
+    from test_studies import swept
+
     launch = "from accelerate import debug_launcher; import test_study as t; "
     child(f"{launch}debug_launcher(t.in_two_processes, (sys.argv[1],), num_processes=2)", tmp_path)
     bad = {104: EmbedLensError("104 is damaged: get a complete copy")}
@@ -465,6 +452,11 @@ def test_two_processes_give_the_table_of_one(tmp_path):
     with pytest.warns(UserWarning, match="1 of 23"):
         same(run(of_batch, stand_in(), pictures(23, bad), tmp_path / "rows", batch_size=4), alone)
     assert set(CALLS) <= {104, 105, 106, 107}  # one goes on from what two left, trying again what failed
+    first, second, whole = (pd.read_pickle(tmp_path / f"{name}.pkl") for name in ("0", "1", swept(tmp_path)))
+    same(first, whole)
+    same(second, whole)
+    answered = [set((tmp_path / f"answered-{rank}").read_text().split()) for rank in (0, 1)]
+    assert all(answered) and not answered[0] & answered[1]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
@@ -554,13 +546,3 @@ def test_each_process_is_sent_to_a_device_of_its_own(monkeypatch):
     assert own_device() == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert own_device() == "cuda:1"
-
-
-def test_a_rehearsal_times_the_first_batch_and_leaves_nothing_behind(tmp_path):
-    def slow(model, samples):
-        time.sleep(0.02 * len(samples))
-        return [{"a": 1} for _ in samples]
-
-    assert 0.02 <= rehearse(slow, stand_in(), pictures(9), 4) < 0.2
-    with pytest.raises(EmbedLensError, match="no samples"):
-        rehearse(slow, stand_in(), [], 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import replace
 
@@ -20,25 +19,10 @@ from training.ship import continued, packed, ship, unpacked
 from training.shipped import shipped
 
 SHORT = Stage(steps=20, batch=2, lr=1e-3, warmup=2)
-TINY = replace(
-    QUICK,
-    name="tiny",
-    vision_width=32,
-    vision_layers=3,
-    vision_heads=2,
-    text_width=32,
-    text_layers=2,
-    text_heads=2,
-    text_mlp=48,
-    reader_layers=1,
-    tower=replace(SHORT, muon_lr=1e-3),
-    language=replace(SHORT, muon_lr=1e-3),
-    alignment=SHORT,
-    tuning=SHORT,
-    measured=1,
-    threads=1,
-    workers=0,
-)
+SIZES = {"vision_width": 32, "vision_layers": 3, "vision_heads": 2, "text_width": 32, "text_layers": 2, "text_heads": 2}
+SIZES |= {"text_mlp": 48, "reader_layers": 1, "measured": 1, "threads": 1, "workers": 0}
+STAGES = dict.fromkeys(("tower", "language"), replace(SHORT, muon_lr=1e-3)) | {"alignment": SHORT, "tuning": SHORT}
+TINY = replace(QUICK, name="tiny", **SIZES, **STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -295,25 +279,6 @@ def test_sinks_are_measured_as_defined(tokenizer):
     assert model.config._attn_implementation == model.model.config._attn_implementation
 
 
-def test_relation_comes_first_side_by_side_and_both_ways(miniature):
-    recipe, encoder = RECIPES["onward2"], Encoder(miniature.tokenizer)
-    early = [step for step in range(60) if data.paired(recipe, step, 0.0)]
-    late = [step for step in range(60) if data.paired(recipe, step, 1.0)]
-    assert set(late) < set(early) and not any(data.paired(RECIPES["onward"], step, 0.0) for step in range(60))
-    batch = conversations(recipe, "language", "train", early[0], 8, encoder, 0.0)
-    relation = data.KINDS.index("relation")
-    for row in range(8):
-        asked = {}
-        for block in batch.block[row, batch.kind[row] == relation].unique().tolist():
-            words = encoder.tokenizer.decode(batch.ids[row, batch.block[row] == block])
-            one, other, answer = re.fullmatch(
-                r"\nWhere is the (.+) relative to the (.+)\? ASSISTANT: (left|right)</s>", words
-            ).groups()
-            asked[one, other] = answer
-        (one, other), *_ = asked
-        assert {asked[one, other], asked[other, one]} == {"left", "right"}
-
-
 def test_a_further_tower_begins_with_the_decoder_and_encoder_it_learned_with(tokenizer, trained, tmp_path, monkeypatch):
     heads = tmp_path / "heads.safetensors"
     tower.keep_heads(weights(trained, "tower"), heads)
@@ -324,9 +289,3 @@ def test_a_further_tower_begins_with_the_decoder_and_encoder_it_learned_with(tok
     assert {name.split(".")[0] for name in kept} > {"decoder", "encoder", "text_embed"}
     other = tower.Captioner(replace(TINY, reader_layers=2), len(tokenizer))
     assert tower.kept_heads(other) == {}  # of another shape: begin anew
-
-
-def test_a_picture_is_seen_again_as_often_as_the_stage_says():
-    fresh = [data.Captioned(torch.full((1, 3, 2, 2), i), torch.full((1, 2), i)) for i in range(6)]
-    seen = [int(batch.ids[0, 0]) for batch in tower.again(iter(fresh), 2, "cpu")]
-    assert seen[::2] == [0, 1, 2, 3, 4, 5] and all(past <= now for past, now in zip(seen[1::2], seen[::2], strict=True))

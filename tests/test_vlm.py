@@ -60,8 +60,6 @@ def test_the_miniature_answers_a_picture_in_under_a_third_of_a_second(miniature)
 def test_answer_stops_at_the_length_asked_for(tiny, stock):
     prompt = tiny.prompt(picture(), QUESTION)
     assert tiny.answer(prompt, max_new_tokens=3) == stock.answer(picture(), max_new_tokens=3)
-    with pytest.raises(EmbedLensError, match="max_new_tokens is 0: allow at least 1"):
-        tiny.answer(prompt, max_new_tokens=0)
 
 
 def moved_most(model, image: Image.Image, step: int = 1) -> tuple[list[int], list[int]]:
@@ -171,6 +169,11 @@ def drop_tensor(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def forget_shard(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "x-1.safetensors"}}')
+
+
 def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -185,13 +188,7 @@ def cut_in_half(path):
             "is a Qwen2VLForConditionalGeneration, which is not supported: pass .* LlavaForConditionalGeneration",
         ),
         (lambda f: (f / "model.safetensors").unlink(), "download the model again .*no file named model.safetensors"),
-        (
-            lambda f: [
-                (f / "model.safetensors").unlink(),
-                (f / "model.safetensors.index.json").write_text('{"metadata":{},"weight_map":{"a":"x-1.safetensors"}}'),
-            ],
-            r"cannot be loaded: save or download the model again .*x-1.safetensors",
-        ),
+        (forget_shard, r"cannot be loaded: save or download the model again .*x-1.safetensors"),
         (drop_tensor, r"lack 1 tensors \(model.language_model.layers.1.mlp.*\): save the whole model"),
         (lambda f: cut_in_half(f / "model.safetensors"), "the weights of .* cannot be loaded: save or download"),
         (lambda f: (f / "processor_config.json").unlink(), "has no (usable|image) processor.*add"),
@@ -264,20 +261,6 @@ def test_what_this_machine_cannot_do_gets_its_sentence(tiny_folder, monkeypatch,
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "bitsandbytes" else object())
     with pytest.raises(EmbedLensError, match=sentence):
         load(tiny_folder, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("questions", "sentence"),
-    [
-        ([""], "the question is empty: ask something"),
-        ([" \n"], "the question is empty: ask something"),
-        (["what is <image> ?"], "holds the image placeholder <image>: leave it out"),
-        ([QUESTION] * 2, "1 pictures, 2 questions: pass one question per picture"),
-    ],
-)
-def test_bad_questions_get_their_sentence(tiny, questions, sentence):
-    with pytest.raises(EmbedLensError, match=sentence):
-        tiny.prompts([picture()], questions)
 
 
 def test_weights_that_ignore_the_picture_are_refused(broken):

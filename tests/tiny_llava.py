@@ -16,82 +16,36 @@ CHAT_TEMPLATE = (
 TEXT = "a red dog and a blue cat on the green grass . what is in the picture ? how many are there ? two three four " * 4
 
 
-def save_tiny_llava(
-    folder: Path,
-    tied: bool = False,
-    specials_first: bool = True,
-) -> Path:
+def save_tiny_llava(folder: Path, tied: bool = False, specials_first: bool = True) -> Path:
     """Write a checkpoint folder that `AutoProcessor` and `AutoModelForImageTextToText` load offline.
 
     Weights are larger than the usual init, so that pictures matter, answers differ and near ties are rare.
     The embedding has seven rows more than the tokenizer has tokens, as released checkpoints do.
     """
+    import transformers as hf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-    specials = ["<unk>", "<s>", "</s>"]
+    specials = ["<unk>", "<s>", "</s>"] + (["<pad>", "<image>"] if specials_first else [])
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        special_tokens=specials + (["<pad>", "<image>"] if specials_first else []),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([TEXT], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    images = LlavaImageProcessorPil(
-        do_pad=True,
-        do_center_crop=False,
-        size={"height": 56, "width": 56},
-        crop_size={"height": 56, "width": 56},
-    )
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer) + 7,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=tied,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+    letters = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    bpe.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=340, special_tokens=specials, **letters))
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    extra = {"image_token": "<image>"}
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bpe, **named, extra_special_tokens=extra)
+    side = {"height": 56, "width": 56}
+    images = LlavaImageProcessorPil(do_pad=True, do_center_crop=False, size=side, crop_size=side)
+    seen = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = hf.LlavaProcessor(images, tokenizer, **seen, chat_template=CHAT_TEMPLATE)
+    tower = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": len(tokenizer) + 7, **ids}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**tower, image_size=56, patch_size=14),
+        text_config=hf.LlamaConfig(**text, tie_word_embeddings=tied),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         vision_feature_layer=-2,
@@ -99,7 +53,7 @@ def save_tiny_llava(
         tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    model = hf.LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
