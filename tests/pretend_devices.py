@@ -28,6 +28,7 @@ CROSSING = {
 }  # fmt: skip
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 NUMPY = {Tensor.numpy, Tensor.__array__}
+BATCHES = ("inputs_embeds", "pixel_values")  # arguments of which a row is a prompt, or a picture
 
 
 class OnCard(Tensor):
@@ -93,8 +94,8 @@ class PretendCard(TorchFunctionMode):
             func, args = Tensor.to, (args[0], "cpu")
         args, kwargs = tree_map(_plain, (args, kwargs))
         found = func(*args, **kwargs)
-        if name == "__get__" and isinstance(found, torch.device):
-            return CARD if here else found
+        if name == "__get__" and isinstance(found, (torch.device, torch.Size)):  # a size stays one, no bare tuple
+            return CARD if here and isinstance(found, torch.device) else found
         return tree_map(_on, found) if there else tree_map(_off, found)
 
 
@@ -152,18 +153,20 @@ def on_card(model: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
 
 @contextmanager
 def small_card(rows: int, model: VisionLanguageModel) -> Iterator[list[int]]:
-    """A block in which so many rows fit into the tower or the decoder at a time; gives how many were asked for.
+    """A block in which so many prompts, or pictures, fit into the model at a time; gives how many were asked for.
 
-    Rows are prompts, or pictures, that run together, those that a cache holds among them.
+    Families that cut pictures send them through the tower one by one, so that only the decoder's batches count.
     """
     asked: list[int] = []
 
     def weigh(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        asked.append(max((len(value) for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), default=0))
+        batch = next(value for value in [*args, *map(kwargs.get, BATCHES)] if isinstance(value, Tensor))
+        asked.append(len(batch))
         if asked[-1] > rows:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {asked[-1]} rows, {rows} fit.")
 
-    parts = [model.hf.get_submodule(model.family.MODULES[part]) for part in ("vision_tower", "decoder")]
+    weighed = ("decoder",) if "own" in model.family.PREPROCESSINGS else ("vision_tower", "decoder")
+    parts = [model.hf.get_submodule(model.family.MODULES[part]) for part in weighed]
     hooks = [part.register_forward_pre_hook(weigh, with_kwargs=True) for part in parts]
     try:
         yield asked

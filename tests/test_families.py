@@ -6,17 +6,14 @@ The checkpoints are random but of the released classes, and are loaded from disk
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from chapters import NOTEBOOKS, run_chapter
 from PIL import Image
 from stock import QUESTION, Stock, bright, picture
 from torch.testing import assert_close
@@ -39,9 +36,7 @@ from embedlens.readings import ARTICLES, Protocol, Reader
 from embedlens.samples import load as load_samples
 from embedlens.words import textless_ids
 
-CHAPTERS = ("01_motivation_clustering", "02_embedlens_vs_logitlens")
 INTERNVL = "OpenGVLab/InternVL3-8B-hf"
-drawn_once = cache(load_samples)  # 600 pictures for each of the nine
 FAMILIES = (next(iter(TWINS)), *BY_FAMILY.values())
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}  # same sums in another order, in activations of size one to ten
 
@@ -391,26 +386,3 @@ def test_a_placeholder_beyond_the_embedding_is_no_row_but_a_word_is_refused(tmp_
     (folder / "config.json").write_text(json.dumps(config | {"image_token_id": rows}))
     with pytest.raises(EmbedLensError, match=f"has ids up to {rows}, the embedding only {rows} rows: tokenizer"):
         el.load(folder, device="cpu")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_what_the_first_chapters_compute_runs(named, chapter, tmp_path, monkeypatch):
-    """Their cells one after the other, without pictures with patches; the model is loaded and its groups found once.
-
-    With EMBEDLENS_TWIN_CHAPTERS set, as papermill runs them.
-    """
-    model = named.model
-    monkeypatch.setattr(el.samples, "load", drawn_once)
-    parameters = {"model": model.name, "n_images": 5, "out": str(tmp_path)}
-    if os.environ.get("EMBEDLENS_TWIN_CHAPTERS"):
-        import papermill
-
-        papermill.execute_notebook(
-            NOTEBOOKS / f"{chapter}.ipynb", tmp_path / "run.ipynb", parameters, kernel_name="python3", cwd=tmp_path,
-            progress_bar=False,
-        )  # fmt: skip
-    else:
-        run_chapter(chapter, model, monkeypatch, **parameters)
-    (record,) = tmp_path.rglob(f"{chapter}.json")
-    assert json.loads(record.read_text())["n_images"] == 5
