@@ -25,7 +25,7 @@ from embedlens import samples, sweep
 from embedlens.parameters import assigned
 
 FEW = {"n_images": 6, "n_questions": 5, "n_seeds": 1, "n_trained": 5, "n_fewer": 5}
-ROWS = 3  # prompts, or pictures, that fit on the card at a time
+ROWS = 4  # prompts, or pictures, that fit on the card at a time
 PAGES = sorted((Path(__file__).parent.parent / "notebooks").glob("0[1-8]*.ipynb"))
 MODELS = ("miniature", next(iter(TWINS)), *BY_FAMILY.values())
 MANNERS = {"float32": 1, "bfloat16": 3, "card": 5}  # and with which model chapter 01 runs
