@@ -28,7 +28,6 @@ CROSSING = {
 }  # fmt: skip
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 NUMPY = {Tensor.numpy, Tensor.__array__}
-BATCHES = ("inputs_embeds", "pixel_values")  # arguments of which a row is a prompt, or a picture
 
 
 class OnCard(Tensor):
@@ -174,8 +173,7 @@ def small_card(rows: int, model: VisionLanguageModel) -> Iterator[list[int]]:
     asked: list[int] = []
 
     def weigh(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        batch = next(value for value in [*args, *map(kwargs.get, BATCHES)] if isinstance(value, Tensor))
-        asked.append(len(batch))
+        asked.append(len(_tensors([*args, kwargs.get("inputs_embeds"), kwargs.get("pixel_values")])[0]))
         if asked[-1] > rows:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {asked[-1]} rows, {rows} fit.")
 

@@ -15,8 +15,7 @@ from embedlens import cues, pruner_arms, redundancy, samples, sweep, tasks
 from embedlens.context import ContextLens
 from embedlens.explorer import alone
 from embedlens.groups import discover, token_groups_of
-from embedlens.measures import entry, labels, patch_reading
-from embedlens.samples import patchbench
+from embedlens.measures import entry
 
 ROWS = 3  # prompts, or pictures, that fit at a time
 
@@ -74,12 +73,6 @@ def chosen_by(model):
     return [[one.context.attention, one.context.rated, one.features.tower] for one in found]
 
 
-def hits(model):
-    lenses = {"LogitLens": el.LogitLens.from_model(model)}
-    found = labels.label_hits(model, samples.load("miniworld", n=5), (5,), ("head-word",), lenses)
-    return torch.as_tensor(found["LogitLens", 5, "head-word"].grounded)
-
-
 MEASURES = {
     "hidden states": lambda model: list(model.streams_of(prompts_of(model))),
     "answers": lambda model: model.answers(prompts_of(model), 4),
@@ -102,10 +95,6 @@ MEASURES = {
         read.probability for read in redundancy.token_scores(model, prompts_of(model, 2), [torch.arange(9)] * 2)
     ],
     "explorer": lambda model: alone(model, prompts_of(model, 1)[0])[0],
-    "one patch": lambda model: patch_reading.ask(
-        model, patchbench.pictures(7, 1, *patch_reading.canvas_of(model)), ["recognition"]
-    ).said.tolist(),
-    "labels": hits,
     "texts": lambda model: ContextLens.build(model, [f"a {word} cup" for word in ("red", "blue", "big", "")]).vectors,
 }  # fmt: skip
 
