@@ -7,14 +7,14 @@ they are those of a run without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map
 
 from embedlens.vlm import VisionLanguageModel
 
@@ -56,6 +56,20 @@ def _on(value: Any) -> Any:
     return value.as_subclass(OnCard) if isinstance(value, Tensor) and not _is_card(value) else value
 
 
+def _each(do: Callable[[Any], Any], value: Any) -> Any:
+    """What `do` makes of each part of what a function takes or gives, in its place; PyTorch's trees take ten times as
+    long. A size has no parts."""
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)([_each(do, part) for part in value])
+    return {key: _each(do, part) for key, part in value.items()} if isinstance(value, dict) else do(value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Any] = []
+    _each(found.append, value)
+    return [part for part in found if isinstance(part, Tensor)]
+
+
 def _is_cards(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -65,7 +79,7 @@ class PretendCard(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+        given = _tensors((args, kwargs))
         here = any(map(_is_card, given))
         named = [value for value in [kwargs.get("device"), *args] if isinstance(value, (str, torch.device))]
         if func in (Tensor.to, torch.as_tensor, torch.tensor) or "device" in kwargs:
@@ -91,11 +105,11 @@ class PretendCard(TorchFunctionMode):
             _check_sides(name, given, kwargs.get("generator"), there)
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], "cpu")
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        args, kwargs = _each(_plain, (args, kwargs))
         found = func(*args, **kwargs)
         if name == "__get__" and isinstance(found, torch.device):
             return CARD if here else found
-        return tree_map(_on, found) if there else tree_map(_off, found)
+        return _each(_on if there else _off, found)
 
 
 def _names_device(word: str) -> bool:
@@ -122,7 +136,7 @@ def _check_sides(name: str, given: list[Tensor], generator: torch.Generator | No
 
 
 def _check_indices(args: Any) -> None:
-    indices = [value for value in tree_iter(args[1]) if isinstance(value, Tensor)]
+    indices = _tensors(args[1])
     if not _is_card(args[0]) and any(map(_is_card, indices)):
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
     value = args[2] if len(args) > 2 else None  # a slice takes a copy from the other side, chosen places do not
@@ -152,21 +166,23 @@ def on_card(model: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
 
 @contextmanager
 def small_card(rows: int, model: VisionLanguageModel) -> Iterator[list[int]]:
-    """A block in which so many rows fit into the tower or the decoder at a time; gives how many were asked for.
+    """A block in which so many prompts, or pictures, fit into the model at a time; gives how many were asked for.
 
-    Rows are prompts, or pictures, that run together, those that a cache holds among them.
+    Families that cut pictures send them through the tower one by one, so that only the decoder's batches count.
     """
     asked: list[int] = []
 
     def weigh(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        asked.append(max((len(value) for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), default=0))
+        asked.append(len(_tensors([*args, kwargs.get("inputs_embeds"), kwargs.get("pixel_values")])[0]))
         if asked[-1] > rows:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {asked[-1]} rows, {rows} fit.")
 
-    parts = [model.hf.get_submodule(model.family.MODULES[part]) for part in ("vision_tower", "decoder")]
+    weighed = ("decoder",) if "own" in model.family.PREPROCESSINGS else ("vision_tower", "decoder")
+    parts = [model.hf.get_submodule(model.family.MODULES[part]) for part in weighed]
     hooks = [part.register_forward_pre_hook(weigh, with_kwargs=True) for part in parts]
     try:
-        yield asked
+        with patch("embedlens.batches.release"):  # there is nothing to give back
+            yield asked
     finally:
         for hook in hooks:
             hook.remove()

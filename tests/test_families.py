@@ -6,17 +6,14 @@ The checkpoints are random but of the released classes, and are loaded from disk
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from chapters import NOTEBOOKS, run_chapter
 from PIL import Image
 from stock import QUESTION, Stock, bright, picture
 from torch.testing import assert_close
@@ -24,11 +21,7 @@ from twins import BY_FAMILY, SIBLINGS, TWINS, save_twin
 
 import embedlens as el
 from conftest import little_memory
-from embedlens import (
-    EmbedLensError,
-    families,
-    prompts,
-)
+from embedlens import EmbedLensError, families, prompts
 from embedlens.checks import check
 from embedlens.groups import discover, token_groups_of
 from embedlens.measures.dead import is_word
@@ -39,9 +32,7 @@ from embedlens.readings import ARTICLES, Protocol, Reader
 from embedlens.samples import load as load_samples
 from embedlens.words import textless_ids
 
-CHAPTERS = ("01_motivation_clustering", "02_embedlens_vs_logitlens")
 INTERNVL = "OpenGVLab/InternVL3-8B-hf"
-drawn_once = cache(load_samples)  # 600 pictures for each of the nine
 FAMILIES = (next(iter(TWINS)), *BY_FAMILY.values())
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}  # same sums in another order, in activations of size one to ten
 
@@ -266,18 +257,12 @@ def test_the_projector_makes_visual_tokens_of_the_towers_rows(case):
 # --- what is built on it ---------------------------------------------------------------------------------------------
 
 
-def test_lenses_and_groups_run(case):
+def test_groups_part_the_visual_tokens_and_a_probe_runs(case):
     model, prompts = case.model, case.prompts
-    samples = list(load_samples("miniworld", n=4))
-    reference = discover(model, samples)
+    reference = discover(model, list(load_samples("miniworld", n=4)))
     for prompt, groups in zip(prompts, token_groups_of(model, prompts, reference), strict=True):
         parts = torch.stack([groups.vit_sink, groups.llm_sink, groups.dead, groups.alive])
         assert torch.equal(parts.sum(0), torch.ones(len(prompt.grid), dtype=torch.long))
-    stream = model.hidden_states(prompts[0])
-    assert len(el.EmbedLens.from_model(model).words(stream[0, prompts[0].visual], k=2)) == len(prompts[0].grid)
-    scores, ids = el.LogitLens.from_model(model).topk(stream[-1], k=3)
-    expected = model.logits(prompts[0]).topk(3)
-    assert torch.equal(ids, expected.indices) and torch.equal(scores, expected.values)
     probe = probe_picture(model, prompts[0].image)
     assert probe.table() and probe.annotated().size
 
@@ -391,26 +376,3 @@ def test_a_placeholder_beyond_the_embedding_is_no_row_but_a_word_is_refused(tmp_
     (folder / "config.json").write_text(json.dumps(config | {"image_token_id": rows}))
     with pytest.raises(EmbedLensError, match=f"has ids up to {rows}, the embedding only {rows} rows: tokenizer"):
         el.load(folder, device="cpu")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_what_the_first_chapters_compute_runs(named, chapter, tmp_path, monkeypatch):
-    """Their cells one after the other, without pictures with patches; the model is loaded and its groups found once.
-
-    With EMBEDLENS_TWIN_CHAPTERS set, as papermill runs them.
-    """
-    model = named.model
-    monkeypatch.setattr(el.samples, "load", drawn_once)
-    parameters = {"model": model.name, "n_images": 5, "out": str(tmp_path)}
-    if os.environ.get("EMBEDLENS_TWIN_CHAPTERS"):
-        import papermill
-
-        papermill.execute_notebook(
-            NOTEBOOKS / f"{chapter}.ipynb", tmp_path / "run.ipynb", parameters, kernel_name="python3", cwd=tmp_path,
-            progress_bar=False,
-        )  # fmt: skip
-    else:
-        run_chapter(chapter, model, monkeypatch, **parameters)
-    (record,) = tmp_path.rglob(f"{chapter}.json")
-    assert json.loads(record.read_text())["n_images"] == 5

@@ -1,18 +1,12 @@
-"""Chapters and their measures run on a card of their own, which is small: nothing meets the wrong side, batches halve.
-
-With EMBEDLENS_PRETEND_CHAPTERS set, all chapters as a whole; else three, and the measures of the others.
-"""
+"""Measures run on a card of their own, which is small: nothing meets the wrong side, batches halve."""
 
 from __future__ import annotations
 
-import json
-import os
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from chapters import run_chapter
 from pretend_devices import CARD, on_card, small_card
 from torch import Tensor
 
@@ -21,21 +15,9 @@ from embedlens import cues, pruner_arms, redundancy, samples, sweep, tasks
 from embedlens.context import ContextLens
 from embedlens.explorer import alone
 from embedlens.groups import discover, token_groups_of
-from embedlens.measures import entry, labels, patch_reading
-from embedlens.samples import patchbench
+from embedlens.measures import entry
 
 ROWS = 3  # prompts, or pictures, that fit at a time
-SIZES = {
-    "01": {"n_images": 4},
-    "02": {"n_images": 5},
-    "03": {"n_images": 4, "n_questions": 5, "n_seeds": 1},
-    "04": {"n_images": 4, "n_questions": 5},
-    "05": {"n_images": 4},
-    "06": {"n_images": 14},
-    "07": {"n_images": 6, "n_trained": 5, "n_fewer": 5},
-    "08": {"n_images": 4, "n_questions": 5},
-}
-WHOLE = SIZES if os.environ.get("EMBEDLENS_PRETEND_CHAPTERS") else ("01", "03", "04")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +47,7 @@ def test_the_card_takes_what_a_card_takes_and_gives_the_same_numbers(miniature):
         rows = torch.arange(6, device="cuda").reshape(2, 3)
         assert rows[torch.tensor([True, False])].tolist() == [[0, 1, 2]]  # a CPU mask on a tensor of the card
         assert (rows * torch.tensor(2)).sum().item() == 30  # a number is on no side
+        assert rows.shape[1:].numel() == 3  # a size is no bare tuple
         assert rows.to("cpu").numpy().sum() == 15 and rows.new_zeros(2).device == rows.device == CARD
     assert miniature.device == torch.device("cpu") and torch.equal(miniature.logits(prompts[0]), plain)
 
@@ -90,12 +73,6 @@ def chosen_by(model):
     return [[one.context.attention, one.context.rated, one.features.tower] for one in found]
 
 
-def hits(model):
-    lenses = {"LogitLens": el.LogitLens.from_model(model)}
-    found = labels.label_hits(model, samples.load("miniworld", n=5), (5,), ("head-word",), lenses)
-    return torch.as_tensor(found["LogitLens", 5, "head-word"].grounded)
-
-
 MEASURES = {
     "hidden states": lambda model: list(model.streams_of(prompts_of(model))),
     "answers": lambda model: model.answers(prompts_of(model), 4),
@@ -118,10 +95,6 @@ MEASURES = {
         read.probability for read in redundancy.token_scores(model, prompts_of(model, 2), [torch.arange(9)] * 2)
     ],
     "explorer": lambda model: alone(model, prompts_of(model, 1)[0])[0],
-    "one patch": lambda model: patch_reading.ask(
-        model, patchbench.pictures(7, 1, *patch_reading.canvas_of(model)), ["recognition"]
-    ).said.tolist(),
-    "labels": hits,
     "texts": lambda model: ContextLens.build(model, [f"a {word} cup" for word in ("red", "blue", "big", "")]).vectors,
 }  # fmt: skip
 
@@ -143,14 +116,3 @@ def test_a_measure_gives_on_a_small_card_what_it_gives_without(measure, miniatur
         assert found == plain
     else:
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chapter", WHOLE)
-def test_a_chapter_runs_on_a_small_card(chapter, miniature, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep, "dead_arms", partial(sweep.dead_arms, seeds=1))  # of each control; chapter 04 wants more
-    with on_card(miniature) as model, small_card(ROWS, miniature) as asked:
-        run_chapter(chapter, model, monkeypatch, out=str(tmp_path), **SIZES[chapter])
-    assert max(asked) > ROWS
-    (record,) = tmp_path.rglob(f"{chapter}*.json")
-    assert json.loads(record.read_text())["model"] == "miniature"

@@ -1,0 +1,79 @@
+"""Chapters 01 to 08 run on a COCO folder, on the miniature and on the twins of named checkpoints, in three manners.
+
+In float32, in bfloat16, and on a small card of its own (`pretend_devices`); each chapter and each family in each, cell
+by cell without pictures with patches: this is about running, so samples are few. With EMBEDLENS_TWIN_CHAPTERS set, each
+chapter on the twin of each checkpoint in each, whole and by papermill but for the card, which is in this process.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretend_devices import on_card, small_card
+from test_coco import write_coco
+from twins import BY_FAMILY, TWINS
+
+import embedlens as el
+from embedlens import samples, sweep
+from embedlens.parameters import assigned
+
+FEW = {"n_images": 6, "n_questions": 5, "n_seeds": 1, "n_trained": 5, "n_fewer": 5}
+ROWS = 4  # prompts, or pictures, that fit on the card at a time
+PAGES = sorted((Path(__file__).parent.parent / "notebooks").glob("0[1-8]*.ipynb"))
+MODELS = ("miniature", next(iter(TWINS)), *BY_FAMILY.values())
+MANNERS = {"float32": 1, "bfloat16": 3, "card": 5}  # and with which model chapter 01 runs
+RUNS = [(page, MODELS[(at + first) % 8], manner) for manner, first in MANNERS.items() for at, page in enumerate(PAGES)]
+if WHOLE := bool(os.environ.get("EMBEDLENS_TWIN_CHAPTERS")):
+    RUNS = list(product(PAGES, ("miniature", *TWINS), MANNERS))
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("coco")
+    write_coco(samples.load("miniworld", n=32), folder)
+    return f"coco:{folder}"
+
+
+def run_cells(cells: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str, Any]:
+    """The names that a chapter's cells leave, run here one after the other."""
+    names: dict[str, Any] = {}
+    for cell in cells:
+        tree = ast.parse("".join(cell["source"]))
+        tree.body = [node for node in tree.body if "figure" not in map(ast.unparse, getattr(node, "targets", ()))]
+        exec(compile(tree, cell["id"], "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names |= parameters
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "name", "manner"), RUNS, ids=lambda part: getattr(part, "stem", part))
+def test_a_chapter_runs(page, name, manner, coco, twin_of, miniature, monkeypatch, tmp_path):
+    cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
+    declared = assigned("".join(next(cell["source"] for cell in cells if "parameters" in str(cell["metadata"]))))
+    folder, loaded = ("miniature", miniature) if name == "miniature" else twin_of(name)
+    given = FEW | {"model": str(folder), "dataset": coco, "out": str(tmp_path), "dtype": manner}
+    given |= {"n_images": 14} if page.stem.startswith("06") else {}  # of seven kinds
+    given = {key: value for key, value in given.items() if key in declared}
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
+    if manner == "card":
+        monkeypatch.setattr(sweep, "dead_arms", partial(sweep.dead_arms, seeds=1))
+        with on_card(loaded) as model, small_card(ROWS, loaded) as asked:
+            monkeypatch.setattr(el, "load", lambda *_, **__: model)
+            run_cells(cells, given | {"dtype": "auto"})
+        assert max(asked) > ROWS, "nothing had to be halved"
+    elif WHOLE:
+        from papermill import execute_notebook
+
+        execute_notebook(page, tmp_path / "run.ipynb", given, cwd=tmp_path, progress_bar=False)
+    else:
+        assert str(run_cells(cells, given)["vlm"].hf.dtype) == f"torch.{manner}"
+    (record,) = tmp_path.rglob(f"{page.stem}.json")
+    assert json.loads(record.read_text())["n_images"] == given["n_images"]
