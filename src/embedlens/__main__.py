@@ -188,8 +188,7 @@ def _miniature_facts() -> str:
 @app.command()
 def run(
     study: Annotated[
-        str,
-        typer.Argument(help="'other_models', 'sinks', 'dead', or your own as module:function.", show_default=False),
+        str, typer.Argument(help="'other_models', 'sinks', 'dead', or your own as module:function.", show_default=False)
     ],
     model: Model = "miniature",
     dataset: Annotated[

@@ -176,11 +176,7 @@ def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def _load_weights(
-    source: Path | str,
-    name: str,
-    place: str,
-    dtype: torch.dtype | str,
-    quantization: BitsAndBytesConfig | None,
+    source: Path | str, name: str, place: str, dtype: torch.dtype | str, quantization: BitsAndBytesConfig | None
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -190,11 +186,7 @@ def _load_weights(
     try:
         with _quiet(isinstance(source, Path)):
             hf, found = AutoModelForImageTextToText.from_pretrained(
-                source,
-                dtype=dtype,
-                device_map=device_map,
-                quantization_config=quantization,
-                output_loading_info=True,
+                source, dtype=dtype, device_map=device_map, quantization_config=quantization, output_loading_info=True
             )
     except (OSError, RuntimeError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise EmbedLensError(

@@ -95,6 +95,7 @@ class Frame:
 @dataclass(frozen=True)
 class PatchGrid:
     """Which patch of the picture each visual token is, in raster order; coordinates are px of the original picture.
+
     >>> grid = PatchGrid(rows=8, cols=8, frame=Frame.letterbox(112, 84))
     >>> len(grid), grid.box(8)
     (64, (0.0, 0.0, 14.0, 14.0))

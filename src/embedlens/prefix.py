@@ -124,11 +124,7 @@ Memory: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 def _answered(
-    model: VisionLanguageModel,
-    cases: Sequence[Case],
-    units: dict[Any, list[int]],
-    max_new_tokens: int,
-    batch_size: int,
+    model: VisionLanguageModel, cases: Sequence[Case], units: dict[Any, list[int]], max_new_tokens: int, batch_size: int
 ) -> dict[int, str]:
     """Answers to questions on pictures that are remembered at the same time."""
     memories: dict[Any, Memory] = {}

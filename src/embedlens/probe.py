@@ -76,7 +76,8 @@ def probe_picture(
     if lens not in LENSES:
         raise EmbedLensError(f"unknown lens {lens!r}: pass one of {', '.join(map(repr, LENSES))}")
     if not 0 <= layer <= model.n_layers:
-        raise EmbedLensError(f"no layer {layer} in {model.name}: pass 0 to {model.n_layers}")
+        what = f"no layer {layer} in {model.name}: pass 0 (what enters the first block) to {model.n_layers}"
+        raise EmbedLensError(f"{what} (what leaves the last)")
     prompt = model.prompt(image, question)
     stream = prompt.embeds if layer == 0 else model.hidden_states(prompt)[layer]
     reader = LENSES[lens].from_model(model)

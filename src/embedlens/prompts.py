@@ -180,12 +180,7 @@ def grid_of(model: Any, picture: Image) -> PatchGrid:
 
 @torch.no_grad()
 def assembled(
-    model: Any,
-    picture: Image,
-    question: str,
-    ids: Tensor,
-    inputs: Mapping[str, Tensor],
-    features: Features,
+    model: Any, picture: Image, question: str, ids: Tensor, inputs: Mapping[str, Tensor], features: Features
 ) -> Prompt:
     """The prompt that ids, a processed picture and its projected features make."""
     family = model.family

@@ -30,9 +30,13 @@ RANKS = (  # places in the order of similarity to CLS, of 576, that the release 
 
 def window(place: int, grid: PatchGrid, side: int = 3) -> Int[Tensor, " m"]:
     """The tokens around one, in raster order: a square of `side` patches, shifted inward where it would leave the grid,
-    smaller in a grid that is smaller. >>> from embedlens.patches import Frame, PatchGrid >>> grid = PatchGrid(rows=4,
-    cols=5, frame=Frame.stretch(50, 40)) >>> window(7, grid).tolist(), window(0, grid).tolist() ([1, 2, 3, 6, 7, 8, 11,
-    12, 13], [0, 1, 2, 5, 6, 7, 10, 11, 12])"""
+    smaller in a grid that is smaller.
+
+    >>> from embedlens.patches import Frame, PatchGrid
+    >>> grid = PatchGrid(rows=4, cols=5, frame=Frame.stretch(50, 40))
+    >>> window(7, grid).tolist(), window(0, grid).tolist()
+    ([1, 2, 3, 6, 7, 8, 11, 12, 13], [0, 1, 2, 5, 6, 7, 10, 11, 12])
+    """
     if not 0 <= place < len(grid):
         raise EmbedLensError(f"there is no token {place} in a grid of {len(grid)}: pass 0 to {len(grid) - 1}")
     start = 0

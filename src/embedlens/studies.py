@@ -1,6 +1,6 @@
 """The studies that `embedlens run` knows by name, and the run itself: estimates first, then the table, then the record.
 
-Every launched process calls `run_named`; they share the pictures, and the first one speaks and writes.
+Every launched process calls `run_named`; the first one speaks and writes.
 """
 
 from __future__ import annotations

@@ -226,7 +226,8 @@ def plan_of(arm: Arm, picture: int, groups: Any, grid: PatchGrid) -> Plan:
         return plan or ()
     for value in plan:
         if isinstance(value, MASKED) and not isinstance(value.mask, Tensor):
-            raise EmbedLensError(f"arm {arm.name!r} gave a list of masks: pass the picture's one")
+            what = f"arm {arm.name!r} gave {type(value).__name__} a list of masks"
+            raise EmbedLensError(f"{what}: pass the picture's one")
     return tuple(plan)
 
 

@@ -168,6 +168,7 @@ def questions(kind: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[
 
 def family_questions(family: str, n: int = 200, seed: int = 0, scale: float = 1) -> list[Item]:
     """`n` held-out questions of one family, one a picture, spread evenly over its kinds (`question.kind`, of KINDS).
+
     >>> [item.question.kind for item in family_questions("ocr", n=4)]
     ['character', 'character', 'trained_word', 'word']
     """

@@ -251,6 +251,7 @@ def cosine_to(states: Float[Tensor, "sublayers s d"], position: int) -> Float[Te
 
 def followed(values: Float[Tensor, "sublayers n"], at: int, k: int = FEW) -> Int[Tensor, "k sublayers"]:
     """The places, at every sublayer, of the k tokens that come first at one sublayer (Figure 4, right), from 1.
+
     >>> followed(torch.tensor([[0.0, 1.0, 2.0], [5.0, 0.0, 4.0]]), at=0, k=2).tolist()
     [[1, 2], [2, 3]]
     """
