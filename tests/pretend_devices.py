@@ -42,6 +42,7 @@ class OnCard(Tensor):
         return True
 
     is_cpu = False  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # `PretendCard` does it all
 
 
 def _is_card(value: Any) -> bool:
@@ -59,9 +60,11 @@ def _on(value: Any) -> Any:
 def _each(do: Callable[[Any], Any], value: Any) -> Any:
     """What `do` makes of each part of what a function takes or gives, in its place; PyTorch's trees take ten times as
     long. A size has no parts."""
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return type(value)([_each(do, part) for part in value])
-    return {key: _each(do, part) for key, part in value.items()} if isinstance(value, dict) else do(value)
+    if not isinstance(value, (tuple, list, dict)) or isinstance(value, torch.Size):
+        return do(value)
+    if isinstance(value, dict):
+        return {key: _each(do, part) for key, part in value.items()}
+    return type(value)([_each(do, part) for part in value])
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -102,7 +105,7 @@ class PretendCard(TorchFunctionMode):
         if func in INDEXING:
             _check_indices(args)
         elif func not in CROSSING and name not in ("__get__", "__set__"):
-            _check_sides(name, given, kwargs.get("generator"), there)
+            _check_sides(name, given if here else [], kwargs.get("generator"), there)
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], "cpu")
         args, kwargs = _each(_plain, (args, kwargs))
@@ -126,8 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_sides(name: str, given: list[Tensor], generator: torch.Generator | None, there: bool) -> None:
-    sides = {_is_card(value) for value in given if value.ndim or _is_card(value)}
-    if len(sides) > 1:
+    if any(not _is_card(value) and value.ndim for value in given):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
         )
@@ -155,7 +157,8 @@ def on_card(model: VisionLanguageModel) -> Iterator[VisionLanguageModel]:
                     if value is not None:
                         kept.append((held, name, value))
                         moved = value.detach().as_subclass(OnCard)
-                        held[name] = torch.nn.Parameter(moved, False) if held is part._parameters else moved
+                        with PretendCard():
+                            held[name] = torch.nn.Parameter(moved, False) if held is part._parameters else moved
     try:
         with PretendCard():
             yield model.with_preprocessing(model.preprocessing)
