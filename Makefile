@@ -34,7 +34,7 @@ types: $(VENV)/package.stamp
 
 # One process a core, one thread each: more threads would only get in each other's way.
 unit: $(VENV)/package.stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 # The runs lie in _build/runs; `make book` uses the same ones.
 notebook-test: $(VENV)/package.stamp

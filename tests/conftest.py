@@ -16,15 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny_llava by nam
 from tiny_llava import save_tiny_llava  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items) -> None:
-    """Tests that share what a module has loaded run in one process, so that it is loaded once (--dist loadgroup)."""
-    for item in items:
-        fixtures = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
-        if any(found[-1].scope == "module" for found in fixtures.values()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_collection_finish() -> None:
     """Half a million imported objects stay to the end: collecting garbage need not look through them every time."""
     gc.freeze()
