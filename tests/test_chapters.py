@@ -1,6 +1,6 @@
 """Chapters 01 to 08 run on a COCO folder and the twins of named checkpoints, in three manners.
 
-In bfloat16, and in float32 on a small card of its own (`pretend_devices`): each chapter and each family in both (but not
+In bfloat16, and in float32 on a small card of its own (`pretend_devices`): each chapter and each family in both (not
 chapter 08 on the card), cell by cell without pictures with patches; this is about running, so samples are few. With
 EMBEDLENS_TWIN_CHAPTERS set, each chapter on the twin of each checkpoint, whole and by papermill, in float32 on the CPU,
 too; the card is in this process.
