@@ -211,8 +211,9 @@ def test_controls_are_of_the_matched_size_and_alive(seed, control, matched):
     assert not (mask & ~groups.alive).any()
 
 
-def test_alive_tokens_on_things_and_on_the_background_are_told_by_every_objects_box(tiny):
-    items = [item for item in few(6) if item.sample.annotations][:2]
+def test_alive_tokens_on_things_and_on_the_background_are_told_by_the_box_of_every_object_and_word(tiny):
+    asked = few(8)
+    items = [next(item for item in asked if item.sample.annotations), next(i for i in asked if i.sample.writing)]
     crowd = replace(items[1].sample, annotations=tuple(e | {"iscrowd": 1} for e in items[1].sample.annotations))
     seen = {}
 
@@ -226,7 +227,7 @@ def test_alive_tokens_on_things_and_on_the_background_are_told_by_every_objects_
     assert len(seen) == 4 and any(mask.any() for mask in seen.values())
     for sample in (items[0].sample, crowd):
         grid = tiny.prompt(sample.image, "?").grid
-        boxes = [entry["bbox"] for entry in sample.annotations if not entry["iscrowd"]]
+        boxes = [entry["bbox"] for entry in sample.annotations if not entry["iscrowd"]] + list(sample.writing)
         for index in range(len(grid)):
             x0, y0, x1, y1 = grid.box(index)
             shows = any(min(x1, x + w) > max(x0, x) and min(y1, y + h) > max(y0, y) for x, y, w, h in boxes)

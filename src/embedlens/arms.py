@@ -56,11 +56,11 @@ def members(groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, name
 
 
 def on_things(sample: Sample, grid: PatchGrid) -> Bool[Tensor, " n"]:
-    """Patches that show some of an object's box; a crowd is no object."""
+    """Patches that show some of the box of an object or of writing; a crowd is no object, COCO has no writing."""
     found = torch.zeros(len(grid), dtype=torch.bool)
-    for entry in sample.annotations:
-        x, y, w, h = entry["bbox"]
-        found |= grid.touching((x, y, x + w, y + h)) & (not entry.get("iscrowd"))
+    objects = [entry["bbox"] for entry in sample.annotations if not entry.get("iscrowd")]
+    for x, y, w, h in (*objects, *sample.writing):
+        found |= grid.touching((x, y, x + w, y + h))
     return found
 
 
@@ -79,7 +79,7 @@ def random_alive(
     groups: TokenGroups, grid: PatchGrid, rng: np.random.Generator, matched: Sequence[str], among: str = "all"
 ) -> Bool[Tensor, " n"]:
     """Alive tokens at random, as many as some groups have together, or all of them where they are fewer. `among`: "all"
-    alive tokens; those on "things", whose patch shows some of an object's box; or on the "background"."""
+    alive tokens; those on "things", see `on_things`; or on the "background"."""
     pool = groups.alive
     if among != "all":
         if groups.on_things is None or among not in ("things", "background"):

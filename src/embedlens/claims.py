@@ -60,6 +60,8 @@ class Chapter:
             what = "was judged before on this page" if claim in self.findings else "is not in claims.csv"
             raise EmbedLensError(f"claim {claim} {what}: judge each claim once, in the chapter that owns it")
         verdict = rules.conclude(rule, parts, partly, needs)
+        parted = " or ".join([partly] if isinstance(partly, str) and partly else partly)
+        rule += f"; partly: {parted}" if parted else ""
         number, of = ("", "") if shown is None else (f"{shown:{unit}}", of)
         card = Card(claim, verdict, number, of, shown, rule)
         value, low, high = (None, None, None) if shown is None else (shown.value, shown.low, shown.high)
@@ -124,7 +126,8 @@ class Card:
     def _repr_markdown_(self) -> str:
         claim = claims()[self.claim]
         says = f"“{claim.headline}”" if claim.headline else claim.sentence.removesuffix(".")
-        return f"**{self.claim}** · {says} · {self.sentence} · **{self.verdict}**\n\n*Rule:* `{self.rule}`"
+        word = f"{self.verdict}, true by construction" if claim.by_construction else self.verdict
+        return f"**{self.claim}** · {says} · {self.sentence} · **{word}**\n\n*Rule:* `{self.rule}`"
 
 
 def verdict_table(findings: Mapping[str, Finding]) -> pd.DataFrame:

@@ -41,6 +41,7 @@ class Claim:
     sentence: str  #: What the paper says, for a reader who does not know its symbols
     headline: str  #: The abstract's own words; empty for what only the text says
     by_construction: str  #: Why no run could refute it, so that it is shown and not counted; empty where one could
+    before: str  #: The miniature's verdict by the first rules, before they were changed, where it was another
 
 
 @dataclass(frozen=True)

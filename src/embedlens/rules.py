@@ -6,7 +6,7 @@ Each of the five words has one meaning:
 
     holds               the rule is true with the whole of every interval
     partly              it is not, and one of the rules `partly`, each a part of the paper's own sentence, is
-    does not hold       it is false with the whole interval
+    does not hold       it is false with the whole interval, and no such part is true
     undecided           intervals straddle their bars
     not testable here   what the claim is about does not exist here, or the model cannot do the task
 """

@@ -32,6 +32,7 @@ class Sample:
     questions: tuple[Question, ...]
     category_names: Mapping[int, str]  #: COCO category id → name, for all categories of the data set
     draw: Callable[[], Image.Image] = field(repr=False, compare=False)  #: Called once, on first use of `image`
+    writing: tuple[Sequence[float], ...] = ()  #: Boxes [x, y, width, height], px, of written words, where known
 
     @cached_property
     def image(self) -> Image.Image:

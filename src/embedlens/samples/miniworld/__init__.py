@@ -88,4 +88,5 @@ def of_scene(
 
     size, entries = draw.pixels(drawn.width, drawn.height, scale), instances(drawn, image_id, scale)
     picture = partial(draw.picture, drawn, scale)
-    return Sample(image_id, *size, entries, captions, questions, CATEGORY_NAMES, picture)
+    words = tuple([float(round(x * scale)) for x in word.box] for word in drawn.words)
+    return Sample(image_id, *size, entries, captions, questions, CATEGORY_NAMES, picture, words)
