@@ -151,7 +151,7 @@ def rounding_faults(pages):
     for page, soup in pages.items():
         if page.stem == "benchmarks":
             continue
-        text = soup.get_text(" ").replace("\u00a0", " ").replace("−", "-")
+        text = " ".join(soup.get_text(" ").split()).replace("−", "-")
         for value, unit, low, high in re.findall(ESTIMATE.pattern.replace("−", "-"), text):
             seen.setdefault((value.lstrip("+"), low, high, unit), page.name)
     digits = {one: len(one[0].partition(".")[2]) for one in seen}
@@ -277,8 +277,9 @@ def glued(chapter, *names):
 def test_the_front_page_says_what_its_numbers_say():
     nearest, head, alone = glued("02", "embed_right", "logit_right", "alone_right")
     assert nearest[0] < head[0] < alone[1]  # the content is there: beyond the output head with its whole interval
-    dead, ground, anywhere = glued("04", "e32", "ground", "e33")
+    dead, ground, anywhere, reading = glued("04", "e32", "ground", "e33", "ground_ocr")
     assert anywhere[2] < min(dead[1], ground[1])  # things are missed, background is not
+    assert reading[2] < 0 and reading[0] / 4 < 0.8 * ground[0]  # one of four families: nearly all of it
     cosine, chance = glued("01", "e07", "s0_null")
     assert cosine[0] > 0.9 < chance[0]  # a cosine near one proves little
     attention, likeness = glued("08", "rho_attention", "rho_cls")
@@ -369,6 +370,9 @@ def test_parameters_rules_and_the_table_of_verdicts_are_folded_once_and_other_co
     sources |= {'chapter.judge("E05", "a > 0")': [], "chapter.sign_off()": [], "print(1)": []}
     cells = [{"cell_type": "code", "source": s, "metadata": {"tags": t} if t else {}} for s, t in sources.items()]
     folded = book_pages.folded(book_pages.folded({"cells": cells}))
+    for cell in folded["cells"]:  # an open fold keeps its words
+        prompts = cell["metadata"].get("mystnb", {})
+        assert prompts.get("code_prompt_hide") == prompts.get("code_prompt_show")
     tags = [cell["metadata"].get("tags") for cell in folded["cells"]]
     assert tags == [["parameters", "hide-input"], ["hide-input"], ["hide-cell"], None]
     opens = [cell["metadata"].get("mystnb", {}).get("code_prompt_show", "") for cell in folded["cells"]]
