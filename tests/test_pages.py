@@ -151,7 +151,7 @@ def rounding_faults(pages):
     for page, soup in pages.items():
         if page.stem == "benchmarks":
             continue
-        text = soup.get_text(" ").replace("\u00a0", " ").replace("−", "-")
+        text = " ".join(soup.get_text(" ").split()).replace("−", "-")
         for value, unit, low, high in re.findall(ESTIMATE.pattern.replace("−", "-"), text):
             seen.setdefault((value.lstrip("+"), low, high, unit), page.name)
     digits = {one: len(one[0].partition(".")[2]) for one in seen}
@@ -369,6 +369,9 @@ def test_parameters_rules_and_the_table_of_verdicts_are_folded_once_and_other_co
     sources |= {'chapter.judge("E05", "a > 0")': [], "chapter.sign_off()": [], "print(1)": []}
     cells = [{"cell_type": "code", "source": s, "metadata": {"tags": t} if t else {}} for s, t in sources.items()]
     folded = book_pages.folded(book_pages.folded({"cells": cells}))
+    for cell in folded["cells"]:  # an open fold keeps its words
+        prompts = cell["metadata"].get("mystnb", {})
+        assert prompts.get("code_prompt_hide") == prompts.get("code_prompt_show")
     tags = [cell["metadata"].get("tags") for cell in folded["cells"]]
     assert tags == [["parameters", "hide-input"], ["hide-input"], ["hide-cell"], None]
     opens = [cell["metadata"].get("mystnb", {}).get("code_prompt_show", "") for cell in folded["cells"]]

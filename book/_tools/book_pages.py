@@ -31,7 +31,7 @@ from sphinx.util import logging
 
 from embedlens import __version__
 
-NO_ADDRESS = "the address of the copy you read"
+NO_ADDRESS = "none is set in this copy; give the one where you read it"
 API = re.compile(r"<!-- api: ([\w. ]+?) -->")
 EXPLORER = re.compile(r'<iframe srcdoc="([^"]+)"')
 FIGURE = re.compile(r"<!-- figure: (\w+) \| (.+?) -->")
@@ -143,15 +143,19 @@ def sourced(text: str, page: str, source: Path) -> str:
 AS_WRITTEN = re.compile(r"(<(pre|code|script|style)\b.*?</\2>|<[^>]*>)", re.S)
 
 
-ESTIMATE = re.compile(r"[+−]?\d[\d.,]*(?:\s%|\spoints)? \([+−]?\d[\d.,]*(?:–| to )[+−]?\d[\d.,]*\)")
+ESTIMATE = re.compile(r"([+−]?\d[\d.,]*(?:\s%|\spoints)?) (\([+−]?\d[\d.,]*(?:–| to )[+−]?\d[\d.,]*\))")
 
 
 def typeset(text: str) -> str:
-    """A page with one unbreaking space before each per cent sign, and estimates held together with their intervals."""
+    """A page with one unbreaking space before each per cent sign; a line may end before an interval, not within it.
+
+    >>> typeset("by −2.7 points (−4.6 to −0.9)")
+    'by <span class="estimate">−2.7 points</span> <span class="estimate">(−4.6 to −0.9)</span>'
+    """
     parts, at = list[str](), 0
     for kept in (*AS_WRITTEN.finditer(text), None):  # code and tags stay as they are
         words = re.sub(r"(?<=\d)\s?%", "\u00a0%", text[at : kept.start() if kept else None])
-        parts.append(ESTIMATE.sub(r'<span class="estimate">\g<0></span>', words))
+        parts.append(ESTIMATE.sub(r'<span class="estimate">\1</span> <span class="estimate">\2</span>', words))
         parts.append(kept[0] if kept else "")
         at = kept.end() if kept else at
     return "".join(parts)
@@ -163,15 +167,17 @@ FOLDED = {"hide-output", "hide-cell", "remove-cell", "remove-input", "remove-out
 def folded(notebook: Notebook) -> Notebook:
     """The notebook with parameters, the code of verdicts and the table of them behind buttons that say what they open.
 
-    A verdict's card prints its rule as it was judged, and the table at the end repeats the cards.
+    A verdict's card prints its rule as it was judged, and the table at the end repeats the cards. A button keeps its
+    words when it is open.
     """
     for cell in notebook["cells"]:
         tags = cell["metadata"].get("tags", [])
         code = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
-        if FOLDED & set(tags):
-            continue
         judges, draws = "chapter.judge(" in code, any("image/png" in o.get("data", ()) for o in cell.get("outputs", []))
-        if "chapter.sign_off(" in code:
+        opens = ""
+        if FOLDED & set(tags):
+            pass
+        elif "chapter.sign_off(" in code:
             cell["metadata"]["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-cell"]
             opens = "All verdicts of this page, and its record"
         elif "hide-input" in tags or "parameters" in tags or judges:
@@ -179,9 +185,10 @@ def folded(notebook: Notebook) -> Notebook:
             other = "Imports" if code.startswith(("import ", "from ")) else "Code"
             other = "Parameters" if "parameters" in tags else other
             opens = "Code of this verdict" if judges else "Code of this figure" if draws else other
-        else:
-            continue
-        cell["metadata"].setdefault("mystnb", {}).setdefault("code_prompt_show", opens)
+        words = cell["metadata"].get("mystnb", {}).get("code_prompt_show", opens)
+        if words:
+            prompts = cell["metadata"].setdefault("mystnb", {})
+            prompts |= {"code_prompt_show": words, "code_prompt_hide": words}
     return notebook
 
 
@@ -357,7 +364,7 @@ def citation(config: dict[str, Any], address: str) -> dict[str, str]:
     """What the page on citing says, from `author`, `title` and `copyright` of the configuration and the package.
 
     >>> citation({"title": "T", "author": "A", "copyright": 2026}, "")["address"]
-    'the address of the copy you read'
+    'none is set in this copy; give the one where you read it'
     """
     year = str(config.get("copyright", ""))
     facts = {
