@@ -29,7 +29,7 @@ from embedlens.parameters import assigned
 from embedlens.samples import patchbench
 
 FEW = {"n_questions": 5, "n_seeds": 1, "n_trained": 5, "n_fewer": 5}
-ROWS = 8  # prompts, or pictures, that fit on the card at a time
+ROWS = 5  # prompts, or pictures, that fit on the card at a time
 TOKENS = 3  # of an answer
 QUESTIONNAIRES = cache(tasks.questionnaires)
 PAGES = sorted((Path(__file__).parent.parent / "notebooks").glob("0[1-8]*.ipynb"))
