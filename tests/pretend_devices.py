@@ -63,14 +63,18 @@ def _each(do: Callable[[Any], Any], value: Any) -> Any:
     if not isinstance(value, (tuple, list, dict)) or isinstance(value, torch.Size):
         return do(value)
     if isinstance(value, dict):
-        return {key: _each(do, part) for key, part in value.items()}
-    return type(value)([_each(do, part) for part in value])
+        return {key: _each(do, part) for key, part in value.items()} if value else value
+    return type(value)([_each(do, part) if isinstance(part, (tuple, list, dict)) else do(part) for part in value])
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Any] = []
-    _each(found.append, value)
-    return [part for part in found if isinstance(part, Tensor)]
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for part in value for tensor in _tensors(part)]
 
 
 def _is_cards(device: Any) -> bool:
@@ -81,6 +85,10 @@ class PretendCard(TorchFunctionMode):
     """While it is active, "cuda" is a device that exists, and its tensors mix with no others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := getattr(func, "__name__", str(func))) == "__get__":  # an attribute, such as a shape
+            found = func(*args)
+            on = _is_card(args[0])
+            return CARD if on and isinstance(found, torch.device) else _on(found) if on else found
         kwargs = dict(kwargs or {})
         given = _tensors((args, kwargs))
         here = any(map(_is_card, given))
@@ -99,20 +107,16 @@ class PretendCard(TorchFunctionMode):
             there = _is_card(args[1])
         else:
             there = here
-        name = getattr(func, "__name__", str(func))
         if func in NUMPY and here:
             raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu() first")
         if func in INDEXING:
             _check_indices(args)
-        elif func not in CROSSING and name not in ("__get__", "__set__"):
+        elif func not in CROSSING and name != "__set__":
             _check_sides(name, given if here else [], kwargs.get("generator"), there)
         if func is Tensor.cuda:
             func, args = Tensor.to, (args[0], "cpu")
         args, kwargs = _each(_plain, (args, kwargs))
-        found = func(*args, **kwargs)
-        if name == "__get__" and isinstance(found, torch.device):
-            return CARD if here else found
-        return _each(_on if there else _off, found)
+        return _each(_on if there else _off, func(*args, **kwargs))
 
 
 def _names_device(word: str) -> bool:

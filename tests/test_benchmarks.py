@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import embedlens as el
 from benchmarks import clustering, looking, measure, prefill, retrieval, sweep, trace
+from embedlens import tasks
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 
@@ -20,6 +22,8 @@ def in_this_process(monkeypatch):
     for module in (retrieval, trace, clustering, sweep, prefill, looking):
         monkeypatch.setattr(module, "in_fresh_process", here)
     monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
+    for module in (el.sweep, tasks):  # a random model never ends an answer
+        monkeypatch.setattr(module, "answer_tokens", lambda _: 4)
 
 
 def complete(ways):

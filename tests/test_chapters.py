@@ -11,22 +11,27 @@ from __future__ import annotations
 import ast
 import json
 import os
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pretend_devices import on_card, small_card
+from sklearn.manifold import TSNE
 from test_coco import write_coco
 from twins import BY_FAMILY, TWINS
 
 import embedlens as el
-from embedlens import samples, sweep
+from embedlens import samples, sweep, tasks
+from embedlens.measures import patch_reading
 from embedlens.parameters import assigned
+from embedlens.samples import patchbench
 
 FEW = {"n_questions": 5, "n_seeds": 1, "n_trained": 5, "n_fewer": 5}
 ROWS = 5  # prompts, or pictures, that fit on the card at a time
+TOKENS = 3  # of an answer
+QUESTIONNAIRES = cache(tasks.questionnaires)
 PAGES = sorted((Path(__file__).parent.parent / "notebooks").glob("0[1-8]*.ipynb"))
 FAMILIES = (next(iter(TWINS)), *BY_FAMILY.values())
 MANNERS = {"bfloat16": 5, "card": 1}  # and with which family chapter 01 runs
@@ -46,6 +51,19 @@ def coco(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("coco")
     write_coco(samples.load("miniworld", n=32), folder)
     return f"coco:{folder}"
+
+
+@pytest.fixture(autouse=True)
+def little_asked(monkeypatch):
+    """Of what notebooks have no parameter for. A random model never ends an answer by itself."""
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", ROWS + 1)
+    monkeypatch.setattr(sweep, "dead_arms", partial(sweep.dead_arms, seeds=1))
+    for module in (sweep, tasks):
+        monkeypatch.setattr(module, "answer_tokens", lambda _: TOKENS)
+    monkeypatch.setattr(patch_reading, "ANSWER_TOKENS", TOKENS)
+    monkeypatch.setattr(patchbench, "PAPER", 14)
+    monkeypatch.setattr(tasks, "questionnaires", QUESTIONNAIRES)
+    monkeypatch.setattr("sklearn.manifold.TSNE", lambda **how: TSNE(**how | {"max_iter": 250}))
 
 
 def run_cells(cells: list[dict[str, Any]], parameters: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +87,7 @@ def test_a_chapter_runs(page, name, manner, coco, twin_of, monkeypatch, tmp_path
     given = FEW | {"model": str(folder), "dataset": coco, "out": str(tmp_path), "dtype": manner}
     given["n_images"] = {"06": 14, "07": 6}.get(page.stem[:2], 4)  # some of every kind
     given = {key: value for key, value in given.items() if key in declared}
-    monkeypatch.setattr("embedlens.groups.CALIBRATION", ROWS + 1)
     if manner == "card":
-        monkeypatch.setattr(sweep, "dead_arms", partial(sweep.dead_arms, seeds=1))
         with on_card(loaded) as model, small_card(ROWS, loaded) as asked:
             monkeypatch.setattr(el, "load", lambda *_, **__: model)
             run_cells(cells, given | {"dtype": "auto"})

@@ -163,12 +163,13 @@ def test_a_task_that_a_judge_scores_is_refused_without_its_key(tmp_path, monkeyp
     lmms.check_keys(["hallusion_bench_image", "mmbench_en_dev", "mmvet"], tmp_path)
 
 
-def test_without_lmms_eval_its_model_names_the_pip_command():
-    code = (
-        "import sys; sys.modules['lmms_eval'] = None; from embedlens.lmms_model import EmbedLensModel as Model; Model()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'embedlens[benchmarks]'" in done.stderr
+def test_without_lmms_eval_its_model_names_the_pip_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "embedlens.lmms_model", raising=False)
+    model = importlib.import_module("embedlens.lmms_model").EmbedLensModel
+    with pytest.raises(EmbedLensError, match=r"pip install 'embedlens\[benchmarks\]'"):
+        model()
+    monkeypatch.delitem(sys.modules, "embedlens.lmms_model")  # the next one finds what is there
 
 
 # With lmms-eval

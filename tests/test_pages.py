@@ -295,7 +295,8 @@ def test_the_front_page_is_one_minute_long():
 
 
 @pytest.mark.slow
-def test_the_controls_run_as_printed_and_print_what_they_name(capsys):
+def test_the_controls_run_as_printed_and_print_what_they_name(capsys, monkeypatch):
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 16)
     blocks = re.findall(r"^```python\n(.*?)^```$", (BOOK / "controls.md").read_text(), re.S | re.M)
     assert len(blocks) == 6
     space = {}

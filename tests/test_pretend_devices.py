@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -18,6 +18,11 @@ from embedlens.groups import discover, token_groups_of
 from embedlens.measures import entry
 
 ROWS = 3  # prompts, or pictures, that fit at a time
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(sweep, "answer_tokens", lambda _: 3)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,7 @@ def prompts_of(model, n=5):
     return model.prompts([picture.image for picture in pictures], ["What is in the picture?"] * n)
 
 
+@cache
 def few():
     """Of every family of questions, about two pictures."""
     return tasks.questionnaires(5, 0)[:8]
@@ -92,7 +98,7 @@ MEASURES = {
     "pruners": chosen_by,
     "words of single tokens": lambda model: redundancy.words_alone(model, prompts_of(model, 1)[0]),
     "scores of tokens": lambda model: [
-        read.probability for read in redundancy.token_scores(model, prompts_of(model, 2), [torch.arange(9)] * 2)
+        read.probability for read in redundancy.token_scores(model, prompts_of(model, 2), [torch.arange(5)] * 2)
     ],
     "explorer": lambda model: alone(model, prompts_of(model, 1)[0])[0],
     "texts": lambda model: ContextLens.build(model, [f"a {word} cup" for word in ("red", "blue", "big", "")]).vectors,

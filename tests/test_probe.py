@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -75,15 +74,16 @@ def test_the_annotated_picture_is_readable_and_keeps_the_picture(tiny, size):
     assert len({tuple(pixel) for pixel in pixels[: max(2, int(4 - top * scale * 0.9))].reshape(-1, 3)}) > 1
 
 
-def test_the_command_line_probes_a_jpg_end_to_end_with_the_shipped_miniature(jpg, miniature):
-    command = [sys.executable, "-m", "embedlens", "probe", jpg.name, "-k", "2"]
-    done = subprocess.run(command, cwd=jpg.parent, capture_output=True, text=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_the_command_line_probes_a_jpg_end_to_end_with_the_shipped_miniature(jpg, miniature, monkeypatch, capsys):
+    monkeypatch.chdir(jpg.parent)
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
+    code, said, noted = run(monkeypatch, capsys, "probe", jpg.name, "-k", 2)
+    assert code == 0, noted
     grid = miniature.prompt(jpg, QUESTION).grid
     bars = int(grid.padded.sum())
-    assert f"street.jpg: 160x100 px, {grid.rows}x{grid.cols} patches, {bars} in bars" in done.stdout and bars
-    assert done.stderr.startswith("note: the miniature knows only the drawn world")
-    assert "wrote street-probed.png" in done.stdout
+    assert f"street.jpg: 160x100 px, {grid.rows}x{grid.cols} patches, {bars} in bars" in said and bars
+    assert noted.startswith("note: the miniature knows only the drawn world")
+    assert "wrote street-probed.png" in said
     assert Image.open(jpg.parent / "street-probed.png").size[0] >= grid.cols * 80
 
 

@@ -202,17 +202,12 @@ def killed_until_done(folder: str, seed: int) -> None:
         kills += 1
 
 
-def child(code: str, *arguments: object) -> str:
-    """What code prints that runs beside these tests, single-threaded."""
-    command = [sys.executable, "-c", f"import sys; {code}", *map(str, arguments)]
-    how = {"cwd": Path(__file__).parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600}
-    done = subprocess.run(command, capture_output=True, text=True, **how)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_run_killed_at_random_moments_ends_with_the_table_of_an_uninterrupted_one(tmp_path):
-    status, kills = child("from test_study import *; killed_until_done(sys.argv[1], 0)", tmp_path).split()
+    code = "import sys; from test_study import *; killed_until_done(sys.argv[1], 0)"  # beside these tests, whose
+    how = {"cwd": Path(__file__).parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 600}  # threads stay
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, **how)
+    assert done.returncode == 0, done.stderr
+    status, kills = done.stdout.split()
     assert status == "0" and int(kills) >= 2
     same(pd.read_pickle(tmp_path / "table.pkl"), expected_of_batches(pictures(40), 3))
 
@@ -418,45 +413,6 @@ def test_what_is_no_record_gets_its_sentence(given, batch_size, sentence):
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
-
-
-def in_two_processes(folder: str) -> None:
-    """What each of the processes does."""
-    bad = {104: EmbedLensError("104 is damaged: get a complete copy")}
-    for name, out in (("kept", Path(folder, "rows")), ("dropped", None)):
-        table = run(of_batch, stand_in(), pictures(23, bad), out, batch_size=4)
-        rank = torch.distributed.get_rank()
-        table.to_pickle(Path(folder, f"{name}-{rank}.pkl"))
-        Path(folder, f"measured-{rank}").write_text(" ".join(map(str, CALLS)))
-    from test_studies import swept
-
-    swept(folder)
-
-
-def test_two_processes_give_the_table_of_one(tmp_path):
-    """Of a study that runs picture by picture; and of a sweep, the longest part of chapters 03, 04, 07 and 08."""
-    from test_studies import swept
-
-    launch = "from accelerate import debug_launcher; import test_study as t; "
-    child(f"{launch}debug_launcher(t.in_two_processes, (sys.argv[1],), num_processes=2)", tmp_path)
-    bad = {104: EmbedLensError("104 is damaged: get a complete copy")}
-    with pytest.warns(UserWarning, match="1 of 23"):
-        alone = run(of_batch, stand_in(), pictures(23, bad), batch_size=4)
-    for name in ("kept-0", "kept-1", "dropped-0", "dropped-1"):
-        table = pd.read_pickle(tmp_path / f"{name}.pkl")
-        same(table, alone)
-        assert table.attrs == alone.attrs
-    measured = [set(map(int, (tmp_path / f"measured-{rank}").read_text().split())) for rank in (0, 1)]
-    assert measured[0] & measured[1] == set() and len(measured[0] | measured[1]) == 23  # they did share the work
-    CALLS.clear()
-    with pytest.warns(UserWarning, match="1 of 23"):
-        same(run(of_batch, stand_in(), pictures(23, bad), tmp_path / "rows", batch_size=4), alone)
-    assert set(CALLS) <= {104, 105, 106, 107}  # one goes on from what two left, trying again what failed
-    first, second, whole = (pd.read_pickle(tmp_path / f"{name}.pkl") for name in ("0", "1", swept(tmp_path)))
-    same(first, whole)
-    same(second, whole)
-    answered = [set((tmp_path / f"answered-{rank}").read_text().split()) for rank in (0, 1)]
-    assert all(answered) and not answered[0] & answered[1]
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):

@@ -20,6 +20,13 @@ from embedlens.patches import Frame, PatchGrid
 from embedlens.sweep import BASELINE, Arm, dead_arms, everywhere, members, pruning, run_arms, sink_arms, skipping
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    """A random model never ends one."""
+    for module in (sweep, tasks):
+        monkeypatch.setattr(module, "answer_tokens", lambda _: 4)
+
+
 def partition(dead, vit, llm) -> TokenGroups:
     return TokenGroups(vit, llm, dead, ~(dead | vit | llm), met={})
 

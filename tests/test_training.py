@@ -18,7 +18,7 @@ from training.recipe import CPU, NOTHING, QUICK, RECIPES, Stage, within
 from training.ship import continued, packed, ship, unpacked
 from training.shipped import shipped
 
-SHORT = Stage(steps=20, batch=2, lr=1e-3, warmup=2)
+SHORT = Stage(steps=10, batch=2, lr=1e-3, warmup=2)
 SIZES = {"vision_width": 32, "vision_layers": 3, "vision_heads": 2, "text_width": 32, "text_layers": 2, "text_heads": 2}
 SIZES |= {"text_mlp": 48, "reader_layers": 1, "measured": 1, "threads": 1, "workers": 0}
 STAGES = dict.fromkeys(("tower", "language"), replace(SHORT, muon_lr=1e-3)) | {"alignment": SHORT, "tuning": SHORT}
@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def trained(tokenizer, tmp_path_factory):
-    """A folder with every stage of a tiny recipe trained for 20 steps."""
+    """A folder with every stage of a tiny recipe trained for ten steps."""
     folder = tmp_path_factory.mktemp("training")
     tower.train_tower(TINY, tokenizer, folder)
     talk.train_language(TINY, tokenizer, folder)

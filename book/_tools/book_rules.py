@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from notebook_files import CELL_METADATA, KERNEL, NOTEBOOK_METADATA, Notebook, read
 
@@ -134,12 +136,17 @@ def glue_faults(root: Path, book_pages: Sequence[Path]) -> list[str]:
     return faults
 
 
-def image_faults(html: str, name: str) -> list[str]:
-    """Images that a screen reader cannot name: no alt text, an empty one, or the file's own name."""
+@lru_cache(1)  # two rules read a page one after the other
+def _parsed(html: str) -> Any:
     from bs4 import BeautifulSoup
 
+    return BeautifulSoup(html, "html.parser")
+
+
+def image_faults(html: str, name: str) -> list[str]:
+    """Images that a screen reader cannot name: no alt text, an empty one, or the file's own name."""
     faults = []
-    for image in BeautifulSoup(html, "html.parser").find_all("img"):
+    for image in _parsed(html).find_all("img"):
         alt, source = str(image.get("alt") or "").strip(), str(image.get("src") or "")
         if not alt or Path(alt).name == Path(source).name:
             faults.append(
@@ -174,9 +181,7 @@ def request_faults(html: str, name: str) -> list[str]:
 
     Links that a reader may click are not requests.
     """
-    from bs4 import BeautifulSoup
-
-    page = BeautifulSoup(html, "html.parser")
+    page = _parsed(html)
     remote = []
     for tag, attributes in LOADED_ATTRIBUTES.items():
         for element in page.find_all(tag):
