@@ -142,12 +142,10 @@ def _answered(
     ]
     # rows of like questions: little is padded, and short answers do not wait for long ones
     rows.sort(key=lambda row: (len(row[1]), cases[row[1][0]].kind, sum(len(cases[place].prompt) for place in row[1])))
-    entering: dict[int, list[Any]] = {}  # rows by the layer that the picture is seen from
-    for row in rows:
-        layers = (value.layer for value in cases[row[1][0]].plan if isinstance(value, EnterAt))
-        entering.setdefault(next(layers, 0), []).append(row)
+    layers = [next((v.layer for v in cases[own[0]].plan if isinstance(v, EnterAt)), 0) for _, own in rows]
     found: dict[int, str] = {}
-    for layer, alike in entering.items():
+    for layer in sorted(set(layers)):  # from which the picture is seen
+        alike = [row for row, own in zip(rows, layers, strict=True) if own == layer]
         for start in range(0, len(alike), batch_size):
             ahead, places = zip(*alike[start : start + batch_size], strict=True)
             asked = [[cases[place] for place in row] for row in places]
@@ -176,11 +174,7 @@ def _remembered(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[M
 
 
 def _decoded(
-    model: VisionLanguageModel,
-    memories: Sequence[Memory],
-    asked: Sequence[Sequence[Case]],
-    max_new_tokens: int,
-    enter: int = 0,
+    model: VisionLanguageModel, memories: Sequence[Memory], asked: Sequence[Sequence[Case]], most: int, enter: int = 0
 ) -> list[str]:
     """Answers to the questions that follow remembered pictures, row by row: the likeliest token, again and again.
     Blocks before `enter` do not see the pictures."""
@@ -202,10 +196,10 @@ def _decoded(
             questions.append((row, number, stop - 1, length - closed))
             stop -= length - end
     rows, numbers, columns, following = torch.tensor(sorted(questions)).T.contiguous()
-    head, embedding, greedy = model.unembed.head, model.hf.get_input_embeddings(), model.greedy(max_new_tokens)
-    written = torch.full((len(rows), max_new_tokens), greedy.pad_token_id)
+    head, embedding, greedy = model.unembed.head, model.hf.get_input_embeddings(), model.greedy(most)
+    written = torch.full((len(rows), most), greedy.pad_token_id)
     going = torch.arange(len(rows))  # the questions whose answers have not ended
-    for step in range(max_new_tokens):
+    for step in range(most):
         owner = torch.cat([owner, own], 1)
         seen = ((owner.abs() == ALL)[:, None] | (owner[:, None] == own[..., None])).tril(owner.shape[1] - own.shape[1])
         least = torch.finfo(embeds.dtype).min
@@ -243,8 +237,7 @@ def _handing(blocks: Iterable[nn.Module], mask: Tensor) -> Iterator[None]:
     """Some blocks get another attention mask than the rest."""
 
     def put(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return args, {**kwargs, "attention_mask": mask.to(hidden.device)}
+        return args, {**kwargs, "attention_mask": mask.to(kwargs["attention_mask"].device)}
 
     with ExitStack() as hooks:
         for block in blocks:

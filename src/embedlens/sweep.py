@@ -87,7 +87,9 @@ def run_arms(
             continue
         own = {place: items[place] for place in places}
         run = partial(batches.halving, partial(_rows_of, model, own, *common), batch_size)
-        key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()} if what else {}
+        shown = {item.sample.id: item.sample for item in own.values()}
+        of_pictures = [kept.of_sample(sample) for sample in shown.values()] if what else []
+        key = places, of_pictures, [(item.sample.id, item.question) for item in own.values()]
         found, batch_size = kept.remembered({**what, "items": key}, run, out) if what else run()
         rows += found
     rows = [row for part in together.gathered(rows) for row in part]

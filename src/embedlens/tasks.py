@@ -275,22 +275,19 @@ def _beat_another_picture(model: VisionLanguageModel, few: Mapping[str, Sequence
     for start in range(0, MOST_GUARD, GUARD):
         looks = [family for family, own in few.items() if not found[family] and start < len(own) - 1]
         parts = [in_words_of(model, few[family][start : start + GUARD]) for family in looks]
-        asked = [[part, _swapped(part)] for part in parts]
-        texts = iter(_answered(model, [item for both in asked for part in both for item in part]))
-        for family, both in zip(looks, asked, strict=True):
+        looked = [[part, _swapped(part)] for part in parts]
+        texts = iter(_answered(model, [item for both in looked for part in both for item in part]))
+        for family, both in zip(looks, looked, strict=True):
             scores = [[score(item.question, next(texts)) for item in part] for part in both]
             right[family] = own, other = np.hstack([right[family], scores])
             better, worse = int((own > other).sum()), int((own < other).sum())
-            beaten = better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.01
-            found[family] = bool(beaten)
+            sure = better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.01
+            found[family] = bool(sure)
     for family in (family for family in few if not found[family]):
-        own, other = right[family].sum(1)
-        warnings.warn(
-            f"{model.name} answers {own:.0f} of {right[family].shape[1]} questions of {family!r} rightly, and "
-            f"{other:.0f} about another picture: {family} is not testable here, so only these are asked under every "
-            "arm",
-            stacklevel=3,
-        )
+        (own, other), asked = right[family].sum(1), right[family].shape[1]
+        what = f"{own:.0f} of {asked} questions of {family!r} rightly, and {other:.0f} about another picture"
+        rest = f"{family} is not testable here, so only these are asked under every arm"
+        warnings.warn(f"{model.name} answers {what}: {rest}", stacklevel=3)
     return found
 
 
