@@ -143,7 +143,8 @@ def test_what_prompts_have_in_common_runs_once(tiny):
     prompts = prompts_of(tiny, n_pictures=2)
     assert prefix._remembers(tiny, prompts[0])
     mask = drawn(np.random.default_rng(0), len(prompts[0].grid))
-    cases = [Case(p, plan) for p in prompts for plan in ((), (Silence("mlp"),), (Prune(mask.clone()),), (EnterAt(1),))]
+    plans = (), (Silence("mlp"),), (Prune(mask.clone()),), (EnterAt(1),), (LeaveAt(mask, 1),)
+    cases = [Case(prompt, plan) for prompt in prompts for plan in plans]
     counts = []
     hook = tiny.blocks[0].register_forward_hook(
         lambda module, args, out: counts.append((out if isinstance(out, torch.Tensor) else out[0]).shape[:2])
@@ -154,9 +155,10 @@ def test_what_prompts_have_in_common_runs_once(tiny):
         hook.remove()
     end, longest = prefix._end(prompts[0]), max(map(len, prompts))
     asked = sum(len(prompt) - end for prompt in prompts[:3])
-    entering = (6, longest)  # goes on behind the picture, so that nothing is shared
-    remembered = [(2, end), (2, end), (2, end - int(mask.sum()))]
-    assert list(map(tuple, counts)) == [entering, *remembered, (6, asked)]  # three questions a picture in one row
+    leaving = (6, longest)  # goes on behind the picture, so that nothing is shared
+    remembered = [(2, end), (2, end), (2, end - int(mask.sum())), (2, end)]
+    # three questions a picture in one row, those that see it late by themselves
+    assert list(map(tuple, counts)) == [leaving, *remembered, (6, asked), (2, asked)]
 
 
 def asked_without_sharing(model, monkeypatch) -> list[int]:

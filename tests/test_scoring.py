@@ -144,8 +144,8 @@ def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_test
     right = {(i.sample.id, i.question.text): i.question.answer for i in items}
     asked = []
 
-    def answers(model, prompts, *more):  # it sees colours, and says yes to whatever is asked
-        asked.extend(prompts)
+    def answers(model, cases, *more):  # it sees colours, and says yes to whatever is asked
+        asked.extend(prompts := [case.prompt for case in cases])
         return [
             "yes" if "Is there" in p.question else right.get((p.image.info.get("id"), p.question), "?") for p in prompts
         ]
@@ -153,12 +153,12 @@ def test_a_family_that_is_answered_no_better_than_of_another_picture_is_not_test
     def prompts(model, images, questions):
         made = original(model, images, questions)
         for one, image in zip(made, images, strict=True):
-            one.image.info["id"] = next(i.sample.id for i in items if i.sample.image is image)
+            one.image.info["id"] = next(i.sample.id for i in items if i.sample.image == image)
         return made
 
     original = type(tiny).prompts
     monkeypatch.setattr(type(tiny), "prompts", prompts)
-    monkeypatch.setattr(type(tiny), "answers", answers)
+    monkeypatch.setattr(tasks, "answers", answers)
     with pytest.warns(UserWarning, match="'hallucination' rightly.* about another picture"):
         unable = tasks.able(tiny, items)
     assert list(unable) == ["hallucination"] and len(unable["hallucination"]) == 16

@@ -87,12 +87,18 @@ class _Digest(NumpyHasher):
 
 def source_of(thing: Any) -> str:
     """Source of a function or class without comments and spacing; its byte code where there is no source to read."""
-    try:  # of its code: a decorator's own, not that of what it wraps
-        source = textwrap.dedent(inspect.getsource(getattr(thing, "__code__", thing)))
+    return _source(getattr(thing, "__code__", thing))  # of its code: a decorator's own, not that of what it wraps
+
+
+@cache
+def _source(thing: Any) -> str:
+    code = thing if inspect.iscode(thing) else None
+    try:
+        source = textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError):
-        return _byte_code(getattr(thing, "__code__", None))
-    if getattr(thing, "__name__", "") == "<lambda>":  # its source is the line that it stands in, with others perhaps
-        source += _byte_code(thing.__code__)
+        return _byte_code(code)
+    if code and code.co_name == "<lambda>":  # its source is the line that it stands in, with others perhaps
+        source += _byte_code(code)
     try:
         return ast.unparse(ast.parse(source))
     except SyntaxError:  # a lambda in the middle of an expression

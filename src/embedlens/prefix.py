@@ -2,21 +2,22 @@
 
 What a decoder computes for a row depends on the rows before it alone, so that the keys and values of all rows up to the
 end of the picture, under some interventions, serve every question on it. Questions on a picture stand in one row and do
-not see each other. Interventions that go on behind the picture, and models for which this is not so (image rows that
-see what follows, patches with rotary positions of their own), are asked prompt by prompt, as `model.answers` does.
+not see each other. Interventions that go on behind the picture, but for late entry, and models for which this is not so
+(image rows that see what follows, patches with rotary positions of their own), are asked prompt by prompt, as
+`model.answers` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedlens.engine import intervene
 from embedlens.errors import EmbedLensError
@@ -26,7 +27,8 @@ from embedlens.vlm import Prompt, VisionLanguageModel
 
 TOGETHER = 8  # questions on a picture that run in one row
 HELD = 2  # times `batch_size`: pictures under a plan that are remembered at a time
-ALL, FIRST = 1, 2  # whose a column is: of all questions, or of one of its row, counted from FIRST; of none where padded
+# whose a column is: of all questions (a patch from its layer of entry on), or of one of its row; of none where padded
+PATCH, ALL, FIRST = -1, 1, 2
 _SHARING: WeakKeyDictionary[VisionLanguageModel, bool] = WeakKeyDictionary()  # what `_remembers` has found
 
 
@@ -97,7 +99,7 @@ def _mask_of(value: Any) -> Tensor:
 def _over_with_the_picture(prompt: Prompt, plan: Sequence[Intervention]) -> bool:
     """Whether nothing is done to what follows the picture, and embeddings are all that it brings."""
     ongoing = any(
-        isinstance(value, (EnterAt, LeaveAt, ReleasedLayer0)) or (isinstance(value, Silence) and value.rows == "text")
+        isinstance(value, (LeaveAt, ReleasedLayer0)) or (isinstance(value, Silence) and value.rows == "text")
         for value in plan
     )
     return not ongoing and prompt.positions is None and prompt.deep is None and prompt.rows is None
@@ -119,8 +121,8 @@ def _intervening(model: VisionLanguageModel, plans: Sequence[Sequence[Interventi
 
 # --- running ---------------------------------------------------------------------------------------------------------
 
-Memory: TypeAlias = list[tuple[Tensor, Tensor]]
-"""Keys and values of a prompt's first rows, each Float[rows, heads, c], layer by layer."""
+Memory: TypeAlias = tuple[Tensor, list[tuple[Tensor, Tensor]]]
+"""Of a prompt's first rows which are visual; and their keys and values, each Float[rows, heads, c], layer by layer."""
 
 
 def _answered(
@@ -140,12 +142,15 @@ def _answered(
     ]
     # rows of like questions: little is padded, and short answers do not wait for long ones
     rows.sort(key=lambda row: (len(row[1]), cases[row[1][0]].kind, sum(len(cases[place].prompt) for place in row[1])))
+    layers = [next((v.layer for v in cases[own[0]].plan if isinstance(v, EnterAt)), 0) for _, own in rows]
     found: dict[int, str] = {}
-    for start in range(0, len(rows), batch_size):
-        own, places = zip(*rows[start : start + batch_size], strict=True)
-        asked = [[cases[place] for place in row] for row in places]
-        texts = _decoded(model, [memories[key] for key in own], asked, max_new_tokens)
-        found |= dict(zip((place for row in places for place in row), texts, strict=True))
+    for layer in sorted(set(layers)):  # from which the picture is seen
+        alike = [row for row, own in zip(rows, layers, strict=True) if own == layer]
+        for start in range(0, len(alike), batch_size):
+            ahead, places = zip(*alike[start : start + batch_size], strict=True)
+            asked = [[cases[place] for place in row] for row in places]
+            texts = _decoded(model, [memories[key] for key in ahead], asked, max_new_tokens, layer)
+            found |= dict(zip((place for row in places for place in row), texts, strict=True))
     return found
 
 
@@ -163,21 +168,22 @@ def _remembered(model: VisionLanguageModel, prompts: Sequence[Prompt]) -> list[M
         model.decoder(inputs_embeds=embeds, attention_mask=mask, past_key_values=past, use_cache=True)
     by_row = [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in past.layers]
     return [
-        [(keys[row, : len(prompt)], values[row, : len(prompt)]) for keys, values in by_row]
+        (prompt.visual, [(keys[row, : len(prompt)], values[row, : len(prompt)]) for keys, values in by_row])
         for row, prompt in enumerate(entered)
     ]
 
 
 def _decoded(
-    model: VisionLanguageModel, memories: Sequence[Memory], asked: Sequence[Sequence[Case]], max_new_tokens: int
+    model: VisionLanguageModel, memories: Sequence[Memory], asked: Sequence[Sequence[Case]], most: int, enter: int = 0
 ) -> list[str]:
-    """Answers to the questions that follow remembered pictures, row by row: the likeliest token, again and again."""
+    """Answers to the questions that follow remembered pictures, row by row: the likeliest token, again and again.
+    Blocks before `enter` do not see the pictures."""
     from transformers import DynamicCache
 
     beside = partial(side_by_side, side="left")
-    layers = zip(*memories, strict=True)
+    layers = zip(*(memory for _, memory in memories), strict=True)
     past = DynamicCache([[beside(part).transpose(1, 2) for part in zip(*layer, strict=True)] for layer in layers])
-    owner = beside([torch.full((len(memory[0][0]),), ALL) for memory in memories])
+    owner = beside([torch.where(visual.cpu(), PATCH, ALL) for visual, _ in memories])
     embeds = beside([torch.cat([case.prompt.embeds[_end(case.prompt) :] for case in row]) for row in asked])
     own, positions = torch.zeros(2, *embeds.shape[:2], dtype=torch.long)
     questions = []  # row, number within it, the column that gives its first token, the position of that token
@@ -190,17 +196,19 @@ def _decoded(
             questions.append((row, number, stop - 1, length - closed))
             stop -= length - end
     rows, numbers, columns, following = torch.tensor(sorted(questions)).T.contiguous()
-    head, embedding, greedy = model.unembed.head, model.hf.get_input_embeddings(), model.greedy(max_new_tokens)
-    written = torch.full((len(rows), max_new_tokens), greedy.pad_token_id)
+    head, embedding, greedy = model.unembed.head, model.hf.get_input_embeddings(), model.greedy(most)
+    written = torch.full((len(rows), most), greedy.pad_token_id)
     going = torch.arange(len(rows))  # the questions whose answers have not ended
-    for step in range(max_new_tokens):
+    for step in range(most):
         owner = torch.cat([owner, own], 1)
-        seen = ((owner == ALL)[:, None] | (owner[:, None] == own[..., None])).tril(owner.shape[1] - own.shape[1])
-        mask = torch.zeros(seen.shape, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(embeds.dtype).min)
-        with model.lock:
+        seen = ((owner.abs() == ALL)[:, None] | (owner[:, None] == own[..., None])).tril(owner.shape[1] - own.shape[1])
+        least = torch.finfo(embeds.dtype).min
+        mask = torch.zeros(seen.shape, dtype=embeds.dtype).masked_fill(~seen, least)[:, None].to(embeds.device)
+        patches = (owner == PATCH)[:, None, None].to(embeds.device)
+        with model.lock, _handing(model.blocks[:enter], mask.masked_fill(patches, least) if enter else mask):
             hidden = model.decoder(
                 inputs_embeds=embeds,
-                attention_mask=mask[:, None].to(embeds.device),
+                attention_mask=mask,
                 position_ids=positions.to(embeds.device),
                 past_key_values=past,
                 use_cache=True,
@@ -222,6 +230,19 @@ def _decoded(
         positions[at, columns] = following[going] + step
         embeds = embedding(ids.to(model.device))
     return [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+@contextmanager
+def _handing(blocks: Iterable[nn.Module], mask: Tensor) -> Iterator[None]:
+    """Some blocks get another attention mask than the rest."""
+
+    def put(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": mask.to(kwargs["attention_mask"].device)}
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(put, with_kwargs=True).remove)
+        yield
 
 
 def _closed(plan: Sequence[Intervention]) -> int:

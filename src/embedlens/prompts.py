@@ -114,12 +114,38 @@ def looked_at(
 
 def written(model: Any, picture: Image, question: str) -> tuple[Int[Tensor, " s"], dict[str, Tensor]]:
     """Ids, and what belongs to the picture, by the stock processor and its chat template."""
+    turn, _ = _turn(model, question, image=shown(model, picture))
+    made = model.processor.apply_chat_template(
+        turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    text_only = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    of_picture = {name: value for name, value in made.items() if name not in text_only}
+    return made["input_ids"][0].to(model.device), placed(model, of_picture)
+
+
+def reworded(model: Any, prompt: Prompt, question: str) -> Int[Tensor, " s"]:
+    """Ids of the prompt with another question: what stands for the picture stays, so that it is not processed again."""
+    ids, sides = prompt.ids.cpu(), []
+    for text in (prompt.question, question):
+        own = model.tokenizer(_turn(model, text)[1], add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        own = torch.cat([ids[: int(ids[0] != own[0])], own])  # a token that begins every text
+        at = int((own == model.family.image_token_id(model.hf)).int().argmax())
+        sides.append((own[:at], own[at + 1 :]))
+    (before, after), (_, asked) = sides
+    stop = len(ids) - len(after)
+    if not (torch.equal(ids[: len(before)], before) and torch.equal(ids[stop:], after)):
+        return written(model, prompt.image, question)[0]
+    return torch.cat([ids[:stop], asked]).to(model.device)
+
+
+def _turn(model: Any, question: str, **image: Any) -> tuple[list[dict[str, Any]], str]:
+    """What the chat template is given, and what it makes of it."""
     processor = model.processor
     if not isinstance(question, str) or not question.strip():
         raise EmbedLensError("the question is empty: ask something, for example 'What is in the picture?'")
     if processor.image_token in question:
         raise EmbedLensError(f"the question holds the image placeholder {processor.image_token}: leave it out")
-    content = [{"type": "image", "image": shown(model, picture)}, {"type": "text", "text": question}]
+    content = [{"type": "image", **image}, {"type": "text", "text": question}]
     turn = [{"role": "user", "content": content}]
     if system := instructions_of(model).system:
         turn = [{"role": "system", "content": [{"type": "text", "text": system}]}, *turn]
@@ -133,12 +159,7 @@ def written(model: Any, picture: Image, question: str) -> tuple[Int[Tensor, " s"
             f"{model.name}: its chat template {why} for one question about one picture: take chat_template.jinja from "
             "the checkpoint as it was published"
         )
-    made = processor.apply_chat_template(
-        turn, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    text_only = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-    of_picture = {name: value for name, value in made.items() if name not in text_only}
-    return made["input_ids"][0].to(model.device), placed(model, of_picture)
+    return turn, text
 
 
 def placed(model: Any, made: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -278,7 +278,7 @@ def at_budgets(
     `items` are one question a picture (`tasks.family_questions`); `inside` the shares at which the rules of INSIDE are
     asked as well, several times as slow. Gives the rows of `run_arms` with `share`; arm "baseline" has share 1.
     """
-    tables = [run_arms(model, items, [BASELINE]).assign(share=1.0)]
+    tables = [run_arms(model, items, [BASELINE], lambda _, prompts: [None] * len(prompts)).assign(share=1.0)]
     first = model.prompt(items[0].sample.image, items[0].question.text)
     for share in shares:
         look = partial(seen, reference=reference, share=share if share in inside else None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -195,8 +196,9 @@ def steady(values: Any) -> np.ndarray:
     return np.asarray(np.round(np.asarray(values, dtype=np.float64), 12) + 0.0)
 
 
+@lru_cache(maxsize=2)  # a chapter asks for the same hundreds of times
 def draws(n: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[np.ndarray, "resamples n"]:
-    """How often each of `n` pictures is drawn in each resample."""
+    """How often each of `n` pictures is drawn in each resample; not to be written to."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 

@@ -8,7 +8,7 @@ Vision features, group masks, keys and values of what prompts share (`embedlens.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,18 +35,15 @@ from embedlens.arms import (  # noqa: F401 - arms are named as of this module, t
     sink_arms,
     skipping,
 )
-from embedlens.batches import in_batches, watched
+from embedlens.batches import watched
 from embedlens.errors import EmbedLensError
 from embedlens.groups import TokenGroups, token_groups_of
 from embedlens.interventions import MASKED, Intervention
 from embedlens.patches import PatchGrid
 from embedlens.prefix import Case, answers, identity
 from embedlens.processes import processes
-from embedlens.samples import Sample
-from embedlens.tasks import Item, able, answer_tokens, box_score, in_words_of, score
-from embedlens.vlm import Prompt, VisionLanguageModel
-
-CHUNK = 8  # batches whose pictures are held at a time, so that questions of a length find each other
+from embedlens.tasks import CHUNK, Item, able, answer_tokens, box_score, by_picture, in_words_of, prompts_about, score
+from embedlens.vlm import VisionLanguageModel
 
 
 def run_arms(
@@ -84,13 +81,15 @@ def run_arms(
     common = arms, groups, max_new_tokens
     together = processes(model.device.type)
     what = {"model": kept.of_model(model), "asked": common} if out or kept.ROWS in os.environ else None
-    chunks = list(_chunks(items, CHUNK * batch_size))
+    chunks = list(by_picture(items, CHUNK * batch_size))
     for number, places in enumerate(watched(chunks, model.name, "groups of questions")):
         if number % together.count != together.rank:
             continue
         own = {place: items[place] for place in places}
         run = partial(batches.halving, partial(_rows_of, model, own, *common), batch_size)
-        key = {place: (kept.of_sample(item.sample), item.question) for place, item in own.items()} if what else {}
+        shown = {item.sample.id: item.sample for item in own.values()}
+        of_pictures = [kept.of_sample(sample) for sample in shown.values()] if what else []
+        key = places, of_pictures, [(item.sample.id, item.question) for item in own.values()]
         found, batch_size = kept.remembered({**what, "items": key}, run, out) if what else run()
         rows += found
     rows = [row for part in together.gathered(rows) for row in part]
@@ -109,25 +108,6 @@ def _check(items: Sequence[Item], arms: Sequence[Arm], batch_size: int) -> None:
     twice = next((pair for pair in named if named.count(pair) > 1), None)
     if twice:
         raise EmbedLensError(f"two arms are named {twice[0]!r} with seed {twice[1]}: give each its own name or seed")
-    seen: dict[int, Sample] = {}
-    for item in items:
-        known = seen.setdefault(item.sample.id, item.sample)
-        if known is not item.sample and replace(known, questions=()) != replace(item.sample, questions=()):
-            raise EmbedLensError(f"two pictures have the id {item.sample.id}: give each its own, masks are drawn by it")
-
-
-def _chunks(items: Sequence[Item], most: int) -> Iterator[list[int]]:
-    """Places of questions, all of a picture together, up to `most` where a picture does not have more."""
-    of_picture: dict[int, list[int]] = {}
-    for place, item in enumerate(items):
-        of_picture.setdefault(item.sample.id, []).append(place)
-    chunk: list[int] = []
-    for places in of_picture.values():
-        if chunk and len(chunk) + len(places) > most:
-            yield chunk
-            chunk = []
-        chunk += places
-    yield chunk
 
 
 def _rows_of(
@@ -139,7 +119,7 @@ def _rows_of(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """Rows of questions whose pictures are held at the same time."""
-    prompts = _prompts(model, items, batch_size)
+    prompts = prompts_about(model, items, batch_size)
     first = {item.sample.id: place for place, item in reversed(items.items())}
     pictures = list(dict.fromkeys(item.sample.id for item in items.values()))
     found = list(groups(model, [prompts[first[picture]] for picture in pictures]))
@@ -194,29 +174,6 @@ def _rows_of(
                 }
             )
     return rows
-
-
-def _prompts(model: VisionLanguageModel, items: dict[int, Item], batch_size: int) -> dict[int, Prompt]:
-    """A prompt per question; each picture goes through the vision tower once."""
-    leading: dict[int, int] = {}
-    for place, item in items.items():
-        leading.setdefault(item.sample.id, place)
-
-    def run(_: int, places: Sequence[int]) -> Iterable[tuple[int, Prompt]]:
-        asked = [items[place] for place in places]
-        found = model.prompts([_picture(item.sample) for item in asked], [item.question.text for item in asked])
-        return zip(places, found, strict=True)
-
-    first = dict(in_batches(run, list(leading.values()), batch_size))
-    return {
-        place: first[place] if place in first else model.asked(first[leading[item.sample.id]], item.question.text)
-        for place, item in items.items()
-    }
-
-
-def _picture(sample: Sample) -> Any:
-    """The picture, without leaving it on the sample: a long list of samples would fill up with decoded pictures."""
-    return sample.image if "image" in vars(sample) else replace(sample).image
 
 
 def plan_of(arm: Arm, picture: int, groups: Any, grid: PatchGrid) -> Plan:

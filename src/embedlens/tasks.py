@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
@@ -26,8 +26,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from embedlens.asking import ANSWER_TOKENS, answer_tokens, asked_with, in_words_of  # noqa: F401
+from embedlens.batches import halving, in_batches
 from embedlens.errors import EmbedLensError
-from embedlens.samples import Question
+from embedlens.prefix import Case, answers
+from embedlens.samples import Question, Sample
 from embedlens.samples.miniworld import first_index, language, of_scene, sprites
 from embedlens.samples.miniworld import scene as scenes
 from embedlens.samples.miniworld.scene import PATCH, Scene, Thing
@@ -36,7 +38,7 @@ from embedlens.scoring import LETTERS, NAMES, OPTIONS, YES_NO, Item, box_score, 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from embedlens.vlm import VisionLanguageModel
+    from embedlens.vlm import Prompt, VisionLanguageModel
 
 POPULAR = 10  # so many most frequent categories are asked for in POPE's "popular"
 CENSUS = 1000  # training pictures in which they are counted
@@ -44,6 +46,7 @@ FIRST = 950_000  # pictures of a seed that `questions` does not reach with its k
 MOST_DRAWN = 50_000  # and how many of them there are
 GUARD = 32  # questions at a time, of each family, that tell whether it can be asked here
 MOST_GUARD = 128  # and in all
+CHUNK = 8  # batches whose pictures are held at a time, so that questions of a length find each other
 
 Quotas = dict[str, Counter[str]]  #: Kind → answer → how many questions are still wanted; the answer "" is any
 
@@ -250,38 +253,47 @@ def able(model: VisionLanguageModel, items: Sequence[Item], ask: bool = True) ->
     more often right about their own (sign test, 1 % at each of four looks). Families with no more than GUARD questions
     are not asked beforehand. Without `ask`: what is known from an earlier sweep over the same.
     """
-    known, unable = _ABLE.setdefault(model, {}), dict[str, list[Item]]()
+    known, few = _ABLE.setdefault(model, {}), dict[str, list[Item]]()
     for family in dict.fromkeys(item.question.family for item in items):
         own = [item for item in items if item.question.family == family]
-        if len(own) <= GUARD:
-            continue
-        spread = sorted(range(len(own)), key=lambda place: place * 0.618034 % 1)  # evenly, however many are asked
-        few = [own[place] for place in spread[:MOST_GUARD]]
-        key = tuple((item.sample.id, item.question) for item in few)
-        if key not in known and ask:
-            known[key] = _beats_another_picture(model, few, family)
-        if not known.get(key, True):
-            unable[family] = few
-    return unable
+        if len(own) > GUARD:
+            spread = sorted(range(len(own)), key=lambda place: place * 0.618034 % 1)  # evenly, however many are asked
+            few[family] = [own[place] for place in spread[:MOST_GUARD]]
+    keys = {family: tuple((item.sample.id, item.question) for item in own) for family, own in few.items()}
+    if ask:
+        found = _beat_another_picture(model, {family: few[family] for family in few if keys[family] not in known})
+        known |= {keys[family]: better for family, better in found.items()}
+    return {family: own for family, own in few.items() if not known.get(keys[family], True)}
 
 
-def _beats_another_picture(model: VisionLanguageModel, few: Sequence[Item], family: str) -> bool:
+def _beat_another_picture(model: VisionLanguageModel, few: Mapping[str, Sequence[Item]]) -> dict[str, bool]:
+    """Of each family; what all of them ask in a look is asked together, as many ask about the same pictures."""
     from scipy.stats import binomtest  # takes a second to import
 
-    right = np.zeros((2, 0))  # about the own picture, about another
-    for start in range(0, len(few) - 1, GUARD):
-        part = few[start : start + GUARD]
-        right = np.hstack([right, [evaluate(model, part, swap).correct for swap in (False, True)]])
-        better, worse = int((right[0] > right[1]).sum()), int((right[0] < right[1]).sum())
-        if better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.01:
-            return True
-    own, other = right.sum(1)
-    warnings.warn(
-        f"{model.name} answers {own:.0f} of {right.shape[1]} questions of {family!r} rightly, and {other:.0f} "
-        f"about another picture: {family} is not testable here, so only these are asked under every arm",
-        stacklevel=2,
-    )
-    return False
+    right = {family: np.zeros((2, 0)) for family in few}  # about the own picture, about another
+    found = dict.fromkeys(few, False)
+    for start in range(0, MOST_GUARD, GUARD):
+        looks = [family for family, own in few.items() if not found[family] and start < len(own) - 1]
+        parts = [in_words_of(model, few[family][start : start + GUARD]) for family in looks]
+        looked = [[part, _swapped(part)] for part in parts]
+        texts = iter(_answered(model, [item for both in looked for part in both for item in part]))
+        for family, both in zip(looks, looked, strict=True):
+            scores = [[score(item.question, next(texts)) for item in part] for part in both]
+            right[family] = own, other = np.hstack([right[family], scores])
+            better, worse = int((own > other).sum()), int((own < other).sum())
+            sure = better > worse and binomtest(better, better + worse, alternative="greater").pvalue < 0.01
+            found[family] = bool(sure)
+    for family in (family for family in few if not found[family]):
+        (own, other), asked = right[family].sum(1), right[family].shape[1]
+        what = f"{own:.0f} of {asked} questions of {family!r} rightly, and {other:.0f} about another picture"
+        rest = f"{family} is not testable here, so only these are asked under every arm"
+        warnings.warn(f"{model.name} answers {what}: {rest}", stacklevel=3)
+    return found
+
+
+def _swapped(items: Sequence[Item]) -> list[Item]:
+    """The same questions, about the pictures of items half the way round."""
+    return [Item(items[(i + len(items) // 2) % len(items)].sample, item.question) for i, item in enumerate(items)]
 
 
 def evaluate(
@@ -295,20 +307,68 @@ def evaluate(
         raise EmbedLensError("no questions to ask: pass at least one item")
     if swap and len(items) < 2:
         raise EmbedLensError("swapping pictures needs at least two items")
-    items, most = in_words_of(model, items), answer_tokens(model)
-    shift = len(items) // 2 if swap else 0
-    shown = [items[(i + shift) % len(items)].sample for i in range(len(items))]
-    texts: list[str] = []
-    for start in range(0, len(items), batch_size):
-        part = slice(start, start + batch_size)
-        prompts = model.prompts([sample.image for sample in shown[part]], [item.question.text for item in items[part]])
-        texts += model.answers(prompts, most, batch_size)
+    items = in_words_of(model, items)
+    items = _swapped(items) if swap else items
     columns = ["id", "question", "answer", "prediction", "correct"]
     rows = (
-        (sample.id, item.question.text, item.question.answer, text, score(item.question, text))
-        for item, sample, text in zip(items, shown, texts, strict=True)
+        (item.sample.id, item.question.text, item.question.answer, text, score(item.question, text))
+        for item, text in zip(items, _answered(model, items, batch_size), strict=True)
     )
     return pd.DataFrame(rows, columns=columns)
+
+
+def _answered(model: VisionLanguageModel, items: Sequence[Item], batch_size: int = 32) -> list[str]:
+    """Answers to questions as they are worded; those on a picture share what it costs."""
+    found, most = dict[int, str](), answer_tokens(model)
+
+    def texts(own: dict[int, Item], size: int) -> list[str]:
+        asked = prompts_about(model, own, size)
+        return answers(model, [Case(asked[place], kind=item.question.kind) for place, item in own.items()], most, size)
+
+    for places in by_picture(items, CHUNK * batch_size):
+        said, batch_size = halving(partial(texts, {place: items[place] for place in places}), batch_size)
+        found |= dict(zip(places, said, strict=True))
+    return [found[place] for place in range(len(items))]
+
+
+def by_picture(items: Sequence[Item], most: int) -> Iterator[list[int]]:
+    """Places of questions, all of a picture together, up to `most` where a picture does not have more."""
+    of_picture: dict[int, list[int]] = {}
+    for place, item in enumerate(items):
+        known = items[of_picture.setdefault(item.sample.id, [place])[0]].sample
+        if known is not item.sample and replace(known, questions=()) != replace(item.sample, questions=()):
+            raise EmbedLensError(f"two pictures have the id {item.sample.id}: give each its own, masks are drawn by it")
+        of_picture[item.sample.id].append(place)
+    chunk: list[int] = []
+    for _, *places in of_picture.values():
+        if chunk and len(chunk) + len(places) > most:
+            yield chunk
+            chunk = []
+        chunk += places
+    yield chunk
+
+
+def prompts_about(model: VisionLanguageModel, items: Mapping[int, Item], batch_size: int) -> dict[int, Prompt]:
+    """A prompt per question; each picture goes through the vision tower once."""
+    leading: dict[int, int] = {}
+    for place, item in items.items():
+        leading.setdefault(item.sample.id, place)
+
+    def run(_: int, places: Sequence[int]) -> Iterable[tuple[int, Prompt]]:
+        asked = [items[place] for place in places]
+        found = model.prompts([_picture(item.sample) for item in asked], [item.question.text for item in asked])
+        return zip(places, found, strict=True)
+
+    first = dict(in_batches(run, list(leading.values()), batch_size))
+    return {
+        place: first[place] if place in first else model.asked(first[leading[item.sample.id]], item.question.text)
+        for place, item in items.items()
+    }
+
+
+def _picture(sample: Sample) -> Any:
+    """The picture, without leaving it on the sample: a long list of samples would fill up with decoded pictures."""
+    return sample.image if "image" in vars(sample) else replace(sample).image
 
 
 def metric_parts(table: pd.DataFrame, family: str, metric: Metric, correct: str) -> tuple[pd.Series, Any, Any]:

@@ -27,7 +27,7 @@ from embedlens.families import family_of, supported_classes
 from embedlens.families.plain import Features
 from embedlens.pictures import Picture, in_memory, open_picture
 from embedlens.prompts import QUESTION as QUESTION
-from embedlens.prompts import Prompt, Side, assembled, carried, grid_of, padded, placed, shown, written
+from embedlens.prompts import Prompt, Side, assembled, carried, grid_of, padded, placed, reworded, shown, written
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -194,7 +194,7 @@ class VisionLanguageModel:
 
     def asked(self, prompt: Prompt, question: str) -> Prompt:
         """Another question about the same picture, which does not go through the vision tower again."""
-        ids, _ = written(self, prompt.image, question)
+        ids = reworded(self, prompt, question)
         marked = prompt.ids == self.family.image_token_id(self.hf)
         deep = prompt.deep
         if deep is not None:  # newlines bring nothing there
