@@ -270,9 +270,7 @@ def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
     [True, True, False, False]
     """
     checked_budget(budget, len(values))
-    keep = torch.zeros(len(values), dtype=torch.bool)
-    keep[values.float().cpu().argsort(stable=True)[:budget]] = True
-    return keep
+    return values.float().cpu().argsort(stable=True).argsort() < budget
 
 
 def checked_budget(budget: int, n: int) -> int:

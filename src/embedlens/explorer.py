@@ -135,7 +135,6 @@ def explore(
     """Look at every visual token of a picture: words by lens and layer, group, norm, and what the answer attends to.
 
     Args:
-        model: from `embedlens.load`.
         image: a picture, or several to choose from.
         question: what is asked; attention is that of the answer to it.
         k: words per token; by default 5, of large pictures 3.
@@ -169,7 +168,8 @@ def explore(
     words = _Dictionary()
     scenes: list[dict[str, Any]] = []
     for place, one in enumerate(images):
-        name = str(names[place]) if names else _name(one, place)
+        called = Path(one).name if isinstance(one, (str, os.PathLike)) else f"picture {place + 1}"
+        name = str(names[place]) if names else called
         prompt = model.prompt(one, question)
         if patch is not None and patch not in range(len(prompt.grid)):
             raise EmbedLensError(f"no patch {patch} in {name}: it has 0 to {len(prompt.grid) - 1}")
@@ -179,10 +179,6 @@ def explore(
         scenes.append({"name": name, **scene})
     start = {"layer": int(layer)} | ({} if patch is None else {"patch": int(patch)})
     return Explorer(scenes, list(words.numbers), model.name, twin, start)
-
-
-def _name(image: Picture, place: int) -> str:
-    return Path(image).name if isinstance(image, (str, os.PathLike)) else f"picture {place + 1}"
 
 
 class _Dictionary:

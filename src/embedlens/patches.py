@@ -78,13 +78,11 @@ class Frame:
     @classmethod
     def of(cls, preprocessing: str, width: int, height: int, side: int) -> Frame:
         """The frame of a picture under a named preprocessing with a square canvas of `side` px."""
-        if preprocessing == "letterbox":
-            return cls.letterbox(width, height)
+        if preprocessing not in PREPROCESSINGS:
+            raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
         if preprocessing == "centre-crop":
             return cls.centre_crop(width, height, side)
-        if preprocessing == "stretch":
-            return cls.stretch(width, height)
-        raise EmbedLensError(f"unknown preprocessing {preprocessing!r}: choose one of {', '.join(PREPROCESSINGS)}")
+        return cls.letterbox(width, height) if preprocessing == "letterbox" else cls.stretch(width, height)
 
     @classmethod
     def _of(cls, width: int, height: int, *window: int | Fraction) -> Frame:
@@ -171,8 +169,7 @@ class PatchGrid:
         if self.given is not None:
             return self.given
         x0, y0, x1, y1 = self.frame.window
-        columns, lines = _even(x0, (x1 - x0) / self.cols, self.cols), _even(y0, (y1 - y0) / self.rows, self.rows)
-        return columns, lines
+        return _even(x0, (x1 - x0) / self.cols, self.cols), _even(y0, (y1 - y0) / self.rows, self.rows)
 
     def _row_col(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

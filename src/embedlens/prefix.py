@@ -198,7 +198,9 @@ def _decoded(
     for row, cases in enumerate(asked):
         stop = embeds.shape[1]
         for number, case in reversed(list(enumerate(cases))):
-            end, length, closed = _end(case.prompt), len(case.prompt), _closed(case.plan)
+            end, length = _end(case.prompt), len(case.prompt)
+            closing = [value for value in case.plan if isinstance(value, Prune) and value.positions != "keep"]
+            closed = sum(int(_mask_of(value).sum()) for value in closing)  # positions after the picture
             own[row, stop - (length - end) : stop] = FIRST + number
             positions[row, stop - (length - end) : stop] = torch.arange(end, length) - closed
             questions.append((row, number, stop - 1, length - closed))
@@ -236,11 +238,6 @@ def _decoded(
         positions[at, columns] = following[going] + step
         embeds = embedding(ids.to(model.device))
     return [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
-
-
-def _closed(plan: Sequence[Intervention]) -> int:
-    """By how much the positions of what follows the picture close up."""
-    return sum(int(_mask_of(value).sum()) for value in plan if isinstance(value, Prune) and value.positions != "keep")
 
 
 def _remembers(model: VisionLanguageModel, prompt: Prompt) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -46,10 +47,8 @@ class PictureProbe:
 
     def table(self) -> str:
         """The patch grid as text, one line per rank, words in the bars marked; one table for each view."""
-        start, parts = 0, []
-        for view in self.grid.views:
-            parts.append(_table(view, self.words[start : start + len(view)]))
-            start += len(view)
+        words = iter(self.words)
+        parts = [_table(view, list(islice(words, len(view)))) for view in self.grid.views]
         if len(parts) == 1:
             return parts[0]
         return "\n\n".join(f"view {i} of {len(parts)}\n{part}" for i, part in enumerate(parts, 1))
@@ -94,11 +93,7 @@ def probe_picture(
 
 
 def nearest_words(model: VisionLanguageModel, sample: Sample, seen: PictureProbe) -> Figure:
-    """The nearest word on every patch; a thick outline where it names the object that the patch lies in.
-
-    Args:
-        seen: `probe_picture` of the sample.
-    """
+    """The nearest word on every patch of `seen`; a thick outline where it names the object that the patch lies in."""
     named, objects = named_patches(model, sample, seen.grid, seen.ids[:, :1])
     title = f"{int(named.sum())} of {int(objects.sum())} object patches are nearest to their object's name"
     return patch_figure(seen.image, seen.grid, [row[0] for row in seen.words], title, named, _footer(seen))
@@ -119,12 +114,8 @@ def named_objects(model: VisionLanguageModel, sample: Sample, seen: PictureProbe
 
 
 def in_groups(seen: PictureProbe, groups: TokenGroups, title: str = "") -> Figure:
-    """Every patch outlined by its group, with the nearest word at its foot.
-
-    Args:
-        groups: `token_groups` of the picture of `seen`.
-        title: default: how many tokens are alive and dead.
-    """
+    """Every patch outlined by its group, of `token_groups`, with the nearest word at its foot; the title is by default
+    how many tokens are alive and dead."""
     alive, dead = int(groups.alive.sum()), int(groups.dead.sum())
     title = title or f"{alive} of {len(groups.alive)} tokens are alive, {dead} dead"
     return group_figure(seen.image, seen.grid, groups.named, [row[0] for row in seen.words], title, _footer(seen))

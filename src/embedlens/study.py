@@ -63,7 +63,6 @@ def run(
         study: (model, sample) → a flat record {name: number, text, bool or None}, or several. With `batch_size` it
             gets a list of samples and gives, for each, its record or records. What else it needs is bound with
             `functools.partial` and is part of what identifies the run; of globals, functions and plain values are.
-        model: from `embedlens.load`.
         samples: any iterable; read once, a batch at a time. Pictures that the study opens are let go.
         out: a folder for rows; a call that finds its own chunks there goes on from them.
         batch_size: samples at a time; batches are the same whatever the number of processes. "auto": as many as fit,
