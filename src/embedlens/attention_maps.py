@@ -27,8 +27,6 @@ def attention(
     [queries, keys] matrix is held. Rows sum to the share of attention that falls on the picture, at most 1.
 
     Args:
-        model: from `embedlens.load`.
-        prompt: from `model.prompt`.
         answer: what the model says, such as `model.answer(prompt)`, or its ids; it is read as if generated: a word that
             is glued to the prompt has its space.
         question: whether every token of `question_ids` is a query, too.
