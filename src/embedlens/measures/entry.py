@@ -39,9 +39,7 @@ def entering(layer: int, trained: bool = False) -> str:
 
 
 def frozen_until(layer: int) -> Arm:
-    """The control of late entry: no updates of visual tokens below a layer, but text reads them there, which late entry
-    takes away too.
-    """
+    """The control of late entry: no updates of visual tokens below a layer, but text reads them there."""
     return everywhere(f"frozen until {layer}", *(Silence(part, range(layer)) for part in ("attention", "mlp")))
 
 
