@@ -87,6 +87,4 @@ def quiet(model: str, hidden: bool = False) -> dict[str, Any]:
     >>> quiet("llava-hf/llava-1.5-7b-hf"), quiet("miniature")
     ({}, {'disable': None})
     """
-    if hidden:
-        return {"disable": True}
-    return {"disable": None} if unsigned(str(model)) == MINIATURE else {}
+    return {"disable": hidden or None} if hidden or unsigned(str(model)) == MINIATURE else {}

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from embedlens.errors import EmbedLensError
 from embedlens.readings import Protocol
-from embedlens.redundancy import LLAVA_RMS, VARIANTS, TokenScores, dpc_knn
+from embedlens.redundancy import LLAVA_RMS, TokenScores, dpc_knn, place_of
 
 if TYPE_CHECKING:
     from embedlens.vlm import VisionLanguageModel
@@ -68,8 +68,7 @@ class Recipe:
     rms: float | None = None  #: Unit of the tokens while they are clustered; see `dpc_knn`
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise EmbedLensError(f"unknown variant {self.variant!r}: use 'released' or 'textbook'")
+        place_of(self.variant)
         for name in ("most_in_picture", "more_pictures"):
             value = getattr(self, name)
             if value < 0 or (isinstance(value, float) and value > 1):
@@ -223,7 +222,7 @@ def build(
         what = f"{len(tokens)} pictures' tokens, {len(scores)} scores, {len(image_ids)} ids"
         raise EmbedLensError(f"{what}: pass one each, at least one")
     kept: list[list[Tensor]] = []
-    candidates, at, most = 0, VARIANTS.index(recipe.variant), recipe.most_in_picture
+    candidates, at, most = 0, place_of(recipe.variant), recipe.most_in_picture
     for every, score, image_id in zip(tokens, scores, image_ids, strict=True):
         sampled = every.detach().float().cpu()[score.places]
         low = (score.probability < thresholds.probability) & (score.cascade(recipe.variant) < thresholds.divergence)
@@ -263,9 +262,7 @@ def keep_lowest(values: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
     [True, True, False, False]
     """
     checked_budget(budget, len(values))
-    keep = torch.zeros(len(values), dtype=torch.bool)
-    keep[values.float().cpu().argsort(stable=True)[:budget]] = True
-    return keep
+    return values.float().cpu().argsort(stable=True).argsort() < budget
 
 
 def checked_budget(budget: int, n: int) -> int:

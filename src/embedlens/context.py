@@ -20,6 +20,7 @@ from torch import Tensor
 from embedlens.batches import in_batches
 from embedlens.errors import EmbedLensError, writing
 from embedlens.lenses import EmbedLens
+from embedlens.prompts import side_by_side
 from embedlens.vlm import Prompt, VisionLanguageModel
 
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
@@ -84,11 +85,8 @@ class ContextLens(EmbedLens):
             raise EmbedLensError(f"layers are {layers}: pass some of 1 to {model.n_layers}; layer 0 has no context yet")
         if isinstance(texts, str):
             raise EmbedLensError("the texts are one text: pass a list of them")
-        for name, given, least in (
-            ("per_word", per_word, 1),
-            ("batch_size", batch_size, 1),
-            ("most", most, len(layers)),
-        ):
+        limits = {"per_word": (per_word, 1), "batch_size": (batch_size, 1), "most": (most, len(layers))}
+        for name, (given, least) in limits.items():
             if given < least:
                 raise EmbedLensError(f"{name} is {given}: pass at least {least}")
         if model.intervention is not None:
@@ -152,7 +150,10 @@ class ContextLens(EmbedLens):
 
         file = Path(file).expanduser()
         told = {"words": list(self.tokens), "places": self._places, "texts": self._texts, "model": self._model}
-        parts = {"vectors": _halved(self._vectors).cpu().contiguous(), "layer": self.layer.cpu()}
+        # half precision; what is too large for it is made shorter, as only directions are compared
+        too_large = self._vectors.float().abs().amax(-1, keepdim=True) / torch.finfo(torch.half).max
+        halved = (self._vectors.float() / too_large.clamp(min=1)).half()
+        parts = {"vectors": halved.cpu().contiguous(), "layer": self.layer.cpu()}
         with writing(file):
             try:
                 save_file(parts, file, metadata={"format": FORMAT, "told": json.dumps(told)})
@@ -184,12 +185,6 @@ class ContextLens(EmbedLens):
         return cls(
             parts["vectors"].to(model.device), known["words"], parts["layer"], places, known["texts"], known["model"]
         )
-
-
-def _halved(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Half precision; what is too large for it is made shorter, as only directions are compared."""
-    largest = vectors.float().abs().amax(-1, keepdim=True)
-    return (vectors.float() / (largest / torch.finfo(torch.half).max).clamp(min=1)).half()
 
 
 def _spaced(n_layers: int) -> list[int]:
@@ -240,12 +235,8 @@ def _read(
 
 def _stream(model: VisionLanguageModel, ids: Sequence[Sequence[int]]) -> list[Float[Tensor, "b s d"]]:
     """What enters the first block and what leaves each, of texts padded on the right."""
-    longest = max(map(len, ids))
-    rows = torch.zeros(len(ids), longest, dtype=torch.long, device=model.device)
-    mask = torch.zeros_like(rows)
-    for row, own in enumerate(ids):
-        rows[row, : len(own)] = torch.tensor(own)
-        mask[row, : len(own)] = 1
+    texts = [torch.tensor(own, device=model.device) for own in ids]
+    rows, mask = side_by_side(texts, "right"), side_by_side([torch.ones_like(own) for own in texts], "right")
     with model.lock, model.recording() as layers:
         model.decoder(inputs_embeds=model.hf.get_input_embeddings()(rows), attention_mask=mask, use_cache=False)
     return layers

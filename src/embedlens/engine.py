@@ -214,9 +214,7 @@ class Run:
         hidden = args[0] if args else kwargs["hidden_states"]
         gone = gone.to(hidden.device)
         before = gone.cumsum(1) if self._prefill else gone.sum(1, keepdim=True)
-        places = self._positions
-        if places is None:
-            places = self._cached + torch.arange(hidden.shape[1])[None]
+        places = self._cached + torch.arange(hidden.shape[1])[None] if self._positions is None else self._positions
         # a row that has left keeps a position of its own, which nothing reads
         places = (places.to(hidden.device) - before).clamp_min(0)
         return args, {**kwargs, "position_embeddings": self.model.decoder.rotary_emb(hidden, places)}
@@ -228,10 +226,7 @@ class Run:
         rows = rows.to(device)
         hidden_keys = nn.functional.pad(rows, (0, keys - rows.shape[1]))[:, None, None, :]
         # The rows themselves keep their view: their updates are zeroed, and a row that sees nothing would be NaN.
-        others = torch.ones((), dtype=torch.bool, device=device)
-        if self._prefill:
-            others = ~rows[:, None, :, None]
-        seen = ~(hidden_keys & others)
+        seen = ~(hidden_keys & ~rows[:, None, :, None]) if self._prefill else ~hidden_keys
         kernel = self.model.decoder.config._attn_implementation
         if kernel not in ("sdpa", "eager") or (stock is not None and stock.ndim != 4):
             raise EmbedLensError(f"{kernel!r} attention hides no visual tokens: set_attn_implementation('sdpa') first")

@@ -163,7 +163,8 @@ def explore(
     words = _Dictionary()
     scenes: list[dict[str, Any]] = []
     for place, one in enumerate(images):
-        name = str(names[place]) if names else _name(one, place)
+        called = Path(one).name if isinstance(one, (str, os.PathLike)) else f"picture {place + 1}"
+        name = str(names[place]) if names else called
         prompt = model.prompt(one, question)
         if patch is not None and patch not in range(len(prompt.grid)):
             raise EmbedLensError(f"no patch {patch} in {name}: it has 0 to {len(prompt.grid) - 1}")
@@ -173,10 +174,6 @@ def explore(
         scenes.append({"name": name, **scene})
     start = {"layer": int(layer)} | ({} if patch is None else {"patch": int(patch)})
     return Explorer(scenes, list(words.numbers), model.name, twin, start)
-
-
-def _name(image: Picture, place: int) -> str:
-    return Path(image).name if isinstance(image, (str, os.PathLike)) else f"picture {place + 1}"
 
 
 class _Dictionary:

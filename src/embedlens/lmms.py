@@ -221,7 +221,7 @@ def one_question(messages: Sequence[Mapping[str, Any]]) -> tuple[Image, str]:
     pictures = [part["url"] for part in parts if part["type"] == "image"]
     other = [part["type"] for part in parts if part["type"] not in ("image", "text")]
     if len(pictures) != 1 or other:
-        what = f"{', '.join(other)}" if other else f"{len(pictures)} pictures"
+        what = ", ".join(other) or f"{len(pictures)} pictures"
         raise EmbedLensError(f"a question comes with {what}: choose tasks with one picture a question")
     return pictures[0], "\n".join(part["text"] for part in parts if part["type"] == "text").strip()
 

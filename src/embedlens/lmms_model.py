@@ -92,7 +92,8 @@ class EmbedLensModel(Base):
         try:
             plugin.check_keys(sorted({request.args[4] for request in requests}), Path(lmms_eval.tasks.__file__).parent)
             said = self.answerer.answers(requests, self._asked)
-            bar = tqdm(said, total=len(requests), disable=self._quiet(), unit="question")
+            quiet = self.rank != 0 or bool(os.environ.get("TQDM_DISABLE"))
+            bar = tqdm(said, total=len(requests), disable=quiet, unit="question")
             for one, request in zip(bar, requests, strict=True):
                 context, _, kwargs, *_ = request.args
                 self.cache_hook.add_partial("generate_until", (context, kwargs), one.text)
@@ -107,9 +108,6 @@ class EmbedLensModel(Base):
         _, messages_of, kwargs, doc_id, task, split = request.args
         picture, question = plugin.one_question(messages_of(self.task_dict[task][split][doc_id]))
         return plugin.Asked(picture, question, int(doc_id), *plugin.generation(kwargs))
-
-    def _quiet(self) -> bool:
-        return self.rank != 0 or bool(os.environ.get("TQDM_DISABLE"))
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Not supported: an intervention is defined on answers here."""

@@ -160,8 +160,7 @@ class PatchGrid:
         if self.given is not None:
             return self.given
         x0, y0, x1, y1 = self.frame.window
-        columns, lines = _even(x0, (x1 - x0) / self.cols, self.cols), _even(y0, (y1 - y0) / self.rows, self.rows)
-        return columns, lines
+        return _even(x0, (x1 - x0) / self.cols, self.cols), _even(y0, (y1 - y0) / self.rows, self.rows)
 
     def _row_col(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

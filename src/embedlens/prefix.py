@@ -190,7 +190,9 @@ def _decoded(
     for row, cases in enumerate(asked):
         stop = embeds.shape[1]
         for number, case in reversed(list(enumerate(cases))):
-            end, length, closed = _end(case.prompt), len(case.prompt), _closed(case.plan)
+            end, length = _end(case.prompt), len(case.prompt)
+            closing = [value for value in case.plan if isinstance(value, Prune) and value.positions != "keep"]
+            closed = sum(int(_mask_of(value).sum()) for value in closing)  # positions after the picture
             own[row, stop - (length - end) : stop] = FIRST + number
             positions[row, stop - (length - end) : stop] = torch.arange(end, length) - closed
             questions.append((row, number, stop - 1, length - closed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -45,10 +46,8 @@ class PictureProbe:
 
     def table(self) -> str:
         """The patch grid as text, one line per rank, words in the bars marked; one table for each view."""
-        start, parts = 0, []
-        for view in self.grid.views:
-            parts.append(_table(view, self.words[start : start + len(view)]))
-            start += len(view)
+        words = iter(self.words)
+        parts = [_table(view, list(islice(words, len(view)))) for view in self.grid.views]
         if len(parts) == 1:
             return parts[0]
         return "\n\n".join(f"view {i} of {len(parts)}\n{part}" for i, part in enumerate(parts, 1))

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from embedlens.arms import BASELINE, SEEDS, Arm, Plan
@@ -124,10 +124,6 @@ def plans_inside(
     A stage ranks what the stages before it have left, by attention that is read with those gone; `attention` is that of
     `attended` with all tokens. `stages` are of each prompt, from `Inside.left` or `Inside.averaging`.
     """
-
-    def last(prompt: Prompt) -> Int[Tensor, " 1"]:
-        return torch.tensor([len(prompt) - 1])
-
     layers = rule.layers(model.n_layers)
     if len(stages) != len(prompts) or any(tuple(layer for layer, _ in own) != layers for own in stages):
         what = f"{len(stages)} schedules for {len(prompts)} prompts"
@@ -141,7 +137,8 @@ def plans_inside(
         if stage or attention is None:
             with intervene(model, *before) if before else nullcontext():
                 upto = layer + rule.ranked + 1
-                attention = [own[:, -1] for own in attention_of(model, prompts, last, upto, batch_size)]
+                read = attention_of(model, prompts, lambda prompt: torch.tensor([len(prompt) - 1]), upto, batch_size)
+                attention = [own[:, -1] for own in read]
         masks = []
         for i, (own, weights) in enumerate(zip(stages, attention, strict=True)):
             weight = weights[layer + rule.ranked].cpu().masked_fill(gone[i], -torch.inf)

@@ -90,7 +90,7 @@ def divergence(
     >>> round(float(divergence(p, q, "textbook")), 6), round(float(divergence(p, q, "released")), 6)
     (0.130812, 0.071921)
     """
-    _place_of(variant)
+    place_of(variant)
     if intact.shape != without.shape:
         shapes = f"logits of shapes {tuple(intact.shape)} and {tuple(without.shape)}"
         raise EmbedLensError(f"{shapes}: pass both runs of the same tokens")
@@ -104,8 +104,8 @@ def divergence(
     return (value / 2).clamp_min(0).float()
 
 
-def _place_of(variant: str) -> int:
-    """Its place in VARIANTS."""
+def place_of(variant: str) -> int:
+    """Place of a variant in VARIANTS; one that is not there is refused."""
     if variant not in VARIANTS:
         raise EmbedLensError(f"unknown variant {variant!r}: use 'released' or 'textbook'")
     return VARIANTS.index(variant)
@@ -177,7 +177,7 @@ class TokenScores:
 
     def cascade(self, variant: str = "released") -> Float[Tensor, " m"]:
         """D: weighted sum of both divergences (weights 1 and 16 in every released config)."""
-        at = _place_of(variant)
+        at = place_of(variant)
         return self.weights[0] * self.region[:, at] + self.weights[1] * self.picture[:, at]
 
 
