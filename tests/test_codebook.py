@@ -1,6 +1,5 @@
 """Promises of the codebook: planted redundancy is found and nothing else, it is stored with its origin, it selects."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -107,18 +106,6 @@ def test_a_foreign_codebook_and_a_file_that_is_none_are_refused(tmp_path):
         small().extend(small(model="other"))
     with pytest.raises(EmbedLensError, match="codebook is empty"):
         small(0)
-
-
-def test_a_released_codebook_is_read_without_running_it(tmp_path):
-    torch.save(small().prototypes.half(), tmp_path / "book.pt")
-    (tmp_path / "ids.json").write_text(json.dumps(["000000000139", "000000000139", "285", "632"]))
-    found = Codebook.read_released(tmp_path / "book.pt", tmp_path / "ids.json", "llava")
-    assert found.image_ids.tolist() == [139, 139, 285, 632] and found.prototypes.dtype == torch.float32
-    torch.save(SimpleNamespace(rows=small().prototypes), tmp_path / "code.pt")  # a pickle of anything else
-    with pytest.raises(EmbedLensError, match="cannot be read as a matrix"):
-        Codebook.read_released(tmp_path / "code.pt", tmp_path / "ids.json", "llava")
-    with pytest.raises(EmbedLensError, match="pass a matrix"):
-        Codebook.read_released(tmp_path / "book.pt", ["1"], "llava")
 
 
 def test_extending_adds_rows():

@@ -180,26 +180,6 @@ class Codebook:
             found.check(model)
         return found
 
-    @classmethod
-    def read_released(cls, file: Path | str, ids: Path | str | Sequence[int | str], model: str) -> Codebook:
-        """A codebook as the authors release it: a `.pt` with the matrix [n, d], a `.json` with the picture of each row.
-        Only tensors are read from the `.pt` (`weights_only`), as a pickle may otherwise run code. The files do not say
-        which model they are of: pass what `embedlens.load` takes for it."""
-        try:
-            matrix = torch.load(file, map_location="cpu", weights_only=True)
-            listed = json.loads(Path(ids).read_text(encoding="utf-8")) if isinstance(ids, (str, Path)) else list(ids)
-        except Exception as error:  # pickle, zip and JSON have no common error; a missing file is named in its own
-            what = f"{file} and its ids cannot be read as a matrix and a list"
-            raise EmbedLensError(f"{what}: download both again ({error})") from None
-        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or len(matrix) != len(listed):
-            shape = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise EmbedLensError(f"{file} holds {shape} with {len(listed)} ids: pass a matrix [n, d] and n ids")
-        numbers = {name: place for place, name in enumerate(dict.fromkeys(map(str, listed)))}
-        own = [int(name) if str(name).isdigit() else numbers[str(name)] for name in listed]
-        unknown, none = torch.full((len(matrix),), torch.nan), torch.full((len(matrix),), -1)
-        rows = (matrix.float(), torch.tensor(own), none, unknown, unknown, unknown, none)
-        return cls(*rows, model, {"read from": "a release"})
-
 
 def build(
     model: VisionLanguageModel,

@@ -247,11 +247,6 @@ def _handing(blocks: Iterable[nn.Module], mask: Tensor) -> Iterator[None]:
         yield
 
 
-def _closed(plan: Sequence[Intervention]) -> int:
-    """By how much the positions of what follows the picture close up."""
-    return sum(int(_mask_of(value).sum()) for value in plan if isinstance(value, Prune) and value.positions != "keep")
-
-
 def _remembers(model: VisionLanguageModel, prompt: Prompt) -> bool:
     """Whether a question behind a remembered picture is read as in the whole prompt: tried once for each model."""
     config = model.decoder.config
