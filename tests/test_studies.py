@@ -1,31 +1,19 @@
-"""embedlens run: the same record in one process and in two, estimates before a long run, mistakes named at once."""
+"""embedlens run: whose record is written where, estimates before a long run, mistakes named at once."""
 
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import pytest
-import test_study
-import torch
-from test_study import LAUNCHED, of_batch, pictures, same, stand_in
+from test_study import LAUNCHED
 from typer.testing import CliRunner
 
-from embedlens import EmbedLensError, load, records, run, sweep, tasks
+from embedlens import EmbedLensError, records, sweep, tasks
 from embedlens.__main__ import app
-from embedlens.kept import ROWS
 from embedlens.measures import anatomy
 from embedlens.studies import STUDIES, run_named
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TABLE = pd.DataFrame({"correct": [True]})
-BAD = {104: EmbedLensError("104 is damaged: get a complete copy")}
 RECORD = "results/miniature/09_other_models.json"
 
 
@@ -38,87 +26,6 @@ def few_to_calibrate(monkeypatch):
 def long_sides(model, sample):
     """A study of the reader's own."""
     return {"side": max(sample.image.size), "tokens": len(model.prompt(sample.image, "What?").grid)}
-
-
-def in_each_process(folder: str) -> None:
-    """Studies whose rows depend on their company, kept and not; a sweep, the longest part of chapters 03, 04, 07, 08.
-
-    What this process measured lies beside the tables; a sample cannot be read.
-    """
-    torch.set_num_threads(1)
-    for name, out in (("kept", Path(folder, "rows")), ("dropped", None)):
-        test_study.CALLS.clear()
-        table = run(of_batch, stand_in(), pictures(23, BAD), out, batch_size=4)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "alone"
-        table.to_pickle(Path(folder, f"{name}-{rank}.pkl"))
-        Path(folder, f"{name}-{rank}").write_text(" ".join(map(str, test_study.CALLS)))
-    answered: list[str] = []
-
-    def some(model, items, *more):
-        answered.extend(map(str, items))
-        return real(model, items, *more)
-
-    real, chunk = sweep._rows_of, sweep.CHUNK
-    sweep._rows_of, sweep.CHUNK = some, 1
-    try:
-        model, items = load("miniature", device="cpu"), tasks.questions("existence", 6, 0)
-        arms = [sweep.BASELINE]
-        table = sweep.run_arms(model, items, arms, lambda _, prompts: [None] * len(prompts), batch_size=2)
-    finally:
-        sweep._rows_of, sweep.CHUNK = real, chunk
-    table.to_pickle(Path(folder, f"swept-{rank}.pkl"))
-    Path(folder, f"swept-{rank}").write_text(" ".join(answered))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:1 of 23")
-def test_two_processes_write_the_records_and_tables_that_one_writes(tmp_path, monkeypatch):
-    """A notebook with its parameters, as a script, behind a launcher, as the page says; then a study by its command."""
-    command = ["run", "other_models", "-n", "4", "--batch-size", "2", "--device", "cpu", "--results", "results"]
-    parameters = {"n_images": 4, "out": "results"}
-    lines = ["import sys, embedlens.groups", "embedlens.groups.CALIBRATION = 4"] + [
-        cell["source"] + f"\nglobals().update({parameters})" * ("parameters" in cell["metadata"].get("tags", []))
-        for cell in nbformat.read(ROOT / "notebooks/01_motivation_clustering.ipynb", as_version=4)["cells"]
-        if cell["cell_type"] == "code" and "tsne" not in cell["source"]  # which takes half the time
-    ]
-    lines += [f"sys.path.append({str(Path(__file__).parent)!r})", "import test_studies"]
-    lines += ["test_studies.in_each_process('.')", f"sys.argv[1:] = {command}"]
-    lines += ["from embedlens.__main__ import main", "main()"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-        (folder / "chapter.py").write_text("\n".join(lines), encoding="utf-8")
-    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", ROWS: str(two / "kept")}
-    how = {"cwd": two, "env": os.environ | environment, "capture_output": True, "text": True, "timeout": 600}
-    done = subprocess.run([*LAUNCH, "chapter.py"], **how)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
-    monkeypatch.chdir(one)
-    monkeypatch.setenv(ROWS, str(one / "kept"))
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path("chapter.py", run_name="__main__")
-    assert not ended.value.code
-
-    files = [sorted((folder / "results/miniature").iterdir()) for folder in (one, two)]
-    assert [file.stem for file in files[1]] == ["01_motivation_clustering", "09_other_models"]
-    found = [[json.loads(file.read_text(encoding="utf-8")) for file in of] for of in files]
-    assert found[0] == found[1] and [record["n_images"] for record in found[1]] == [4, 4]
-    tables = [folder / "runs/miniature/other_models/table.csv" for folder in (one, two)]
-    assert tables[0].read_bytes() == tables[1].read_bytes() and len([*tables[0].parent.glob("*.json")]) == 2
-
-    for name in ("kept", "dropped", "swept"):
-        alone, *shared = (pd.read_pickle(folder) for folder in (one / f"{name}-alone.pkl", *two.glob(f"{name}-?.pkl")))
-        for table in shared:
-            same(table, alone)
-            assert table.attrs == alone.attrs
-        measured = [set((two / f"{name}-{rank}").read_text().split()) for rank in (0, 1)]
-        assert all(measured) and not measured[0] & measured[1]  # they did share the work
-        assert measured[0] | measured[1] == set((one / f"{name}-alone").read_text().split())
-    test_study.CALLS.clear()
-    again = run(of_batch, stand_in(), pictures(23, BAD), two / "rows", batch_size=4)
-    same(again, pd.read_pickle(one / "kept-alone.pkl"))
-    assert set(test_study.CALLS) <= {104, 105, 106, 107}  # one goes on from what two left, trying again what failed
 
 
 def test_a_study_of_the_readers_own_is_found_by_its_name_and_resumed(tmp_path, monkeypatch):

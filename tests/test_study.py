@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 from functools import partial, wraps
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,13 +24,17 @@ from pandas.testing import assert_frame_equal
 from PIL import Image
 from torch import nn
 
-from embedlens import EmbedLensError, Rescale, intervene, kept, run
+from embedlens import EmbedLensError, Rescale, intervene, kept, load, run, sweep, tasks
 from embedlens.processes import own_device
 from embedlens.samples import Sample
 from embedlens.study import ON_CPU, fitting_batch_size
 from embedlens.vlm import VisionLanguageModel
 
+ROOT = Path(__file__).parents[1]
 LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # by torchrun
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+BAD = {104: EmbedLensError("104 is damaged: get a complete copy")}
 CALLS: list[int] = []  # ids that a study was asked about; a global, so that it is no parameter of the study
 BUGS: set[int] = set()
 
@@ -413,6 +420,94 @@ def test_what_is_no_record_gets_its_sentence(given, batch_size, sentence):
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
+
+
+def in_each_process(folder: str) -> None:
+    """Studies whose rows depend on their company, kept and not; a sweep, the longest part of chapters 03, 04, 07, 08.
+
+    What this process measured lies beside the tables; a sample cannot be read.
+    """
+    for name, out in (("kept", Path(folder, "rows")), ("dropped", None)):
+        CALLS.clear()
+        table = run(of_batch, stand_in(), pictures(23, BAD), out, batch_size=4)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "alone"
+        table.to_pickle(Path(folder, f"{name}-{rank}.pkl"))
+        Path(folder, f"{name}-{rank}").write_text(" ".join(map(str, CALLS)))
+    answered: list[str] = []
+
+    def some(model, items, *more):
+        answered.extend(map(str, items))
+        return real(model, items, *more)
+
+    real, chunk = sweep._rows_of, sweep.CHUNK
+    sweep._rows_of, sweep.CHUNK = some, 1
+    try:
+        model, items = load("miniature", device="cpu"), tasks.questions("existence", 6, 0)
+        arms = [sweep.BASELINE]
+        table = sweep.run_arms(model, items, arms, lambda _, prompts: [None] * len(prompts), batch_size=2)
+    finally:
+        sweep._rows_of, sweep.CHUNK = real, chunk
+    table.to_pickle(Path(folder, f"swept-{rank}.pkl"))
+    Path(folder, f"swept-{rank}").write_text(" ".join(answered))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:1 of 23")
+def test_two_processes_write_the_records_and_tables_that_one_writes(tmp_path, monkeypatch):
+    """A notebook with its parameters, as a script, behind a launcher, as the page says; then a study by its command."""
+    command = ["run", "other_models", "-n", "4", "--batch-size", "2", "--device", "cpu", "--results", "results"]
+    parameters = {"n_images": 4, "out": "results"}
+    lines = ["import sys, embedlens.groups", "embedlens.groups.CALIBRATION = 4"] + [
+        cell["source"] + f"\nglobals().update({parameters})" * ("parameters" in cell["metadata"].get("tags", []))
+        for cell in nbformat.read(ROOT / "notebooks/01_motivation_clustering.ipynb", as_version=4)["cells"]
+        if cell["cell_type"] == "code" and "tsne" not in cell["source"]  # which takes half the time
+    ]
+    lines += [f"sys.path.append({str(Path(__file__).parent)!r})", "import test_study"]
+    lines += ["test_study.in_each_process('.')", f"sys.argv[1:] = {command}"]
+    lines += ["from embedlens.__main__ import main", "main()"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "chapter.py").write_text("\n".join(lines), encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+    environment[kept.ROWS] = str(two / "kept")
+    how = {"cwd": two, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([*LAUNCH, "chapter.py"], **how)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr and done.stderr.count("memory: about") == 1  # one of them speaks
+    monkeypatch.chdir(one)
+    monkeypatch.setenv(kept.ROWS, str(one / "kept"))
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("embedlens.groups.CALIBRATION", 4)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path("chapter.py", run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    assert not ended.value.code
+
+    files = [sorted((folder / "results/miniature").iterdir()) for folder in (one, two)]
+    assert [file.stem for file in files[1]] == ["01_motivation_clustering", "09_other_models"]
+    found = [[json.loads(file.read_text(encoding="utf-8")) for file in of] for of in files]
+    assert found[0] == found[1] and [record["n_images"] for record in found[1]] == [4, 4]
+    tables = [folder / "runs/miniature/other_models/table.csv" for folder in (one, two)]
+    assert tables[0].read_bytes() == tables[1].read_bytes() and len([*tables[0].parent.glob("*.json")]) == 2
+
+    for name in ("kept", "dropped", "swept"):
+        alone, *shared = (pd.read_pickle(folder) for folder in (one / f"{name}-alone.pkl", *two.glob(f"{name}-?.pkl")))
+        for table in shared:
+            same(table, alone)
+            assert table.attrs == alone.attrs
+        measured = [set((two / f"{name}-{rank}").read_text().split()) for rank in (0, 1)]
+        assert all(measured) and not measured[0] & measured[1]  # they did share the work
+        assert measured[0] | measured[1] == set((one / f"{name}-alone").read_text().split())
+    CALLS.clear()
+    again = run(of_batch, stand_in(), pictures(23, BAD), two / "rows", batch_size=4)
+    same(again, pd.read_pickle(one / "kept-alone.pkl"))
+    assert set(CALLS) <= {104, 105, 106, 107}  # one goes on from what two left, trying again what failed
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
