@@ -9,8 +9,8 @@ not see each other. Interventions that go on behind the picture, but for late en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -207,7 +207,10 @@ def _decoded(
         least = torch.finfo(embeds.dtype).min
         mask = torch.zeros(seen.shape, dtype=embeds.dtype).masked_fill(~seen, least)[:, None].to(embeds.device)
         patches = (owner == PATCH)[:, None, None].to(embeds.device)
-        with model.lock, _handing(model.blocks[:enter], mask.masked_fill(patches, least) if enter else mask):
+        without = partial(_seeing, mask.masked_fill(patches, least)) if enter else None
+        with model.lock, ExitStack() as hooks:
+            for block in model.blocks[:enter]:
+                hooks.callback(block.register_forward_pre_hook(without, with_kwargs=True).remove)
             hidden = model.decoder(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -234,17 +237,9 @@ def _decoded(
     return [text.strip() for text in model.tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-@contextmanager
-def _handing(blocks: Iterable[nn.Module], mask: Tensor) -> Iterator[None]:
-    """Some blocks get another attention mask than the rest."""
-
-    def put(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "attention_mask": mask.to(kwargs["attention_mask"].device)}
-
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(block.register_forward_pre_hook(put, with_kwargs=True).remove)
-        yield
+def _seeing(mask: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Before a block: another attention mask than the rest have."""
+    return args, {**kwargs, "attention_mask": mask}
 
 
 def _remembers(model: VisionLanguageModel, prompt: Prompt) -> bool:

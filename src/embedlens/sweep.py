@@ -156,23 +156,12 @@ def _rows_of(
             question, case = item.question, (arm.name, arm.seed, place)
             prediction = texts[asked_as[case]]
             correct = score(question, prediction)
-            rows.append(
-                {
-                    "item": place,
-                    "id": item.sample.id,
-                    "family": question.family,
-                    "kind": question.kind,
-                    "question": question.text,
-                    "answer": question.answer,
-                    "arm": arm.name,
-                    "seed": arm.seed,
-                    "acted": tokens[case] > 0,
-                    "tokens": tokens[case],
-                    "prediction": prediction,
-                    "correct": correct,
-                    "correct_original": box_score(item, prediction, "original") if question.kind == "box" else correct,
-                }
-            )
+            row: dict[str, Any] = {"item": place, "id": item.sample.id, "family": question.family}
+            row |= {"kind": question.kind, "question": question.text, "answer": question.answer}
+            row |= {"arm": arm.name, "seed": arm.seed}
+            row |= {"acted": tokens[case] > 0, "tokens": tokens[case], "prediction": prediction, "correct": correct}
+            original = box_score(item, prediction, "original") if question.kind == "box" else correct
+            rows.append(row | {"correct_original": original})
     return rows
 
 
