@@ -169,7 +169,7 @@ def test_without_lmms_eval_its_model_names_the_pip_command(monkeypatch):
     model = importlib.import_module("embedlens.lmms_model").EmbedLensModel
     with pytest.raises(EmbedLensError, match=r"pip install 'embedlens\[benchmarks\]'"):
         model()
-    monkeypatch.delitem(sys.modules, "embedlens.lmms_model")  # the next one finds what is there
+    del sys.modules["embedlens.lmms_model"]  # the next one finds what is there
 
 
 # With lmms-eval
