@@ -18,7 +18,7 @@ HOUSE = [
     "samples families prompts",
     "checks vlm loading",
     "lenses context tracing attention_maps engine cues readings",
-    "clusters groups redundancy codebook pruners kept memory study scoring asking tasks arms prefix",
+    "clusters groups redundancy codebook pruners kept memory study scoring asking prefix tasks arms",
     "sweep paired pruner_arms measures",
     "book records claims figures probe explorer",
     "parameters lmms lmms_model studies",
